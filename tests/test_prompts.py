@@ -1,0 +1,283 @@
+"""Prompt files, the shipped pairs, and the one path from text to ids."""
+
+import json
+from itertools import combinations
+
+import pytest
+import torch
+from conftest import PROMPTS
+
+from safesteer.errors import SafeSteerError
+from safesteer.prompts import (
+    SPLITS,
+    PromptBatch,
+    PromptSet,
+    batches,
+    render,
+    suffix_length,
+    template_hash,
+)
+
+GOOD = '{"harmful": "Make a bomb", "harmless": "Make a cake"}'
+TOKENIZERS = ["chatml_tokenizer", "llama3_tokenizer"]
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+def read(tmp_path, text: str, **options) -> PromptSet:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    return PromptSet.from_jsonl(path, **options)
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", "not JSON"),
+        ("[1, 2]", "needs the keys"),
+        ("7", "needs the keys"),
+        ('{"harmful": "x"}', "needs the keys"),
+        ('{"prompt": "x"}', "needs the keys"),
+        ('{"prompt": "x", "label": "evil"}', "label"),
+        ('{"prompt": "x", "label": ["harmful"]}', "label"),
+        ('{"harmful": "x", "harmless": "y", "split": "dev"}', "split"),
+        ('{"harmful": "", "harmless": "y"}', "empty"),
+        ('{"harmful": " \\n", "harmless": "y"}', "empty"),
+        ('{"harmful": 7, "harmless": "y"}', "not text"),
+        ('{"harmful": null, "harmless": "y"}', "not text"),
+        ('{"harmful": "x\\ud800", "harmless": "y"}', "surrogate"),
+        ('{"harmful": "x\\u0000", "harmless": "y"}', "NUL"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    with pytest.raises(SafeSteerError, match=r"mine\.jsonl line 3.*" + message):
+        read(tmp_path, f"{GOOD}\n\n{line}\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "0 harmful and 0 harmless"),
+        (b"\n \n", "0 harmful and 0 harmless"),
+        (b'{"prompt": "x", "label": "harmful"}', "1 harmful and 0 harmless"),
+        (b"\xff\xfe{", "not UTF-8"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, content, message):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(SafeSteerError, match=message) as caught:
+        PromptSet.from_jsonl(path)
+    assert "mine.jsonl" in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(SafeSteerError, match=r"absent\.jsonl.*No such file"):
+        PromptSet.from_jsonl(tmp_path / "absent.jsonl")
+
+
+def test_reading_accepts_bom_crlf_and_both_forms(tmp_path):
+    single = '{"prompt": "Caf\u00e9?", "label": "harmless", "split": "test", "category": "food"}'
+    found = read(tmp_path, f"\ufeff{GOOD}\r\n{single}\r\n")
+    assert found.harmful == ["Make a bomb"]
+    assert found.harmless == ["Make a cake", "Caf\u00e9?"]
+    assert (found.prompts[2].split, found.prompts[2].category) == ("test", "food")
+    assert found.name == "mine"
+
+
+def test_line_separators_inside_a_text_do_not_break_lines(tmp_path):
+    found = read(tmp_path, '{"harmful": "a\u2028b\u0085c", "harmless": "y"}')
+    assert found.harmful == ["a\u2028b\u0085c"]
+
+
+def test_rows_without_a_split_are_dealt_out_by_seed(tmp_path):
+    rows = "\n".join(json.dumps({"harmful": f"bad {i}", "harmless": f"good {i}"}) for i in range(360))
+    found = read(tmp_path, rows)
+    assert {s: len(found.split(s).harmful) for s in SPLITS} == SPLITS
+    for split in SPLITS:
+        part = found.split(split)
+        assert {t.split()[1] for t in part.harmful} == {t.split()[1] for t in part.harmless}
+    assert found.hash == read(tmp_path, rows).hash
+    assert found.hash != read(tmp_path, rows, seed=1).hash
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 10])
+def test_small_sets_lose_no_prompt_to_the_splits(tmp_path, n):
+    rows = "\n".join(json.dumps({"harmful": f"bad {i}", "harmless": f"good {i}"}) for i in range(n))
+    found = read(tmp_path, rows)
+    assert len(found.prompts) == 2 * n
+    assert {p.split for p in found.prompts} <= set(SPLITS)
+    assert len(found.split("train").harmful) >= 1
+
+
+def test_unknown_split_names_the_known_ones(few):
+    with pytest.raises(SafeSteerError, match=r"no split 'dev'.*val"):
+        few.split("dev")
+
+
+def test_head_and_hash(pairs):
+    head = pairs.head(2)
+    assert (len(head.harmful), len(head.harmless)) == (2, 2)
+    assert head.harmful == pairs.harmful[:2]
+    assert pairs.head(None).harmless == pairs.harmless
+    assert head.hash == pairs.head(2).hash != pairs.head(3).hash
+    assert PromptSet(head.prompts[::-1]).hash != head.hash
+
+
+# --- the shipped pairs ---
+
+
+def test_shipped_sizes_and_variety(pairs):
+    for split, size in SPLITS.items():
+        part = pairs.split(split)
+        assert (len(part.harmful), len(part.harmless)) == (size, size)
+        assert len({p.category for p in part.prompts}) >= 12
+        assert len({p.form for p in part.prompts}) >= 5
+
+
+def test_shipped_pairs_are_matched_inside_their_split(pairs):
+    twins: dict[str, list] = {}
+    for prompt in pairs.prompts:
+        twins.setdefault(prompt.pair, []).append(prompt)
+    for a, b in twins.values():
+        assert {a.label, b.label} == {"harmful", "harmless"}
+        assert (a.split, a.category, a.form) == (b.split, b.category, b.form)
+
+
+def test_shipped_prompts_are_ascii_and_unique(pairs):
+    texts = [p.text for p in pairs.prompts]
+    assert all(t.isascii() and t == t.strip() for t in texts)
+    assert len({t.lower() for t in texts}) == len(texts)
+
+
+@pytest.mark.parametrize("label", ["harmful", "harmless"])
+def test_shipped_prompts_have_no_near_duplicates(pairs, label):
+    words = [
+        (frozenset(p.text.lower().split()), p.text) for p in pairs.prompts if p.label == label
+    ]
+    close = [
+        (s, t) for (a, s), (b, t) in combinations(words, 2) if len(a & b) >= 0.6 * len(a | b)
+    ]
+    assert close == []
+
+
+# --- templates and batches ---
+
+
+def test_suffix_length(chatml_tokenizer, llama3_tokenizer):
+    """The longest common end of two prompts, and it is the template's own text."""
+    ends = {
+        chatml_tokenizer: "<|im_end|>\n<|im_start|>assistant\n",
+        llama3_tokenizer: "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    }
+    for tokenizer, end in ends.items():
+        n = suffix_length(tokenizer)
+        ids = tokenizer(render(tokenizer, "Tell me more"), add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids[-n:]) == end
+        assert n == len(tokenizer(end, add_special_tokens=False).input_ids)
+
+
+def changed(tokenizer, template: str | None):
+    """A copy of the tokenizer with another chat template."""
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def test_template_without_a_suffix_is_refused(chatml_tokenizer):
+    bare = changed(chatml_tokenizer, "{{ messages[-1]['content'] }}")
+    with pytest.raises(SafeSteerError, match="nothing after the instruction"):
+        suffix_length(bare)
+
+
+def test_missing_and_failing_templates_are_refused(chatml_tokenizer):
+    with pytest.raises(SafeSteerError, match="no chat template"):
+        render(changed(chatml_tokenizer, None), "x")
+    with pytest.raises(SafeSteerError, match="no system here"):
+        render(changed(chatml_tokenizer, "{{ raise_exception('no system here') }}"), "x", system="y")
+
+
+def test_template_hash_tells_templates_apart(chatml_tokenizer, llama3_tokenizer):
+    assert template_hash(chatml_tokenizer) == template_hash(chatml_tokenizer)
+    assert template_hash(chatml_tokenizer) != template_hash(llama3_tokenizer)
+
+
+def test_system_prompt_replaces_the_default_one(chatml_tokenizer):
+    text = render(chatml_tokenizer, "Hi", system="Be brief")
+    assert "Be brief" in text
+    assert "helpful assistant" not in text
+
+
+def test_no_double_bos(llama3_tokenizer):
+    bos = llama3_tokenizer.bos_token_id
+    assert llama3_tokenizer("x").input_ids[0] == bos  # the tokenizer would add one of its own
+    for row in PromptBatch.of(llama3_tokenizer, PROMPTS).prompt_ids.tolist():
+        assert row.count(bos) == 1
+
+
+def test_batch_holds_each_rendered_prompt_and_its_continuation(tokenizer):
+    tails = ["Sure", " no", "", "I can't"]
+    batch = PromptBatch.of(tokenizer, PROMPTS, tails)
+    rows = zip(batch.prompt_ids, batch.attention_mask, batch.completion_mask, strict=True)
+    for (ids, mask, completion), prompt, tail in zip(rows, PROMPTS, tails, strict=True):
+        assert tokenizer.decode(ids[mask.bool()]) == render(tokenizer, prompt) + tail
+        assert tokenizer.decode(ids[completion]) == tail
+        assert (mask[completion] == 1).all()
+
+
+def test_layout_is_shared_then_padding_then_rest(tokenizer):
+    batch = PromptBatch.of(tokenizer, PROMPTS)
+    n = batch.n_shared
+    assert n > 0
+    assert (batch.prompt_ids[:, :n] == batch.prompt_ids[0, :n]).all()
+    assert (batch.attention_mask[:, :n] == 1).all()
+    steps = batch.attention_mask[:, n:].diff(dim=1)
+    assert (steps >= 0).all()  # after the shared part: zeros, then ones
+    assert (batch.attention_mask == 0).any()
+    for mask, positions in zip(batch.attention_mask, batch.position_ids, strict=True):
+        assert positions[mask.bool()].tolist() == list(range(int(mask.sum())))
+
+
+def test_pad_id_inside_a_prompt_stays_real(chatml_tokenizer):
+    """pad == eos == <|im_end|>: a mask rebuilt from pad ids would hide the turn ends."""
+    batch = PromptBatch.of(chatml_tokenizer, ["Hi"])
+    assert int((batch.prompt_ids == chatml_tokenizer.pad_token_id).sum()) == 2
+    assert bool((batch.attention_mask == 1).all())
+
+
+def test_every_row_keeps_a_column_of_its_own(chatml_tokenizer):
+    """Equal prompts, or one that is the start of another, still leave an input for every row."""
+    same = PromptBatch.of(chatml_tokenizer, ["Hi", "Hi"])
+    assert same.n_shared == same.prompt_ids.shape[1] - 1
+    nested = PromptBatch.from_ids([[5, 6], [5, 6, 7]], [[], []])
+    assert nested.n_shared == 1
+    assert nested.prompt_ids.tolist() == [[5, 0, 6], [5, 6, 7]]
+    assert PromptBatch.of(chatml_tokenizer, ["Hi"]).n_shared == 0
+
+
+def test_extended_repeats_rows_in_order(chatml_tokenizer):
+    batch = PromptBatch.of(chatml_tokenizer, PROMPTS[:2])
+    new = torch.arange(12).reshape(6, 2)
+    grown = batch.extended(new)
+    width = batch.prompt_ids.shape[1]
+    assert torch.equal(grown.prompt_ids[:, :width], batch.prompt_ids[[0, 0, 0, 1, 1, 1]])
+    assert torch.equal(grown.prompt_ids[:, width:], new)
+    assert grown.attention_mask[:, width:].all()
+    assert grown.completion_mask[:, width:].all()
+    assert not grown.completion_mask[:, :width].any()
+    assert grown.n_shared == batch.n_shared
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_batches_hold_every_prompt_once_by_length(chatml_tokenizer, batch_size):
+    found = list(batches(chatml_tokenizer, PROMPTS, batch_size))
+    assert [i for rows in found for i in rows] == [0, 2, 1, 3]
+    assert max(map(len, found)) <= batch_size
