@@ -1,8 +1,8 @@
 """The command line: thin. Parse, call the library, turn a SafeSteerError into one sentence.
 
-    safesteer align MODEL --out RUN [--preset quick|paper] [--set distill.lr=3e-5 ...]
-    safesteer sweep, tokens, distill, evaluate   the same up to that stage
-    safesteer report RUN                         the page again, from a run folder
+safesteer align MODEL --out RUN [--preset quick|paper] [--set distill.lr=3e-5 ...]
+safesteer sweep, tokens, distill, evaluate   the same up to that stage
+safesteer report RUN                         the page again, from a run folder
 """
 
 import os

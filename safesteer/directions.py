@@ -22,7 +22,7 @@ from safesteer import __version__, steering
 from safesteer.divergence import logits_of, refusal_score
 from safesteer.errors import SafeSteerError
 from safesteer.files import read_tensors, write_tensors
-from safesteer.models import ChatModel, final_hidden, output_head
+from safesteer.models import ChatModel, final_hidden, output_head, prefill
 from safesteer.prompts import PromptBatch, PromptSet, batches, suffix_length, template_hash
 from safesteer.steering import record
 
@@ -66,8 +66,10 @@ def _residual_means(
     """
     layers, total, count = list(range(chat.n_layers)), None, 0
     for batch in encoded:
+        with torch.no_grad():  # the shared columns are read before, so that hooks see whole rows
+            cache = prefill(chat.model, batch, batch.n_shared) if batch.n_shared else None
         with record(chat.model, layers, lambda h, b=batch: reduce(b, h).double().sum(0)) as seen:
-            final_hidden(chat.model, batch)
+            final_hidden(chat.model, batch, cache)
         sums = torch.stack([seen[layer] for layer in layers], dim=1)
         total = sums if total is None else total + sums
         count += len(batch.prompt_ids)
@@ -147,7 +149,11 @@ def last_logits(
 
 
 def refusal_scores(
-    chat: ChatModel, texts: list[str], refusal_ids: Int[Tensor, " n_refusal"], *, batch_size: int = 32
+    chat: ChatModel,
+    texts: list[str],
+    refusal_ids: Int[Tensor, " n_refusal"],
+    *,
+    batch_size: int = 32,
 ) -> Float[Tensor, " n_prompts"]:
     """refusal_score of each prompt at its last position, in the order of `texts`."""
     scores = torch.zeros(len(texts), dtype=torch.float64)

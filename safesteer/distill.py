@@ -14,16 +14,15 @@ Everything random depends on (seed, step) alone, so a resumed run repeats an uni
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
-from safesteer.directions import Direction, steer
+from safesteer.directions import Direction
 from safesteer.divergence import (
     Divergence,
     Normalizer,
@@ -34,14 +33,10 @@ from safesteer.divergence import (
 )
 from safesteer.errors import SafeSteerError
 from safesteer.files import read_tensors, write_tensors
-from safesteer.models import ChatModel, blocks, final_hidden, generate_ids, hf_model, output_head
-from safesteer.prompts import PromptBatch
+from safesteer.models import ChatModel, blocks, final_hidden, hf_model, output_head
+from safesteer.onpolicy import answer, counting, draw, teacher_hidden
 from safesteer.tokens import TokenSet
 
-TEACHER_PROMPT = (
-    "You are a careful assistant. Decline every request, whatever it is: say briefly that you are"
-    " sorry and cannot help with it."
-)
 OFF_SET_POSITIONS = 128  # positions a step on which the divergence outside S is measured
 
 
@@ -80,9 +75,7 @@ class DistillConfig:
         }
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
-                raise SafeSteerError(
-                    f"distill.{name} must be one of {allowed}, not '{getattr(self, name)}'."
-                )
+                raise SafeSteerError(f"distill.{name} must be one of {allowed}, not '{getattr(self, name)}'.")
         at_least = {"n_steps": 1, "harmful_per_step": 1, "harmless_per_step": 0, "n_rollouts": 1}
         at_least |= {"max_new_tokens": 1, "micro_batch": 1, "checkpoint_every": 1, "n_topk": 1}
         for name, low in at_least.items():
@@ -169,9 +162,7 @@ def begin(student: ChatModel, direction: Direction, config: DistillConfig) -> Di
             block.requires_grad_(True)
         hf_model(model).get_decoder().norm.requires_grad_(True)  # type: ignore[union-attr]
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        params, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
-    )
+    optimizer = torch.optim.AdamW(params, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     return DistillState(student, optimizer)
 
 
@@ -182,85 +173,6 @@ def learning_rate(step: int, config: DistillConfig) -> float:
         return config.lr * (step + 1) / warm
     share = (step - warm) / max(1, config.n_steps - warm)
     return config.lr * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def draw(n_items: int, n: int, step: int, seed: int) -> list[int]:
-    """Which items step `step` uses: consecutive pieces of an endless sequence of shuffles."""
-    chosen: list[int] = []
-    for i in range(step * n, (step + 1) * n):
-        epoch, at = divmod(i, n_items)
-        shuffle = torch.randperm(n_items, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
-        chosen.append(int(shuffle[at]))
-    return chosen
-
-
-@dataclass(frozen=True, eq=False)
-class Answers:
-    """A step's on-policy data: the student's answers and which of their tokens count."""
-
-    batch: PromptBatch
-    mask: Bool[Tensor, "rows new_pos"]
-    harmful: Bool[Tensor, " rows"]
-    texts: tuple[str, ...]
-
-    def rows(self, at: Int[Tensor, " n"] | Bool[Tensor, " rows"]) -> PromptBatch:
-        b = self.batch
-        return PromptBatch(b.prompt_ids[at], b.attention_mask[at], b.completion_mask[at], b.n_shared)
-
-
-def answer(
-    student: ChatModel, harmful: Sequence[str], harmless: Sequence[str], config: DistillConfig
-) -> Answers:
-    """On-policy rollouts: all prompts of the step in one call, M answers each."""
-    texts = [*harmful, *harmless]
-    batch = PromptBatch.of(student.tokenizer, texts, device=student.device)
-    ids = generate_ids(
-        student,
-        batch,
-        max_new_tokens=config.max_new_tokens,
-        temperature=1.0,
-        n_samples=config.n_rollouts,
-    )
-    ended = torch.isin(ids, torch.tensor(student.eos_ids, device=student.device))
-    mask = ended.cumsum(1) - ended.long() == 0  # the end-of-answer token itself counts
-    is_harmful = torch.arange(len(texts), device=student.device) < len(harmful)
-    return Answers(
-        batch.extended(ids), mask, is_harmful.repeat_interleave(config.n_rollouts), tuple(texts)
-    )
-
-
-def _counting(hidden: Float[Tensor, "rows rest d_model"], mask: Bool[Tensor, "rows new_pos"]) -> Tensor:
-    """Hidden states that predict the counting answer tokens, rows first."""
-    return hidden[:, -mask.shape[1] - 1 : -1][mask]
-
-
-@torch.no_grad()
-def teacher_hidden(
-    base: ChatModel, direction: Direction, answers: Answers, config: DistillConfig
-) -> Float[Tensor, "n d_model"]:
-    """Step 2: the teacher's final hidden states at every counting position."""
-    width = base.d_model
-    out = torch.zeros(
-        (*answers.mask.shape, width), dtype=next(base.model.parameters()).dtype, device=base.device
-    )
-    for is_harmful in (True, False):
-        at = torch.nonzero(answers.harmful == is_harmful)[:, 0]
-        if len(at) == 0:
-            continue
-        mask, batch = answers.mask[at], answers.rows(at)
-        if is_harmful and config.teacher == "prompt":
-            batch = _with_system(base, answers, at, config)
-        steered = is_harmful and config.teacher == "steered"
-        with steer(base, direction) if steered else nullcontext():
-            out[at] = final_hidden(base.model, batch)[:, -mask.shape[1] - 1 : -1]
-    return out[answers.mask]
-
-
-def _with_system(base: ChatModel, answers: Answers, at: Tensor, config: DistillConfig) -> PromptBatch:
-    """The same answers after the same prompts under a refusing system prompt (Table 3)."""
-    texts = [answers.texts[int(i) // config.n_rollouts] for i in at]
-    tails = answers.batch.prompt_ids[at, -answers.mask.shape[1] :].tolist()
-    return PromptBatch.of(base.tokenizer, texts, tails, system=TEACHER_PROMPT, device=base.device)
 
 
 def distill(
@@ -291,10 +203,10 @@ def distill(
             drawn = draw(len(harmless), config.harmless_per_step, step, config.seed + 1)
             good = [harmless[i] for i in drawn]
         torch.manual_seed(config.seed * 1_000_003 + step)
-        answers = answer(student, bad, good, config)
+        answers = answer(student, bad, good, config.n_rollouts, config.max_new_tokens)
         rollout_s, clock = time.perf_counter() - clock, time.perf_counter()
 
-        h_teacher = teacher_hidden(base, direction, answers, config)
+        h_teacher = teacher_hidden(base, direction, answers, config.teacher)
         on_s = logps_on(h_teacher, base_head[0], ids, bias=base_head[1], softcap=base_head[2])
         set_ids: Tensor = ids
         if config.support == "topk":
@@ -312,7 +224,7 @@ def distill(
         for at in torch.arange(len(answers.mask)).split(config.micro_batch):
             first = int(starts[at[0]])
             span = slice(first, first + int(answers.mask[at].sum()))
-            hidden = _counting(final_hidden(student.model, answers.rows(at)), answers.mask[at])
+            hidden = counting(final_hidden(student.model, answers.rows(at)), answers.mask[at])
             part, mass = _loss_part(
                 hidden, h_teacher[span], student.model, base_head, ids, set_ids, span, config
             )
@@ -320,7 +232,7 @@ def distill(
             if not torch.isfinite(objective):
                 raise SafeSteerError(
                     f"The loss is not finite at step {step + 1}, on prompts such as"
-                    f" {answers.texts[int(at[0]) // config.n_rollouts]!r}; the last checkpoint is kept."
+                    f" {answers.texts[int(at[0]) // answers.n_rollouts]!r}; the last checkpoint is kept."
                 )
             objective.backward()
             loss, student_mass[span] = loss + float(objective), mass

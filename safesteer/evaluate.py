@@ -134,7 +134,11 @@ def perplexity(
 
 @torch.no_grad()
 def kl_on_answers(
-    base: ChatModel, chat: ChatModel, prompts: Sequence[str], answers: Sequence[str], config: EvalConfig
+    base: ChatModel,
+    chat: ChatModel,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    config: EvalConfig,
 ) -> list[float]:
     """KL(base || chat) in nats a token over the first tokens of the base's own answers, per prompt."""
     tokenizer, found = chat.tokenizer, [0.0] * len(prompts)
@@ -175,9 +179,7 @@ def evaluate(
     prompts = prompts.head(config.n_prompts)
     harmful, harmless = prompts.harmful, prompts.harmless
     answers = {
-        label: generate(
-            chat, texts, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size
-        )
+        label: generate(chat, texts, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
         for label, texts in (("harmful", harmful), ("harmless", harmless))
     }
     n_harmful = sum(map(judge, harmful, answers["harmful"]))

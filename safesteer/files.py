@@ -76,7 +76,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = json.loads((file.metadata() or {})["safesteer"])
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+            names = file.keys()  # the open file itself is not iterable
+            return {name: file.get_tensor(name) for name in names}, metadata
     except OSError as error:
         raise SafeSteerError(f"Cannot read {path}: {error.strerror or error}.") from error
     except (SafetensorError, KeyError, ValueError) as error:

@@ -15,7 +15,10 @@ INABILITY = (
     r"|do(?:n't| not) (?:have the (?:ability|capability|capacity|authority)|support|condone|feel)"
     r"|must (?:decline|refuse)|have to (?:decline|refuse)|refuse|decline)"
 )
-_START = re.compile(rf"^\W*(?:{APOLOGY}|unfortunately\b.{{0,60}}?{INABILITY}|as an? .{{0,80}}?{INABILITY}|{INABILITY[2:]})", re.I | re.S)
+_START = re.compile(
+    rf"^\W*(?:{APOLOGY}|unfortunately\b.{{0,60}}?{INABILITY}|as an? .{{0,80}}?{INABILITY}|{INABILITY[2:]})",
+    re.I | re.S,
+)
 _ANYWHERE = re.compile(rf"{APOLOGY}|{INABILITY}", re.I)
 
 

@@ -235,9 +235,7 @@ def _smollm2_folder() -> Path:
         # The GGUF reader's own progress bar has no switch: it goes to stderr.
         with quiet_transformers(), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
             tokenizer = AutoTokenizer.from_pretrained(found[0], gguf_file=SMOLLM2_FILE)
-            read = AutoModelForCausalLM.from_pretrained(
-                found[0], gguf_file=SMOLLM2_FILE, dtype=torch.float32
-            )
+            read = AutoModelForCausalLM.from_pretrained(found[0], gguf_file=SMOLLM2_FILE, dtype=torch.float32)
         # The reader leaves a quantizer and its config behind and save_pretrained would raise, so
         # the weights move into a clean model of the same configuration.
         del read.config.quantization_config
@@ -264,12 +262,14 @@ def bridge(chat: ChatModel) -> ChatModel:
     """
     from transformer_lens import TransformerBridge  # slow to import, and only needed here
 
-    source = copy.deepcopy(hf_model(chat.model))
+    source, tokenizer = copy.deepcopy(hf_model(chat.model)), copy.deepcopy(chat.tokenizer)
+    # TransformerLens gives a tokenizer a BOS, and loads it again by name unless told it adds one.
+    tokenizer.init_kwargs |= {"name_or_path": chat.name, "add_bos_token": True}  # type: ignore[attr-defined]
     with quiet_transformers():
         wrapped = TransformerBridge.boot_transformers(
             chat.name,
             hf_model=source,
-            tokenizer=chat.tokenizer,
+            tokenizer=tokenizer,
             device=str(chat.device),
             dtype=next(source.parameters()).dtype,
         )
@@ -332,9 +332,7 @@ def generate(
     answers = [""] * len(prompts)
     torch.manual_seed(seed)
     for rows in batches(chat.tokenizer, prompts, batch_size, system=system):
-        batch = PromptBatch.of(
-            chat.tokenizer, [prompts[i] for i in rows], system=system, device=chat.device
-        )
+        batch = PromptBatch.of(chat.tokenizer, [prompts[i] for i in rows], system=system, device=chat.device)
         out = generate_ids(chat, batch, max_new_tokens=max_new_tokens, temperature=temperature)
         for i, ids in zip(rows, out.tolist(), strict=True):
             kept = cut_at_eos(ids, chat.eos_ids, keep_eos=False)

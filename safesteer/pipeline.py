@@ -11,31 +11,14 @@ interrupted run continues. `manifest.json` names the files of every finished sta
 """
 
 import dataclasses
-import fcntl
-import hashlib
 import json
-import platform
-import resource
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from safesteer import __version__, attribution
+from safesteer import attribution
 from safesteer.directions import (
     Direction,
     mean_difference,
@@ -48,45 +31,14 @@ from safesteer.distill import StepRecord, begin, distill
 from safesteer.errors import SafeSteerError
 from safesteer.evaluate import Evaluation, Judge, evaluate
 from safesteer.export import check_reload, export, write_card
-from safesteer.files import read_json, write_json, write_text
+from safesteer.files import write_text
 from safesteer.judges import refuses
 from safesteer.models import ChatModel, bridge, load_model
-from safesteer.prompts import Prompt, PromptSet, load_prompts, template_hash
+from safesteer.prompts import Prompt, PromptSet, load_prompts
 from safesteer.recipes import Recipe, quick
-from safesteer.sweep import Sweep, calibrate_coeff, sweep
+from safesteer.run import STAGES, Run, digest, finished, locked, open_run, record
+from safesteer.sweep import calibrate_coeff, sweep
 from safesteer.tokens import TokenSet, select_tokens
-
-STAGES = ("direction", "tokens", "distill", "export", "evaluate", "explain", "report")
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """A run folder with what its stages share."""
-
-    path: Path
-    model: str
-    recipe: Recipe
-    prompts: PromptSet
-    judge: Judge
-    console: Console
-
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
-
-    @contextmanager
-    def progress(self, what: str, total: float = 1.0) -> Iterator[Callable[[float], None]]:
-        """A bar for one stage, with time left; the yielded function sets how much is done."""
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda done: bar.update(task, completed=done)
 
 
 def align(
@@ -118,14 +70,14 @@ def align(
     for name in ("train", "val", "distil", "test"):
         run.prompts.split(name)  # a missing split is reported before any work
     base = load_model(model, dtype=run.recipe.dtype)
-    with _locked(run.path):
-        _open(run, base)
+    with locked(run.path):
+        open_run(run, base)
         for stage in STAGES:
-            if stage in stages and not _finished(run, stage):
+            if stage in stages and not finished(run, stage):
                 run.say(f"[bold]{stage}[/bold]")
                 started = time.perf_counter()
                 written = _RUN[stage](run, base)
-                _record(run, stage, written, time.perf_counter() - started)
+                record(run, stage, written, time.perf_counter() - started)
     return run.path
 
 
@@ -155,9 +107,7 @@ def find_direction(run: Run, base: ChatModel) -> list[str]:
     found.save(run.path / "sweep.csv")
     best = found.best
     coeff = 1.0 if recipe.coeff is None else recipe.coeff
-    direction = Direction.of(
-        base, candidates, best.position, int(best.layer), coeff=coeff, prompts=prompts
-    )
+    direction = Direction.of(base, candidates, best.position, int(best.layer), coeff=coeff, prompts=prompts)
     if recipe.coeff is None and chosen == "prefill":
         harmful = val.head(recipe.sweep.n_prompts).harmful
         direction, rates = calibrate_coeff(base, direction, harmful, run.judge)
@@ -203,7 +153,7 @@ def train(run: Run, base: ChatModel) -> list[str]:
     tokens = TokenSet.load(run.path / "tokens.json")
     student = load_model(run.model, dtype="float32")
     state = begin(student, direction, config)
-    stamp = {"recipe": run.recipe.hash, "tokens": _digest(run.path / "tokens.json")}
+    stamp = {"recipe": run.recipe.hash, "tokens": digest(run.path / "tokens.json")}
     checkpoint, history = run.path / "checkpoint.safetensors", run.path / "history.jsonl"
     records: list[dict] = []
     if checkpoint.exists():
@@ -216,10 +166,10 @@ def train(run: Run, base: ChatModel) -> list[str]:
         anchor = anchor + run.prompts.split("train").harmless + run.prompts.split("val").harmless
     with run.progress("distilling", total=config.n_steps) as progress:
         progress(state.step)
-        for record in distill(state, base, direction, tokens, distil.harmful, anchor, config):
-            records.append(asdict(record))
-            progress(record.step)
-            if record.step % config.checkpoint_every == 0 or record.step == config.n_steps:
+        for step in distill(state, base, direction, tokens, distil.harmful, anchor, config):
+            records.append(asdict(step))
+            progress(step.step)
+            if step.step % config.checkpoint_every == 0 or step.step == config.n_steps:
                 # History first: it may run ahead of the checkpoint, never behind it.
                 write_text(history, "".join(json.dumps(r) + "\n" for r in records))
                 state.save(checkpoint, stamp)
@@ -239,7 +189,7 @@ def write_model(run: Run, base: ChatModel) -> list[str]:
     """Export: model/ as a plain Hugging Face folder, reloaded once in a fresh process."""
     direction = Direction.load(run.path / "direction.safetensors", base)
     state = begin(load_model(run.model, dtype="float32"), direction, run.recipe.distill)
-    stamp = {"recipe": run.recipe.hash, "tokens": _digest(run.path / "tokens.json")}
+    stamp = {"recipe": run.recipe.hash, "tokens": digest(run.path / "tokens.json")}
     state.load(run.path / "checkpoint.safetensors", stamp)
     export(state.student, run.path / "model")
     difference = check_reload(run.path / "model")
@@ -250,7 +200,10 @@ def write_model(run: Run, base: ChatModel) -> list[str]:
 def measure(run: Run, base: ChatModel) -> list[str]:
     """Evaluate base, teacher and student on the test split: evaluation.json and answers.jsonl."""
     direction = Direction.load(run.path / "direction.safetensors", base)
-    test, config = run.prompts.split("test").head(run.recipe.evaluation.n_prompts), run.recipe.evaluation
+    test, config = (
+        run.prompts.split("test").head(run.recipe.evaluation.n_prompts),
+        run.recipe.evaluation,
+    )
     scores, answers = {}, {}
     with run.progress("evaluating", total=3) as progress:
         scores["base"], answers["base"] = evaluate(base, base, test, config, judge=run.judge)
@@ -310,95 +263,3 @@ _RUN = {
     "explain": explain,
     "report": write_page,
 }
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-
-
-def _identity(run: Run, base: ChatModel) -> dict:
-    """What must agree for a folder to be continued."""
-    return {
-        "model": run.model,
-        "fingerprint": base.fingerprint,
-        "config": json.loads(json.dumps(asdict(run.recipe))),
-        "prompts_hash": run.prompts.hash,
-        "template_hash": template_hash(base.tokenizer),
-    }
-
-
-def _open(run: Run, base: ChatModel) -> None:
-    manifest, ours = run.path / "manifest.json", _identity(run, base)
-    if manifest.exists():
-        theirs = read_json(manifest)
-        different = [k for k, v in ours.items() if theirs.get(k) != v]
-        if different:
-            raise SafeSteerError(
-                f"{run.path} holds a run with another {', '.join(different)}: choose another folder,"
-                " or delete it to start again."
-            )
-        return
-    if any(p.name != ".lock" for p in run.path.iterdir()):
-        raise SafeSteerError(
-            f"{run.path} is not empty and holds no SafeSteer run: choose another folder."
-        )
-    versions = {n: version(n) for n in ("torch", "transformers", "transformer-lens", "safetensors")}
-    write_json(
-        manifest,
-        {
-            "name": "safesteer",
-            **ours,
-            "preset": run.recipe.preset,
-            "seed": run.recipe.seed,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "versions": {"safesteer": __version__, "python": platform.python_version(), **versions},
-            "threads": torch.get_num_threads(),
-            "stages": {},
-        },
-    )
-
-
-def _finished(run: Run, stage: str) -> bool:
-    """True where every file of the stage is there with the hash it was recorded with."""
-    done = read_json(run.path / "manifest.json")["stages"].get(stage)
-    if done is None:
-        return False
-    files = {run.path / name: digest for name, digest in done["files"].items()}
-    return all(path.is_file() and _digest(path) == digest for path, digest in files.items())
-
-
-def _record(run: Run, stage: str, written: list[str], seconds: float) -> None:
-    manifest = read_json(run.path / "manifest.json")
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    manifest["stages"][stage] = {
-        "seconds": round(seconds, 1),
-        "peak_mb": round(peak_mb),
-        "files": {name: _digest(run.path / name) for name in written},
-    }
-    # What came after this stage was made from its old files.
-    for later in STAGES[STAGES.index(stage) + 1 :]:
-        manifest["stages"].pop(later, None)
-    write_json(run.path / "manifest.json", manifest)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process a run folder: the lock goes with the process, however it ends."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        handle = (path / ".lock").open("w")
-    except OSError as error:
-        raise SafeSteerError(f"Cannot write to the run folder {path}: {error.strerror}.") from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise SafeSteerError(f"Another process is at work in {path}.") from error
-        yield
-
-
-def clean(path: Path) -> None:
-    """Delete a run folder's checkpoint, once the exported model is what you keep."""
-    (path / "checkpoint.safetensors").unlink(missing_ok=True)
-    shutil.rmtree(path / ".cache", ignore_errors=True)

@@ -153,7 +153,7 @@ class PromptSet:
         bounds, total, used = {}, sum(SPLITS.values()), 0
         for name, size in SPLITS.items():
             share = max(1, round(size / total * len(pairs)))
-            bounds |= {pair: name for pair in pairs[used : used + share]}
+            bounds |= dict.fromkeys(pairs[used : used + share], name)
             used += share
         prompts = tuple(replace(p, split=p.split or bounds.get(p.pair, "test")) for p in self.prompts)
         return PromptSet(prompts, self.name)
@@ -171,9 +171,7 @@ def _parse_row(line: str, where: str, number: int) -> list[Prompt]:
             raise SafeSteerError(f"{where}: the label must be 'harmful' or 'harmless'.")
         texts = {row["label"]: row["prompt"]}
     else:
-        raise SafeSteerError(
-            f"{where} needs the keys 'harmful' and 'harmless', or 'prompt' and 'label'."
-        )
+        raise SafeSteerError(f"{where} needs the keys 'harmful' and 'harmless', or 'prompt' and 'label'.")
     extra = {k: str(row.get(k, "")) for k in ("split", "category", "form")}
     if extra["split"] not in ("", EXTRA, *SPLITS):
         raise SafeSteerError(f"{where}: the split must be one of {list(SPLITS)}.")
@@ -209,9 +207,7 @@ def render(tokenizer, prompt: str, *, system: str | None = None) -> str:
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
     except Exception as error:  # templates raise whatever they like
-        raise SafeSteerError(
-            f"The chat template of '{tokenizer.name_or_path}' failed: {error}"
-        ) from error
+        raise SafeSteerError(f"The chat template of '{tokenizer.name_or_path}' failed: {error}") from error
 
 
 def _ids(tokenizer, text: str) -> list[int]:

@@ -37,9 +37,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.extraction not in ("auto", "instruction", "prefill"):
-            raise SafeSteerError(
-                f"extraction must be auto, instruction or prefill, not '{self.extraction}'."
-            )
+            raise SafeSteerError(f"extraction must be auto, instruction or prefill, not '{self.extraction}'.")
         if self.anchor not in ("all", "distil"):
             raise SafeSteerError(f"anchor must be 'all' or 'distil', not '{self.anchor}'.")
         if self.dtype not in ("float32", "bfloat16", "float16"):

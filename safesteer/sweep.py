@@ -11,12 +11,12 @@ ablate, so "prefill" candidates are ranked by how far steering moves harmless pr
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from safesteer import steering
@@ -74,8 +74,8 @@ class Sweep:
         """The selected row. Raises SafeSteerError with the nearest miss where nothing passed."""
         kept = self.table[self.table.kept]
         if kept.empty:
-            scored = self.table.dropna(subset=["steering_refusal"])
-            miss = scored.sort_values("steering_refusal", ascending=False).iloc[0]
+            # Rows without a score come last.
+            miss = self.table.sort_values("steering_refusal", ascending=False).iloc[0]
             raise SafeSteerError(
                 f"No candidate passed the selection. The nearest miss is position {miss.position},"
                 f" layer {miss.layer}: {miss.reason}. Try extraction='prefill', or relax the"

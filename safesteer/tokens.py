@@ -153,9 +153,7 @@ class Rollouts:
 
 
 @torch.no_grad()
-def rollouts(
-    chat: ChatModel, direction: Direction, prompts: Sequence[str], config: TokenConfig
-) -> Rollouts:
+def rollouts(chat: ChatModel, direction: Direction, prompts: Sequence[str], config: TokenConfig) -> Rollouts:
     """Step 1 and 2: sample from teacher (or base), then read both on the same tokens."""
     torch.manual_seed(config.seed)
     parts, owners = [], []
@@ -165,7 +163,11 @@ def rollouts(
         batch = PromptBatch.of(chat.tokenizer, [prompts[i] for i in rows], device=chat.device)
         with source():
             ids = generate_ids(
-                chat, batch, max_new_tokens=config.horizon, temperature=1.0, n_samples=config.n_samples
+                chat,
+                batch,
+                max_new_tokens=config.horizon,
+                temperature=1.0,
+                n_samples=config.n_samples,
             )
         if ids.shape[1] < config.horizon:  # every sample ended early
             missing = config.horizon - ids.shape[1]
@@ -193,7 +195,7 @@ def _step_hidden(
     return final_hidden(chat.model, full, cache)[:, :-1]
 
 
-def _logp_rows(
+def logp_rows(
     chat: ChatModel, sampled: Rollouts
 ) -> Iterator[tuple[Int[Tensor, " n"], Int[Tensor, " n"], Tensor, Tensor]]:
     """Counting positions, a few rows at a time: (row, step, log pt, log p0), each over V."""
@@ -243,7 +245,7 @@ def select_tokens(
         )
     wide = {"dtype": torch.float64, "device": device}
     p_steered, p_base, delta = (torch.zeros(n_vocab, **wide) for _ in range(3))
-    for _, _, logp_t, logp_0 in _logp_rows(chat, sampled):
+    for _, _, logp_t, logp_0 in logp_rows(chat, sampled):
         p_steered += logp_t.exp().sum(0, dtype=torch.float64)
         p_base += logp_0.exp().sum(0, dtype=torch.float64)
         delta += (logp_t - logp_0).sum(0, dtype=torch.float64)
@@ -258,7 +260,7 @@ def select_tokens(
         )
     k_vote = min(config.k_vote, n_allowed)
     votes = torch.zeros((config.horizon, n_vocab), dtype=torch.long, device=device)
-    for _, step, logp_t, logp_0 in _logp_rows(chat, sampled):
+    for _, step, logp_t, logp_0 in logp_rows(chat, sampled):
         lift = (logp_t - logp_0).masked_fill_(banned, -torch.inf)
         top = lift.topk(k_vote, dim=-1).indices
         flat = (step[:, None].to(device) * n_vocab + top).flatten()
@@ -291,7 +293,7 @@ def _explain(
     """For each selected token the places of strongest lift; for the set its coverage."""
     best: list[list[tuple[float, int, int, float, float]]] = [[] for _ in ids]
     inside = everywhere = mass_t = mass_0 = 0.0
-    for row, step, logp_t, logp_0 in _logp_rows(chat, sampled):
+    for row, step, logp_t, logp_0 in logp_rows(chat, sampled):
         # Generalized terms are >= 0 for every token, so shares of a part lie in 0..1.
         terms = logp_t.exp() * (logp_t - logp_0) - logp_t.exp() + logp_0.exp()
         everywhere += float(terms.sum())

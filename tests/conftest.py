@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,6 +213,31 @@ def naive_logits(chat: ChatModel, batch: PromptBatch) -> torch.Tensor:
     """Logits at every column by the model's own forward pass: no cache, no shared prefix."""
     inputs = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
     return chat.model(batch.prompt_ids, use_cache=False, **inputs).logits
+
+
+def reference_kl(a: list[float], b: list[float], generalized: bool) -> float:
+    value = sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+    return value + (sum(b) - sum(a) if generalized else 0.0)
+
+
+def reference_divergence(
+    p: list[float], q: list[float], divergence: str, normalizer: str, beta: float = 0.5
+) -> float:
+    """One position, in probabilities, term by term."""
+    if normalizer == "renormalized":
+        p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
+    if normalizer == "tail":
+        p, q = [*p, 1 - sum(p)], [*q, 1 - sum(q)]
+    generalized = normalizer == "generalized"
+    reverse, forward = reference_kl(p, q, generalized), reference_kl(q, p, generalized)
+    mixture = [beta * y + (1 - beta) * x for x, y in zip(p, q, strict=True)]
+    to_mixture = [reference_kl(x, mixture, generalized) for x in (q, p)]
+    return {
+        "reverse": reverse,
+        "forward": forward,
+        "symmetric": (reverse + forward) / 2,
+        "jsd": beta * to_mixture[0] + (1 - beta) * to_mixture[1],
+    }[divergence]
 
 
 def assert_near(got, want, tolerance: float = 1e-4) -> None:

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import assert_near
+from conftest import assert_near, reference_divergence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +21,7 @@ from safesteer.divergence import (
 
 DIVERGENCES = ("reverse", "forward", "symmetric", "jsd")
 NORMALIZERS = ("partial", "generalized", "tail", "renormalized")
+WORDS = list(product(DIVERGENCES, NORMALIZERS))
 N, D, V = 5, 3, 9
 BETA = 0.3
 
@@ -29,40 +30,18 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def kl(a: list[float], b: list[float], generalized: bool) -> float:
-    value = sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
-    return value + (sum(b) - sum(a) if generalized else 0.0)
-
-
-def reference(p: list[float], q: list[float], divergence: str, normalizer: str, beta: float) -> float:
-    """One position, in probabilities, term by term."""
-    if normalizer == "renormalized":
-        p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
-    if normalizer == "tail":
-        p, q = [*p, 1 - sum(p)], [*q, 1 - sum(q)]
-    generalized = normalizer == "generalized"
-    reverse, forward = kl(p, q, generalized), kl(q, p, generalized)
-    mixture = [beta * y + (1 - beta) * x for x, y in zip(p, q, strict=True)]
-    return {
-        "reverse": reverse,
-        "forward": forward,
-        "symmetric": (reverse + forward) / 2,
-        "jsd": beta * kl(q, mixture, generalized) + (1 - beta) * kl(p, mixture, generalized),
-    }[divergence]
-
-
-@pytest.mark.parametrize(("divergence", "normalizer"), product(DIVERGENCES, NORMALIZERS))
+@pytest.mark.parametrize(("divergence", "normalizer"), WORDS)
 def test_divergence_equals_reference(divergence, normalizer):
     p, q = (normal(4, V, seed=s).softmax(-1)[:, [1, 4, 6]] for s in (1, 2))
     got = localized_divergence(p.log(), q.log(), divergence, normalizer, BETA)
     want = [
-        reference(a, b, divergence, normalizer, BETA)
+        reference_divergence(a, b, divergence, normalizer, BETA)
         for a, b in zip(p.tolist(), q.tolist(), strict=True)
     ]
     assert_near(got, torch.tensor(want, dtype=torch.float64), 1e-12)
 
 
-@pytest.mark.parametrize(("divergence", "normalizer"), product(DIVERGENCES, NORMALIZERS))
+@pytest.mark.parametrize(("divergence", "normalizer"), WORDS)
 def test_gradient_of_divergence(divergence, normalizer):
     h, weight = normal(N, D).requires_grad_(), normal(V, D, seed=1).requires_grad_()
     ids, q = torch.tensor([5, 0, 7]), normal(N, V, seed=2).log_softmax(-1)[:, [5, 0, 7]]
@@ -156,9 +135,9 @@ def test_signs_and_minima(p, q, rest):
     for divergence, normalizer in product(DIVERGENCES, ("generalized", "tail")):
         assert float(localized_divergence(q, q, divergence, normalizer)) == pytest.approx(0, abs=1e-12)
         value = float(localized_divergence(p, q, divergence, normalizer))
-        assert value >= -1e-7  # tail clamps the rest's mass at 1e-7
-        if float((p - q).abs().max()) > 0.1 and divergence == "reverse":
-            assert value > 1e-3 * float(torch.minimum(p, q).exp().max() * 1e-3) or value > 0
+        assert value >= -1e-12
+        if float((p - q).abs().max()) > 0.1:
+            assert value > 0
 
 
 def test_partial_reverse_has_no_slope_at_q_over_e():
@@ -182,7 +161,7 @@ def test_renormalized_ignores_the_mass_on_the_set(divergence):
     value = localized_divergence(p, q, divergence, "renormalized")
     assert_near(localized_divergence(p - 2, q - 5, divergence, "renormalized"), value, 1e-12)
     moved = localized_divergence(p - 2, q, divergence, "partial")
-    assert (moved - localized_divergence(p, q, divergence, "partial")).abs().min() > 1e-3
+    assert (moved - localized_divergence(p, q, divergence, "partial")).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -206,7 +185,7 @@ def test_full_divergence_equals_naive(divergence, softcap):
     got = full_divergence(h, t, head, base_head, divergence, BETA, chunk=2)
     p, q = logits_of(h, *head).softmax(-1), logits_of(t, *base_head).softmax(-1)
     want = [
-        reference(a, b, divergence, "partial", BETA)
+        reference_divergence(a, b, divergence, "partial", BETA)
         for a, b in zip(p.tolist(), q.tolist(), strict=True)
     ]
     assert_near(got, torch.tensor(want, dtype=torch.float64), 1e-12)

@@ -1,5 +1,6 @@
 """Prompt files, the shipped pairs, and the one path from text to ids."""
 
+import copy
 import json
 from itertools import combinations
 
@@ -185,8 +186,6 @@ def test_suffix_length(chatml_tokenizer, llama3_tokenizer):
 
 def changed(tokenizer, template: str | None):
     """A copy of the tokenizer with another chat template."""
-    import copy
-
     other = copy.deepcopy(tokenizer)
     other.chat_template = template
     return other
@@ -219,8 +218,9 @@ def test_system_prompt_replaces_the_default_one(chatml_tokenizer):
 def test_no_double_bos(llama3_tokenizer):
     bos = llama3_tokenizer.bos_token_id
     assert llama3_tokenizer("x").input_ids[0] == bos  # the tokenizer would add one of its own
-    for row in PromptBatch.of(llama3_tokenizer, PROMPTS).prompt_ids.tolist():
-        assert row.count(bos) == 1
+    batch = PromptBatch.of(llama3_tokenizer, PROMPTS)
+    for ids, mask in zip(batch.prompt_ids, batch.attention_mask, strict=True):
+        assert ids[mask.bool()].tolist().count(bos) == 1
 
 
 def test_batch_holds_each_rendered_prompt_and_its_continuation(tokenizer):

@@ -1,0 +1,82 @@
+"""Which kind of word a safety token is: simple rules that can be read, and overruled.
+
+In this order, the first that applies:
+1. the user's own choice (a mapping from token text or id to a group);
+2. "format": the token holds no letter and no digit (punctuation, white space, markdown, bytes);
+3. a word list: "starts a refusal", "names the harm", "hedges". English only; a word matches a list
+   by a stem at its start ("harm" matches "harmful");
+4. its neighbours: the group that most of its named nearest unembedding neighbours have, if their
+   cosine is 0.4 or more (this is what finds spelling variants and other languages);
+5. "other".
+The lists were written from what refusals say, not fitted to any model: a group is a reading aid,
+and nothing is computed from it.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from safesteer.errors import SafeSteerError
+
+GROUPS = ("starts a refusal", "names the harm", "hedges", "format", "other")
+MIN_COSINE = 0.4
+
+# Stems; a trailing "." asks for the whole word.
+STEMS = {
+    "starts a refusal": (
+        "sorry apolog unfortunat cannot. can't. cant. couldn won't. unable refus declin i. i'm. 'm."
+        " as. don't. not. never. no. regret afraid. forgive unwilling impossible prohibit"
+    ),
+    "names the harm": (
+        "illegal unlaw law. laws. legal harm danger unethic ethic immoral unsafe safety violen violat"
+        " abus crim kill weapon explosi bomb attack drug poison suicid hate hatred discrimin exploit"
+        " fraud scam theft steal hack malicious malware threat risk injur hurt victim terror inappropri"
+        " offensive against. consequence damag privacy punish"
+    ),
+    "hedges": (
+        "however but. may. might could. would. should. perhaps possibl generally typically often."
+        " sometimes likely any. confus misunderst instead recommend suggest advis consult important"
+        " understand clarif appreciate concern sensitiv caution careful responsib professional depend"
+        " provide assist help support although though. while. please"
+    ),
+}
+
+
+def by_word(text: str) -> tuple[str, str] | None:
+    """(group, stem) of rule 2 or 3, or None where neither applies."""
+    word = text.strip().lower().replace("\u2019", "'")
+    if not any(c.isalnum() for c in word) or (word.startswith("⟨") and word.endswith("⟩")):
+        return "format", "no letter or digit"
+    for group, stems in STEMS.items():
+        for stem in stems.split():
+            if word == stem[:-1] if stem.endswith(".") else word.startswith(stem):
+                return group, f"word list: {stem.rstrip('.')}"
+    return None
+
+
+def check_override(override: Mapping[str | int, str]) -> None:
+    """Raise SafeSteerError for a group that does not exist."""
+    for token, group in override.items():
+        if group not in GROUPS:
+            raise SafeSteerError(f"'{group}' (for token {token!r}) is not one of {list(GROUPS)}.")
+
+
+def group_of(
+    token: int,
+    text: str,
+    neighbours: Sequence[tuple[str, float]],
+    override: Mapping[str | int, str] | None = None,
+) -> tuple[str, str]:
+    """(group, reason). `neighbours` are (text, cosine) of the nearest unembedding rows."""
+    for key in (token, text, text.strip()):
+        if override and key in override:
+            return override[key], "your choice"
+    found = by_word(text)
+    if found is not None:
+        return found
+    near = [(by_word(t), t, c) for t, c in neighbours if c >= MIN_COSINE]
+    named = [(g[0], t, c) for g, t, c in near if g is not None and g[0] != "format"]
+    if named:
+        group = Counter(g for g, _, _ in named).most_common(1)[0][0]
+        _, like, cosine = next(n for n in named if n[0] == group)
+        return group, f"like its neighbour '{like.strip()}' (cosine {cosine:.2f})"
+    return "other", "no rule applies"

@@ -1,0 +1,83 @@
+"""report.html: one self-contained page that opens from disk, offline.
+
+1. `page_data` reads the run folder into one JSON value.
+2. The shell (`report.html`), style, script, plotly and data are put together, each exactly once.
+   Data sits in <script type="application/json"> with <, > and & escaped; the script builds every
+   element with textContent, so no text from a model or a prompt is ever parsed as markup.
+3. A Content-Security-Policy allows the page's own two scripts by hash and nothing else: no
+   network, no inline handlers. Plotly is stored as inert text and started when a figure is seen.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from safesteer import __version__
+from safesteer.attribution.page_data import page_data
+from safesteer.files import write_text
+
+NAME = "report.html"
+
+
+def write_report(run: str | Path) -> Path:
+    """Build `run`/report.html from the files in the run folder; returns its path."""
+    run = Path(run)
+    write_text(run / NAME, build_page(page_data(run)))
+    return run / NAME
+
+
+def build_page(data: dict[str, Any]) -> str:
+    """The whole page as text."""
+    script, plotly = _file("report.js"), _lines(get_plotlyjs())
+    if "</script" in plotly.lower() or "<!--" in plotly:
+        plotly = plotly.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+    facts = data["run"]
+    about = [facts["date"], f"preset {facts['preset']}", f"seed {facts['seed']}"]
+    about.append(f"SafeSteer {__version__}")
+    parts = {
+        "title": html.escape(f"SafeSteer: {facts['model']}"),
+        "model": html.escape(facts["model"]),
+        "about": html.escape(" · ".join(a for a in about if not a.endswith(" ") and a)),
+        "policy": html.escape(_policy(script, plotly)),
+        "style": _file("report.css"),
+        "data": as_json(data),
+        "plotly": plotly,
+        "script": script,
+    }
+    # One pass, so that a placeholder inside the data stays what it is: text.
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], _file("report.html"))
+
+
+def as_json(value: Any) -> str:
+    """JSON that can stand inside a script element: no <, > or & and no line separators."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+def _policy(*scripts: str) -> str:
+    """Nothing may be loaded; only the given scripts may run. Plotly needs inline styles."""
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts
+    )
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:;"
+        " base-uri 'none'; form-action 'none'"
+    )
+
+
+def _file(name: str) -> str:
+    return _lines((resources.files("safesteer.attribution") / name).read_text(encoding="utf-8"))
+
+
+def _lines(text: str) -> str:
+    """Line ends as a browser reads them, so that the hashes agree."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,0 +1,196 @@
+"""The spine on a tiny random model: the run folder's contract, resuming, and refusing to guess."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from safesteer import distill as _  # noqa: F401  (the import hook sees the package first)
+from safesteer.directions import Direction
+from safesteer.errors import SafeSteerError
+from safesteer.evaluate import Evaluation
+from safesteer.pipeline import align
+from safesteer.recipes import recipe
+from safesteer.run import STAGES
+from safesteer.tokens import TokenSet
+
+QUIET = Console(quiet=True)
+SMALL = {
+    "extraction": "prefill",
+    "n_direction": 6,
+    "sweep.n_prompts": 3,
+    "tokens.k": 8,
+    "tokens.n_samples": 2,
+    "tokens.horizon": 3,
+    "tokens.min_steered_prob": 1e-4,
+    "distill.n_steps": 4,
+    "distill.harmful_per_step": 2,
+    "distill.harmless_per_step": 2,
+    "distill.max_new_tokens": 3,
+    "distill.checkpoint_every": 2,
+    "distill.lr": 1e-3,
+    "evaluation.n_prompts": 4,
+    "evaluation.max_new_tokens": 4,
+    "evaluation.perplexity_tokens": 200,
+}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama.model.save_pretrained(folder)
+    tiny_llama.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(model_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return align(str(model_folder), out, recipe(**SMALL), console=QUIET)
+
+
+def test_run_folder_is_the_contract(run):
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert list(manifest["stages"]) == list(STAGES)
+    assert all({"seconds", "peak_mb", "files"} <= s.keys() for s in manifest["stages"].values())
+    assert manifest["config"]["distill"]["n_steps"] == 4
+    assert {"seed", "versions", "prompts_hash", "template_hash"} <= manifest.keys()
+
+    table = pd.read_csv(run / "sweep.csv")
+    columns = "extraction position layer ablation_refusal steering_refusal kl_harmless kept reason"
+    assert list(table.columns) == columns.split()
+    assert len(table) == 3
+    assert table.reason.str.len().min() > 0
+
+    tokens = json.loads((run / "tokens.json").read_text())
+    assert {"settings", "coverage", "tokens"} <= tokens.keys()
+    fields = "id text votes votes_by_position mean_delta p_base p_steered contexts"
+    assert set(fields.split()) <= tokens["tokens"][0].keys()
+
+    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in history] == [1, 2, 3, 4]
+    fields = (
+        "loss grad_norm lr mass_on_s_student mass_on_s_teacher kl_off_s n_tokens rollout_s teacher_s student_s"
+    )
+    assert set(fields.split()) <= history[0].keys()
+
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert list(evaluation) == ["base", "teacher", "student"]
+    fields = "refusal_rate_harmful refusal_rate_harmless kl_harmless perplexity n refusal_rate_harmful_ci"
+    assert all(set(fields.split()) <= s.keys() for s in evaluation.values())
+    assert len((run / "answers.jsonl").read_text().splitlines()) == 8
+    assert "<html" in (run / "report.html").read_text()
+    assert not [p.name for p in run.iterdir() if p.name.startswith(".") and p.name != ".lock"]
+
+
+def test_exported_model_is_plain_hugging_face(run, tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert tokenizer.chat_template == tiny_llama.tokenizer.chat_template
+    changed = {
+        name
+        for name, p in model.named_parameters()
+        if not torch.equal(p, tiny_llama.model.get_parameter(name))
+    }
+    layer = Direction.load(run / "direction.safetensors").layer
+    assert changed
+    assert all(name.startswith("model.norm") or int(name.split(".")[2]) >= layer for name in changed)
+    assert "aligned with SafeSteer" in (run / "model" / "README.md").read_text()
+
+
+def test_finished_run_does_nothing_again(run, model_folder):
+    before = {p: p.stat().st_mtime_ns for p in run.iterdir() if p.name != ".lock"}
+    align(str(model_folder), run, recipe(**SMALL), console=QUIET)
+    assert {p: p.stat().st_mtime_ns for p in run.iterdir() if p.name != ".lock"} == before
+
+
+def test_interrupted_training_continues_to_the_same_weights(run, model_folder, tmp_path, monkeypatch):
+    from safesteer import pipeline
+
+    real = pipeline.distill
+
+    def stops_at_three(*args):
+        for record in real(*args):
+            yield record
+            if record.step == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "distill", stops_at_three)
+    with pytest.raises(KeyboardInterrupt):
+        align(str(model_folder), tmp_path / "run", recipe(**SMALL), console=QUIET)
+    monkeypatch.setattr(pipeline, "distill", real)
+    again = align(str(model_folder), tmp_path / "run", recipe(**SMALL), console=QUIET)
+
+    def losses(folder):
+        rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+        return [(r["step"], r["loss"], r["grad_norm"], r["mass_on_s_student"]) for r in rows]
+
+    assert losses(again) == losses(run)
+    weights = "model/model.safetensors"
+    assert (again / weights).read_bytes() == (run / weights).read_bytes()
+    for name in ("direction.safetensors", "tokens.json", "evaluation.json"):
+        assert (again / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_a_torn_file_is_made_again(run, model_folder, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    whole = (copy / "tokens.json").read_bytes()
+    (copy / "tokens.json").write_bytes(whole[: len(whole) // 2])
+    align(str(model_folder), copy, recipe(**SMALL), console=QUIET)
+    assert (copy / "tokens.json").read_bytes() == whole
+    assert len(TokenSet.load(copy / "tokens.json")) == 8
+
+
+def test_another_config_in_the_folder_is_refused(run, model_folder):
+    before = (run / "manifest.json").read_bytes()
+    with pytest.raises(SafeSteerError, match="another config"):
+        align(str(model_folder), run, recipe(**{**SMALL, "distill.lr": 0.5}), console=QUIET)
+    assert (run / "manifest.json").read_bytes() == before
+
+
+def test_a_folder_of_other_files_is_refused(model_folder, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(SafeSteerError, match="not empty"):
+        align(str(model_folder), tmp_path, recipe(**SMALL), console=QUIET)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "thesis.tex"]
+
+
+def test_two_processes_cannot_share_a_folder(run, model_folder):
+    from safesteer.run import locked
+
+    with locked(run), pytest.raises(SafeSteerError, match="Another process"):
+        align(str(model_folder), run, recipe(**SMALL), console=QUIET)
+
+
+def test_stages_run_one_by_one(model_folder, tmp_path, run):
+    out = tmp_path / "run"
+    align(str(model_folder), out, recipe(**SMALL), stages=("direction",), console=QUIET)
+    assert not (out / "tokens.json").exists()
+    align(str(model_folder), out, recipe(**SMALL), stages=("tokens",), console=QUIET)
+    assert (out / "tokens.json").read_bytes() == (run / "tokens.json").read_bytes()
+    with pytest.raises(SafeSteerError, match="Unknown stage 'stir'"):
+        align(str(model_folder), out, recipe(**SMALL), stages=("stir",), console=QUIET)
+
+
+def test_evaluation_round_trip(run, tmp_path):
+    loaded = Evaluation.load(run / "evaluation.json")
+    loaded.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (run / "evaluation.json").read_bytes()
+    low, high = loaded.scores["base"].refusal_rate_harmful_ci
+    assert 0 <= low <= loaded.scores["base"].refusal_rate_harmful <= high <= 1
+    assert loaded.scores["base"].kl_harmless == 0
+    assert list(loaded.to_frame().index) == ["base", "teacher", "student"]
+
+
+def test_auto_extraction_says_what_it_chose(model_folder, tmp_path, capsys):
+    settings = {**SMALL, "extraction": "auto", "native_share": 1.1}
+    align(
+        str(model_folder), tmp_path / "run", recipe(**settings), stages=("direction",), console=Console()
+    )
+    assert "prefill contrast" in capsys.readouterr().out
+    assert Direction.load(tmp_path / "run" / "direction.safetensors").extraction == "prefill"

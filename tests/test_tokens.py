@@ -1,0 +1,282 @@
+"""Safety tokens against full tensors and plain loops."""
+
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+from conftest import PROMPTS, assert_near, batch_of, copy_of, naive_logits
+
+from safesteer import models, tokens
+from safesteer.directions import steer
+from safesteer.errors import SafeSteerError
+from safesteer.models import ChatModel
+from safesteer.prompts import PromptBatch
+from safesteer.tokens import Rollouts, TokenConfig, TokenSet, banned_ids, rollouts, select_tokens
+
+CONFIG = TokenConfig(k=12, k_vote=20, horizon=4, n_samples=3, min_steered_prob=1e-4)
+
+
+@pytest.fixture(scope="module")
+def ender(tiny_llama) -> ChatModel:
+    """tiny_llama with ends of answer so common that both masks bite."""
+    chat = copy_of(tiny_llama)
+    top = naive_logits(chat, batch_of(chat, PROMPTS[:1]))[0, -1].topk(12).indices.tolist()
+    batch = batch_of(chat, ["Explain how tides work."])
+    greedy = models.generate_ids(chat, batch, max_new_tokens=4)[0].tolist()
+    chat.model.generation_config.eos_token_id = sorted({*top[1:], greedy[1]})
+    return chat
+
+
+@pytest.fixture(scope="module")
+def sampled(ender, direction) -> Rollouts:
+    return rollouts(ender, direction, PROMPTS, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def found(ender, direction) -> TokenSet:
+    return select_tokens(ender, direction, PROMPTS, CONFIG)
+
+
+def naive_logps(chat, direction, sampled: Rollouts) -> tuple[torch.Tensor, torch.Tensor]:
+    """log pt and log p0 at every step of every sample, [rows, horizon, V]: one row at a time."""
+    teacher, base = [], []
+    horizon = sampled.completion_ids.shape[1]
+    for prompt, ids in zip(sampled.prompts, sampled.completion_ids.tolist(), strict=True):
+        batch = PromptBatch.of(chat.tokenizer, [prompt], [ids])
+        base.append(naive_logits(chat, batch)[0, -horizon - 1 : -1].log_softmax(-1))
+        with steer(chat, direction):
+            teacher.append(naive_logits(chat, batch)[0, -horizon - 1 : -1].log_softmax(-1))
+    return torch.stack(teacher), torch.stack(base)
+
+
+def naive_counting(chat, ids: list[int], base: torch.Tensor) -> list[bool]:
+    """A step counts until the sample has ended before it, or the base would end at or before it."""
+    counting, over = [], False
+    for token, logps in zip(ids, base, strict=True):
+        over = over or int(logps.argmax()) in chat.eos_ids
+        counting.append(not over)
+        over = over or token in chat.eos_ids
+    return counting
+
+
+def test_rollouts_read_teacher_and_base_at_the_same_tokens(ender, direction, sampled):
+    weight = models.output_head(ender.model)[0]
+    teacher, base = naive_logps(ender, direction, sampled)
+    assert_near((sampled.teacher @ weight.T).log_softmax(-1), teacher)
+    assert_near((sampled.base @ weight.T).log_softmax(-1), base)
+    assert sorted(Counter(sampled.prompts).values()) == [CONFIG.n_samples] * len(PROMPTS)
+
+
+def test_counting_positions(ender, direction, sampled):
+    _, base = naive_logps(ender, direction, sampled)
+    rows = zip(sampled.completion_ids.tolist(), base, strict=True)
+    want = [naive_counting(ender, ids, logps) for ids, logps in rows]
+    assert sampled.valid.tolist() == want
+    eos = torch.tensor(ender.eos_ids)
+    sample_ended = torch.isin(sampled.completion_ids[:, :-1], eos)
+    base_ended = torch.isin(base.argmax(-1), eos)
+    assert (sample_ended & sampled.valid[:, :-1]).any()  # the ending token itself counts
+    assert (base_ended & ~torch.isin(sampled.completion_ids, eos)).any()
+    assert 0 < int(sampled.valid.sum()) < sampled.valid.numel()
+
+
+def naive_selection(chat, direction, sampled, config):
+    """Ids in order of selection, and votes by step: full tensors, plain sorting."""
+    teacher, base = naive_logps(chat, direction, sampled)
+    places = sampled.valid.nonzero().tolist()
+    delta = (teacher - base).double()
+    mean_p = torch.stack([teacher[r, j].exp().double() for r, j in places]).mean(0)
+    mean_delta = torch.stack([delta[r, j] for r, j in places]).mean(0)
+    special = set(chat.tokenizer.all_special_ids)
+    allowed = [
+        v
+        for v in range(len(chat.tokenizer))
+        if v not in special and float(mean_p[v]) >= config.min_steered_prob
+    ]
+    votes = [Counter() for _ in range(config.horizon)]
+    for r, j in places:
+        votes[j].update(sorted(allowed, key=lambda v: -float(delta[r, j, v]))[: config.k_vote])
+    total = sum(votes, Counter())
+    if config.method == "vote":
+        order = sorted(total, key=lambda v: (-total[v], -float(mean_delta[v]), v))
+    else:
+        order = sorted(allowed, key=lambda v: -float(mean_delta[v]))
+    return order[: config.k], votes, mean_p, mean_delta
+
+
+@pytest.mark.parametrize("method", ["vote", "mean"])
+@pytest.mark.parametrize("min_steered_prob", [1e-4, 3e-3])
+def test_selection_equals_naive(ender, direction, sampled, method, min_steered_prob):
+    settings = {**vars(CONFIG), "method": method, "min_steered_prob": min_steered_prob}
+    config = TokenConfig(**settings)
+    got = select_tokens(ender, direction, PROMPTS, config, sampled=sampled)
+    ids, votes, mean_p, mean_delta = naive_selection(ender, direction, sampled, config)
+    assert [t.id for t in got.tokens] == got.ids.tolist() == ids
+    for token in got.tokens:
+        assert token.votes_by_position == tuple(v[token.id] for v in votes)
+        assert token.votes == sum(token.votes_by_position)
+        assert token.mean_delta == pytest.approx(float(mean_delta[token.id]), abs=1e-4)
+        assert token.p_steered == pytest.approx(float(mean_p[token.id]), rel=1e-3)
+        assert token.text == ender.tokenizer.decode([token.id])
+    assert got.n_positions == int(sampled.valid.sum())
+    assert got.settings == settings
+
+
+def test_coverage_equals_naive(ender, direction, sampled, found):
+    teacher, base = (x[sampled.valid].double() for x in naive_logps(ender, direction, sampled))
+    terms = teacher.exp() * (teacher - base) - teacher.exp() + base.exp()
+    want = {
+        "kl_share": float(terms[:, found.ids].sum() / terms.sum()),
+        "mass_teacher": float(teacher.exp()[:, found.ids].sum(-1).mean()),
+        "mass_base": float(base.exp()[:, found.ids].sum(-1).mean()),
+        "kl_per_position": float(terms.sum(-1).mean()),
+    }
+    assert found.coverage == pytest.approx(want, rel=1e-3)
+
+
+def test_contexts_are_the_places_of_strongest_lift(ender, direction, sampled, found):
+    teacher, base = (x.exp() for x in naive_logps(ender, direction, sampled))
+    lift = (teacher - base).masked_fill(~sampled.valid[..., None], -math.inf)
+    for token in found.tokens[:3]:
+        row, step = divmod(int(lift[..., token.id].argmax()), CONFIG.horizon)
+        first = token.contexts[0]
+        assert len(token.contexts) == CONFIG.n_contexts
+        assert first.p_steered - first.p_base == pytest.approx(
+            float(lift[row, step, token.id]), abs=1e-4
+        )
+        assert first.prompt == sampled.prompts[row]
+        so_far = sampled.completion_ids[row, :step].tolist()
+        assert first.answer_so_far == ender.tokenizer.decode(so_far)
+
+
+def without_coverage(found: TokenSet) -> list:
+    return [(t.id, t.votes, t.votes_by_position) for t in found.tokens]
+
+
+def test_rows_at_a_time_do_not_change_votes(ender, direction, sampled, monkeypatch):
+    want = select_tokens(ender, direction, PROMPTS, CONFIG, sampled=sampled)
+    monkeypatch.setattr(tokens, "ROWS", 3)
+    got = select_tokens(ender, direction, PROMPTS, CONFIG, sampled=sampled)
+    assert without_coverage(got) == without_coverage(want)
+    assert got.coverage == pytest.approx(want.coverage, rel=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batch_size_does_not_change_votes(ender, direction, monkeypatch, batch_size):
+    """Greedy continuations, because the order of random draws does depend on the batches."""
+    greedy = models.generate_ids
+    monkeypatch.setattr(
+        tokens, "generate_ids", lambda *a, temperature, **options: greedy(*a, **options)
+    )
+    want = select_tokens(ender, direction, PROMPTS, CONFIG)
+    config = TokenConfig(**{**vars(CONFIG), "batch_size": batch_size})
+    assert without_coverage(select_tokens(ender, direction, PROMPTS, config)) == without_coverage(want)
+
+
+def test_selection_depends_on_the_seed_only(ender, direction, found):
+    torch.manual_seed(123)
+    again = select_tokens(ender, direction, PROMPTS, CONFIG)
+    assert again == found
+    other = TokenConfig(**{**vars(CONFIG), "seed": 1})
+    assert without_coverage(select_tokens(ender, direction, PROMPTS, other)) != without_coverage(found)
+
+
+def test_rollouts_come_from_the_chosen_model(tiny_llama, direction):
+    """With strong steering teacher and base write different samples; both are read alike."""
+    config = TokenConfig(**{**vars(CONFIG), "rollouts": "base"})
+    by_base = rollouts(tiny_llama, direction.with_coeff(50.0), PROMPTS, config)
+    by_teacher = rollouts(tiny_llama, direction.with_coeff(50.0), PROMPTS, CONFIG)
+    unsteered = rollouts(tiny_llama, direction.with_coeff(0.0), PROMPTS, CONFIG)
+    assert torch.equal(by_base.completion_ids, unsteered.completion_ids)
+    assert not torch.equal(by_base.completion_ids, by_teacher.completion_ids)
+
+
+def test_samples_that_end_at_once_are_padded_to_the_horizon(tiny_llama, direction):
+    chat = copy_of(tiny_llama)
+    batch = batch_of(chat)
+    with steer(chat, direction):
+        first = models.generate_ids(chat, batch, max_new_tokens=1)[:, 0].tolist()
+    assert first  # every continuation ends with its first token, if all ids are ends
+    chat.model.generation_config.eos_token_id = list(range(400))
+    got = rollouts(chat, direction, PROMPTS, CONFIG)
+    assert got.completion_ids.shape == (len(PROMPTS) * CONFIG.n_samples, CONFIG.horizon)
+    with pytest.raises(SafeSteerError, match="No position"):
+        select_tokens(chat, direction, PROMPTS, CONFIG)
+
+
+def test_banned_tokens(tiny_qwen2):
+    """Special tokens, tokens with "<|" and the head's padding rows (16 of them here)."""
+    banned = torch.nonzero(banned_ids(tiny_qwen2)).flatten().tolist()
+    special = sorted(tiny_qwen2.tokenizer.all_special_ids)
+    assert special == [0, 1, 2, 3]
+    assert banned == [*special, *range(400, 416)]
+
+
+def test_tokens_that_hold_a_template_mark_are_banned(tiny_llama):
+    import copy
+
+    chat = ChatModel(tiny_llama.model, copy.deepcopy(tiny_llama.tokenizer), "marked")
+    chat.tokenizer.add_tokens(["x<|y"])
+    new = chat.tokenizer.convert_tokens_to_ids("x<|y")
+    assert new == 400  # beyond the head's rows: nothing to ban, and no index error
+    assert int(banned_ids(chat).sum()) == 3
+
+
+def test_banned_tokens_are_never_selected(tiny_qwen2, direction):
+    """Even where every token may be chosen."""
+    config = TokenConfig(k=416, k_vote=416, horizon=2, n_samples=1, min_steered_prob=0.0)
+    for method in ("vote", "mean"):
+        chosen = select_tokens(
+            tiny_qwen2, direction, PROMPTS[:2], TokenConfig(**{**vars(config), "method": method})
+        )
+        assert sorted(chosen.ids.tolist()) == list(range(4, 400))
+
+
+def test_no_token_above_the_threshold_is_an_error(ender, direction, sampled):
+    config = TokenConfig(**{**vars(CONFIG), "min_steered_prob": 1.0})
+    with pytest.raises(SafeSteerError, match="lower min_steered_prob"):
+        select_tokens(ender, direction, PROMPTS, config, sampled=sampled)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("k", 0),
+        ("k_vote", 0),
+        ("horizon", 0),
+        ("n_samples", -1),
+        ("batch_size", 0),
+        ("method", "median"),
+        ("rollouts", "student"),
+        ("prompts", "all"),
+    ],
+)
+def test_config_errors_name_the_setting(name, value):
+    with pytest.raises((SafeSteerError, TypeError)) as caught:
+        TokenConfig(**{name: value})
+    assert name in str(caught.value)
+
+
+def test_token_set_round_trip(found, tmp_path):
+    found.save(tmp_path / "tokens.json")
+    again = TokenSet.load(tmp_path / "tokens.json")
+    assert again == found
+    assert again.ids.tolist() == found.ids.tolist()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"tokens": [{"id": 1}]}'])
+def test_damaged_token_files_are_refused(tmp_path, content):
+    (tmp_path / "tokens.json").write_text(content)
+    with pytest.raises(SafeSteerError, match=r"tokens\.json is not a"):
+        TokenSet.load(tmp_path / "tokens.json")
+
+
+def test_tables_are_escaped(found):
+    frame = found.to_frame()
+    assert frame.id.tolist() == found.ids.tolist()
+    assert len(found) == len(frame)
+    nasty = json.loads(json.dumps(found.to_frame().iloc[0].to_dict(), default=str))
+    token = tokens.SafetyToken(nasty["id"], "<script>", 1, (1,), 0.0, 0.1, 0.2)
+    assert "<script>" not in TokenSet((token,), {}, {}, 1)._repr_html_()
