@@ -83,6 +83,8 @@ class DistillConfig:
                 raise SafeSteerError(f"distill.{name} must be at least {low}.")
         if not self.lr > 0:
             raise SafeSteerError("distill.lr must be positive.")
+        if not 0 < self.beta < 1:
+            raise SafeSteerError("distill.beta must lie between 0 and 1.")
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,7 @@ def distill(
                     f" {answers.texts[int(at[0]) // answers.n_rollouts]!r}; the last checkpoint is kept."
                 )
             objective.backward()
-            loss, student_mass[span] = loss + float(objective), mass
+            loss, student_mass[span] = loss + float(objective.detach()), mass
             if first == 0:
                 off_s = _off_set(hidden, h_teacher[span], student.model, base_head, ids)
         grad_norm = float(nn.utils.clip_grad_norm_(params, config.max_grad_norm))
@@ -266,16 +268,16 @@ def _loss_part(hidden, h_teacher, model, base_head, ids, set_ids, span, config):
     head = output_head(model)
     if config.support == "full":
         part = full_divergence(hidden, h_teacher, head, base_head, config.divergence, config.beta)
+    else:
+        here = set_ids[span] if set_ids.dim() == 2 else set_ids
+        p = logps_on(hidden, head[0], here, bias=head[1], softcap=head[2])
         with torch.no_grad():
-            mass = logps_on(hidden, head[0], ids, bias=head[1], softcap=head[2]).exp().sum(-1)
-        return part, mass
-    here = set_ids[span] if set_ids.dim() == 2 else set_ids
-    p = logps_on(hidden, head[0], here, bias=head[1], softcap=head[2])
+            q = logps_on(h_teacher, base_head[0], here, bias=base_head[1], softcap=base_head[2])
+        part = localized_divergence(p, q, config.divergence, config.normalizer, config.beta)
     with torch.no_grad():
-        q = logps_on(h_teacher, base_head[0], here, bias=base_head[1], softcap=base_head[2])
-    return localized_divergence(p, q, config.divergence, config.normalizer, config.beta), (
-        p.detach().exp().sum(-1)
-    )
+        if config.support != "safety":
+            p = logps_on(hidden, head[0], ids, bias=head[1], softcap=head[2])
+        return part, p.exp().sum(-1)
 
 
 @torch.no_grad()

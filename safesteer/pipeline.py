@@ -10,10 +10,10 @@ Each stage reads and writes files of one run folder and is skipped where they ar
 interrupted run continues. `manifest.json` names the files of every finished stage with their hash.
 """
 
-import dataclasses
+import copy
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -164,7 +164,7 @@ def train(run: Run, base: ChatModel) -> list[str]:
     anchor = distil.harmless
     if run.recipe.anchor == "all":
         anchor = anchor + run.prompts.split("train").harmless + run.prompts.split("val").harmless
-    with run.progress("distilling", total=config.n_steps) as progress:
+    with run.progress("distilling", total=float(config.n_steps)) as progress:
         progress(state.step)
         for step in distill(state, base, direction, tokens, distil.harmful, anchor, config):
             records.append(asdict(step))
@@ -205,15 +205,15 @@ def measure(run: Run, base: ChatModel) -> list[str]:
         run.recipe.evaluation,
     )
     scores, answers = {}, {}
-    with run.progress("evaluating", total=3) as progress:
+    with run.progress("evaluating", total=3.0) as progress:
         scores["base"], answers["base"] = evaluate(base, base, test, config, judge=run.judge)
         reference = answers["base"]["harmless"]
         progress(1)
-        # Drift is measured against the unsteered base, so the teacher's copy carries the steering.
-        lens = dataclasses.replace(base, model=bridge(base).model)
-        with steer(lens, direction):
+        # Drift is measured against the unsteered base, so a copy carries the steering.
+        teacher = replace(base, model=copy.deepcopy(base.model))
+        with steer(teacher, direction):
             scores["teacher"], answers["teacher"] = evaluate(
-                lens, base, test, config, judge=run.judge, base_answers=reference
+                teacher, base, test, config, judge=run.judge, base_answers=reference
             )
         progress(2)
         scores["student"], answers["student"] = evaluate(

@@ -71,7 +71,7 @@ class Run:
 
 def digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.filedigest(file, "sha256").hexdigest()[:32]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def identity(run: Run, base: ChatModel) -> dict:

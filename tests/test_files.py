@@ -27,9 +27,14 @@ def test_tensor_round_trip(tmp_path):
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
     path = tmp_path / "v.json"
     write_text(path, "old")
-    with pytest.raises(RuntimeError, match="stop"), atomic(path) as work:
-        work.write_text("half")
-        raise RuntimeError("stop")
+
+    def write_half():
+        with atomic(path) as work:
+            work.write_text("half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_half()
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["v.json"]
 

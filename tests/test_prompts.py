@@ -159,12 +159,8 @@ def test_shipped_prompts_are_ascii_and_unique(pairs):
 
 @pytest.mark.parametrize("label", ["harmful", "harmless"])
 def test_shipped_prompts_have_no_near_duplicates(pairs, label):
-    words = [
-        (frozenset(p.text.lower().split()), p.text) for p in pairs.prompts if p.label == label
-    ]
-    close = [
-        (s, t) for (a, s), (b, t) in combinations(words, 2) if len(a & b) >= 0.6 * len(a | b)
-    ]
+    words = [(frozenset(p.text.lower().split()), p.text) for p in pairs.prompts if p.label == label]
+    close = [(s, t) for (a, s), (b, t) in combinations(words, 2) if len(a & b) >= 0.6 * len(a | b)]
     assert close == []
 
 

@@ -1,5 +1,6 @@
 """The sweep against one candidate and one prompt at a time, and its selection rules."""
 
+import importlib
 import math
 
 import pandas as pd
@@ -8,7 +9,7 @@ import torch
 from conftest import batch_of, naive_logits
 
 from safesteer import steering
-from safesteer.directions import Candidates, prefill_contrast
+from safesteer.directions import Candidates, prefill_contrast, steer
 from safesteer.divergence import kl_divergence, refusal_score
 from safesteer.errors import SafeSteerError
 from safesteer.models import generate_ids
@@ -16,6 +17,12 @@ from safesteer.sweep import COLUMNS, Sweep, SweepConfig, calibrate_coeff, sweep
 
 REFUSAL_IDS = torch.tensor([7, 40, 90])
 SCORES = ["ablation_refusal", "steering_refusal", "kl_harmless"]
+
+
+@pytest.fixture(scope="session")
+def candidates(candidates) -> Candidates:
+    """The last two positions are enough here."""
+    return Candidates(candidates.vectors[-2:], candidates.positions[-2:], "instruction")
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +57,10 @@ def naive_scores(chat, vector, layer: int, prompts, n_kl_tokens: int) -> list[fl
 def test_scores_equal_one_candidate_at_a_time(tiny_llama, candidates, few, n_kl_tokens, batch_size):
     few = few.head(3)
     config = SweepConfig(n_kl_tokens=n_kl_tokens, batch_size=batch_size)
-    some = Candidates(candidates.vectors[-2:], candidates.positions[-2:], "instruction")
-    table = sweep(tiny_llama, some, few, REFUSAL_IDS, config).table
+    table = sweep(tiny_llama, candidates, few, REFUSAL_IDS, config).table
     assert len(table) == 2 * 3
     for row in table.dropna().itertuples():
-        vector = some.vectors[some.positions.index(row.position), row.layer]
+        vector = candidates.vectors[candidates.positions.index(row.position), row.layer]
         want = naive_scores(tiny_llama, vector, row.layer, few, n_kl_tokens)
         got = [getattr(row, name) for name in SCORES]
         assert got == pytest.approx(want, abs=1e-4)
@@ -162,10 +168,8 @@ def test_calibration_takes_the_smallest_sufficient_coefficient(tiny_llama, direc
 
         return answer
 
-    from safesteer import sweep as module
-
-    real = module.steer
-    monkeypatch.setattr(module, "steer", lambda c, d, k: tried.append(k) or real(c, d, k))
+    module = importlib.import_module("safesteer.sweep")  # the package's name is the function
+    monkeypatch.setattr(module, "steer", lambda c, d, k: tried.append(k) or steer(c, d, k))
     monkeypatch.setattr(module, "generate", fake(1.3))
 
     def run():

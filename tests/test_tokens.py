@@ -1,6 +1,6 @@
 """Safety tokens against full tensors and plain loops."""
 
-import json
+import copy
 import math
 from collections import Counter
 
@@ -143,9 +143,7 @@ def test_contexts_are_the_places_of_strongest_lift(ender, direction, sampled, fo
         row, step = divmod(int(lift[..., token.id].argmax()), CONFIG.horizon)
         first = token.contexts[0]
         assert len(token.contexts) == CONFIG.n_contexts
-        assert first.p_steered - first.p_base == pytest.approx(
-            float(lift[row, step, token.id]), abs=1e-4
-        )
+        assert first.p_steered - first.p_base == pytest.approx(float(lift[row, step, token.id]), abs=1e-4)
         assert first.prompt == sampled.prompts[row]
         so_far = sampled.completion_ids[row, :step].tolist()
         assert first.answer_so_far == ender.tokenizer.decode(so_far)
@@ -167,9 +165,7 @@ def test_rows_at_a_time_do_not_change_votes(ender, direction, sampled, monkeypat
 def test_batch_size_does_not_change_votes(ender, direction, monkeypatch, batch_size):
     """Greedy continuations, because the order of random draws does depend on the batches."""
     greedy = models.generate_ids
-    monkeypatch.setattr(
-        tokens, "generate_ids", lambda *a, temperature, **options: greedy(*a, **options)
-    )
+    monkeypatch.setattr(tokens, "generate_ids", lambda *a, temperature, **options: greedy(*a, **options))
     want = select_tokens(ender, direction, PROMPTS, CONFIG)
     config = TokenConfig(**{**vars(CONFIG), "batch_size": batch_size})
     assert without_coverage(select_tokens(ender, direction, PROMPTS, config)) == without_coverage(want)
@@ -195,10 +191,6 @@ def test_rollouts_come_from_the_chosen_model(tiny_llama, direction):
 
 def test_samples_that_end_at_once_are_padded_to_the_horizon(tiny_llama, direction):
     chat = copy_of(tiny_llama)
-    batch = batch_of(chat)
-    with steer(chat, direction):
-        first = models.generate_ids(chat, batch, max_new_tokens=1)[:, 0].tolist()
-    assert first  # every continuation ends with its first token, if all ids are ends
     chat.model.generation_config.eos_token_id = list(range(400))
     got = rollouts(chat, direction, PROMPTS, CONFIG)
     assert got.completion_ids.shape == (len(PROMPTS) * CONFIG.n_samples, CONFIG.horizon)
@@ -214,14 +206,10 @@ def test_banned_tokens(tiny_qwen2):
     assert banned == [*special, *range(400, 416)]
 
 
-def test_tokens_that_hold_a_template_mark_are_banned(tiny_llama):
-    import copy
-
-    chat = ChatModel(tiny_llama.model, copy.deepcopy(tiny_llama.tokenizer), "marked")
-    chat.tokenizer.add_tokens(["x<|y"])
-    new = chat.tokenizer.convert_tokens_to_ids("x<|y")
-    assert new == 400  # beyond the head's rows: nothing to ban, and no index error
-    assert int(banned_ids(chat).sum()) == 3
+def test_ordinary_tokens_that_hold_a_template_mark_are_banned(tiny_qwen2):
+    chat = ChatModel(tiny_qwen2.model, copy.deepcopy(tiny_qwen2.tokenizer), "marked")
+    chat.tokenizer.add_tokens(["x<|y", "plain"])
+    assert banned_ids(chat)[399:403].tolist() == [False, True, False, True]
 
 
 def test_banned_tokens_are_never_selected(tiny_qwen2, direction):
@@ -277,6 +265,5 @@ def test_tables_are_escaped(found):
     frame = found.to_frame()
     assert frame.id.tolist() == found.ids.tolist()
     assert len(found) == len(frame)
-    nasty = json.loads(json.dumps(found.to_frame().iloc[0].to_dict(), default=str))
-    token = tokens.SafetyToken(nasty["id"], "<script>", 1, (1,), 0.0, 0.1, 0.2)
+    token = tokens.SafetyToken(5, "<script>", 1, (1,), 0.0, 0.1, 0.2)
     assert "<script>" not in TokenSet((token,), {}, {}, 1)._repr_html_()

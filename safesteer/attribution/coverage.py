@@ -231,8 +231,8 @@ def source_coverage(
         SetCurve(
             family,
             _band([_shares(kl, s, ks, float(kl.sum())) for s in sets]),
-            _band([_shares(total.teacher.sum(0), s, ks, n) for s in sets]),
-            _band([_shares(total.base.sum(0), s, ks, n) for s in sets]),
+            _band([_shares(total.teacher.sum(0), s, ks, float(n)) for s in sets]),
+            _band([_shares(total.base.sum(0), s, ks, float(n)) for s in sets]),
         )
         for family, sets in families.items()
     )

@@ -186,6 +186,7 @@ def _lines(name: str, xs: Sequence[Any], band: Band, **style: Any) -> list[go.Sc
             go.Scatter(
                 x=[*xs, *reversed(xs)],
                 y=[*band.high, *reversed(band.low)],
+                mode="lines",
                 fill="toself",
                 fillcolor=_rgba(colour, 0.15),
                 line={"width": 0},

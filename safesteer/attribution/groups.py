@@ -5,8 +5,9 @@ In this order, the first that applies:
 2. "format": the token holds no letter and no digit (punctuation, white space, markdown, bytes);
 3. a word list: "starts a refusal", "names the harm", "hedges". English only; a word matches a list
    by a stem at its start ("harm" matches "harmful");
-4. its neighbours: the group that most of its named nearest unembedding neighbours have, if their
-   cosine is 0.4 or more (this is what finds spelling variants and other languages);
+4. its neighbours: the group that most of its listed nearest unembedding neighbours have, if their
+   cosine is 0.4 or more (this is what finds spelling variants and other languages); neighbours
+   of one or two letters are left out, they are near to every short word;
 5. "other".
 The lists were written from what refusals say, not fitted to any model: a group is a reading aid,
 and nothing is computed from it.
@@ -19,6 +20,7 @@ from safesteer.errors import SafeSteerError
 
 GROUPS = ("starts a refusal", "names the harm", "hedges", "format", "other")
 MIN_COSINE = 0.4
+MIN_LETTERS = 3
 
 # Stems; a trailing "." asks for the whole word.
 STEMS = {
@@ -74,7 +76,11 @@ def group_of(
     if found is not None:
         return found
     near = [(by_word(t), t, c) for t, c in neighbours if c >= MIN_COSINE]
-    named = [(g[0], t, c) for g, t, c in near if g is not None and g[0] != "format"]
+    named = [
+        (g[0], t, c)
+        for g, t, c in near
+        if g is not None and g[0] != "format" and len(t.strip()) >= MIN_LETTERS
+    ]
     if named:
         group = Counter(g for g, _, _ in named).most_common(1)[0][0]
         _, like, cosine = next(n for n in named if n[0] == group)

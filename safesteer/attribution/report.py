@@ -35,7 +35,8 @@ def write_report(run: str | Path) -> Path:
 
 def build_page(data: dict[str, Any]) -> str:
     """The whole page as text."""
-    script, plotly = _file("report.js"), _lines(get_plotlyjs())
+    script = _file("report.js") + _file("report_tokens.js")
+    plotly = _lines(get_plotlyjs())
     if "</script" in plotly.lower() or "<!--" in plotly:
         plotly = plotly.replace("</script", "<\\/script").replace("<!--", "<\\!--")
     facts = data["run"]

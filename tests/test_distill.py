@@ -1,0 +1,378 @@
+"""A step against a naive one in float64, and runs that repeat, resume and learn."""
+
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import assert_near, copy_of, naive_logits, reference_divergence
+
+from safesteer.directions import Direction, steer
+from safesteer.distill import (
+    DistillConfig,
+    DistillState,
+    begin,
+    distill,
+    learning_rate,
+)
+from safesteer.errors import SafeSteerError
+from safesteer.models import ChatModel
+from safesteer.onpolicy import TEACHER_PROMPT, answer, draw
+from safesteer.prompts import PromptBatch
+from safesteer.tokens import SafetyToken, TokenSet
+
+SMALL = {
+    "n_steps": 4,
+    "harmful_per_step": 2,
+    "harmless_per_step": 2,
+    "n_rollouts": 2,
+    "max_new_tokens": 4,
+    "lr": 1e-3,
+    "n_topk": 5,
+    "max_grad_norm": 1e9,
+}
+STAMP = {"run": "test"}
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny_llama, direction, few) -> TokenSet:
+    """The tokens that steering lifts most at the first step."""
+    batch = PromptBatch.of(tiny_llama.tokenizer, few.harmful)
+    base = naive_logits(tiny_llama, batch)[:, -1].softmax(-1).mean(0)
+    with steer(tiny_llama, direction):
+        lift = naive_logits(tiny_llama, batch)[:, -1].softmax(-1).mean(0) - base
+    ids = lift.topk(8).indices.tolist()
+    chosen = tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in ids)
+    return TokenSet(chosen, {}, {}, 1)
+
+
+@pytest.fixture
+def run(tiny_llama, direction, tokens, few):
+    """run(config options...) -> (history without times, state); `steps` stops early."""
+
+    def start(*, steps=None, state=None, student=None, by=direction, **options):
+        config = DistillConfig(**{**SMALL, **options})
+        state = state or begin(student or copy_of(tiny_llama), by, config)
+        history = []
+        for record in distill(state, tiny_llama, by, tokens, few.harmful, few.harmless, config):
+            timeless = {k: v for k, v in asdict(record).items() if not k.endswith("_s")}
+            history.append({**timeless, "kl_off_s": record.kl_off_s})
+            if record.step == steps:
+                break
+        return history, state
+
+    return start
+
+
+def weights(state: DistillState) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in state.student.model.named_parameters()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- a step is what the paper says ---
+
+
+def naive_step(chat: ChatModel, direction: Direction, tokens: TokenSet, few, config) -> dict:
+    """The first record from one row at a time, full vocabularies and float64."""
+    bad = [few.harmful[i] for i in draw(6, config.harmful_per_step, 0, config.seed)]
+    n_good = config.harmless_per_step
+    good = [few.harmless[i] for i in draw(6, n_good, 0, config.seed + 1)] if n_good else []
+    torch.manual_seed(config.seed * 1_000_003)
+    made = answer(chat, bad, good, config.n_rollouts, config.max_new_tokens)
+    width, ids = config.max_new_tokens, tokens.ids.tolist()
+    values, weights, on_s = [], [], {True: [[], []], False: [[], []]}
+    for row, new in enumerate(made.batch.prompt_ids[:, -width:].tolist()):
+        harmful, prompt = row < len(bad) * config.n_rollouts, [*bad, *good][row // config.n_rollouts]
+        ends = [j for j, t in enumerate(new) if t in chat.eos_ids]
+        n = ends[0] + 1 if ends else width
+
+        def logps(system=None, n=n, new=new, prompt=prompt):
+            batch = PromptBatch.of(chat.tokenizer, [prompt], [new], system=system)
+            found = naive_logits(chat, batch)[0, -width - 1 : -1]
+            return found[:n].double().log_softmax(-1)
+
+        p = q = logps()
+        if harmful and config.teacher == "steered":
+            with steer(chat, direction):
+                q = logps()
+        elif harmful:
+            q = logps(system=TEACHER_PROMPT)
+        loss = []
+        for student, teacher in zip(p.exp().tolist(), q.exp().tolist(), strict=True):
+            order = sorted(range(len(teacher)), key=lambda v, t=teacher: -t[v])
+            support = {"safety": ids, "topk": order[: config.n_topk], "full": order}[config.support]
+            normalizer = "partial" if config.support == "full" else config.normalizer
+            at = [[x[v] for v in support] for x in (student, teacher)]
+            loss.append(reference_divergence(*at, config.divergence, normalizer, config.beta))
+            on_s[harmful][0].append(sum(student[v] for v in ids))
+            on_s[harmful][1].append(sum(teacher[v] for v in ids))
+        values.append(sum(loss) / n)
+        weights.append(1.0 if harmful else config.anchor_weight)
+    total = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+    def mean(x):
+        return sum(x) / len(x) if x else 0.0
+
+    return {
+        "loss": total,
+        "mass_on_s_student": mean(on_s[True][0]),
+        "mass_on_s_teacher": mean(on_s[True][1]),
+        "mass_on_s_anchor": mean(on_s[False][0]),
+        "n_tokens": sum(len(on_s[h][0]) for h in (True, False)),
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        *({"divergence": d} for d in ("reverse", "forward", "jsd")),
+        {"divergence": "jsd", "beta": 0.2},
+        *({"normalizer": n} for n in ("partial", "tail", "renormalized")),
+        {"divergence": "reverse", "normalizer": "partial", "harmless_per_step": 0},  # the paper
+        {"support": "topk"},
+        {"support": "full", "divergence": "reverse"},
+        {"teacher": "prompt"},
+        {"harmless_per_step": 0},
+        {"anchor_weight": 0.25},
+        {"n_rollouts": 1, "micro_batch": 3},
+        {"seed": 5},
+    ],
+    ids=str,
+)
+def test_first_step_equals_naive(tiny_llama, direction, tokens, few, run, options):
+    history, _ = run(steps=1, **options)
+    config = DistillConfig(**{**SMALL, **options})
+    want = naive_step(tiny_llama, direction, tokens, few, config)
+    got = {name: history[0][name] for name in want}
+    assert got == pytest.approx(want, rel=1e-4, abs=1e-6)
+    assert abs(got["loss"]) > 1e-4
+    assert history[0]["grad_norm"] > 1e-4
+
+
+def test_answers_count_up_to_their_end(tiny_llama, few):
+    ender = copy_of(tiny_llama)
+    torch.manual_seed(0)
+    free = answer(ender, few.harmful, few.harmless, 2, 4)
+    ends = free.batch.prompt_ids[:, -3].unique().tolist()[::2]
+    ender.model.generation_config.eos_token_id = ends
+    torch.manual_seed(0)
+    made = answer(ender, few.harmful, few.harmless, 2, 4)
+    for row, ids in zip(made.mask.tolist(), made.batch.prompt_ids[:, -4:].tolist(), strict=True):
+        stop = next((j for j, t in enumerate(ids) if t in ender.eos_ids), 3)
+        assert row == [j <= stop for j in range(4)]
+    assert not made.mask.all()
+    assert made.harmful.tolist() == [True] * 12 + [False] * 12
+
+
+def test_off_set_divergence_equals_naive(tiny_llama, direction, tokens, few, run):
+    """kl_off_s of the first step is the generalized KL of base from teacher outside S."""
+    options = {"harmless_per_step": 0, "n_rollouts": 1, "harmful_per_step": 3}
+    history, _ = run(steps=1, **options)
+    torch.manual_seed(0)
+    bad = [few.harmful[i] for i in draw(6, 3, 0, 0)]
+    made = answer(tiny_llama, bad, [], 1, SMALL["max_new_tokens"])
+    with steer(tiny_llama, direction):
+        q = naive_logits(tiny_llama, made.batch)[:, -5:-1][made.mask].double().log_softmax(-1)
+    p = naive_logits(tiny_llama, made.batch)[:, -5:-1][made.mask].double().log_softmax(-1)
+    terms = p.exp() * (p - q) - p.exp() + q.exp()
+    terms[:, tokens.ids] = 0
+    assert history[0]["kl_off_s"] == pytest.approx(float(terms.sum(-1).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("normalizer", ["generalized", "tail"])
+@pytest.mark.parametrize("divergence", ["reverse", "forward", "symmetric", "jsd"])
+def test_a_teacher_without_strength_gives_no_loss(run, direction, divergence, normalizer):
+    weak = direction.with_coeff(0.0)
+    history, _ = run(steps=1, by=weak, divergence=divergence, normalizer=normalizer)
+    assert abs(history[0]["loss"]) < 1e-6
+    assert history[0]["grad_norm"] < 1e-4
+
+
+def test_partial_reverse_pulls_even_without_a_teacher(run, direction):
+    """Eq. 6 as published is lowest at q / e, so it moves a student that already agrees."""
+    weak = direction.with_coeff(0.0)
+    history, _ = run(steps=1, by=weak, divergence="reverse", normalizer="partial")
+    assert history[0]["grad_norm"] > 1e-3
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+@pytest.mark.parametrize("support", ["safety", "topk", "full"])
+def test_micro_batch_does_not_change_loss_or_gradient(run, micro_batch, support):
+    whole, a = run(steps=1, support=support)
+    parts, b = run(steps=1, support=support, micro_batch=micro_batch)
+    assert parts[0]["loss"] == pytest.approx(whole[0]["loss"], abs=1e-6)
+    for name, p in a.trained.items():
+        assert_near(b.trained[name].grad, p.grad, 1e-5)
+
+
+# --- what moves ---
+
+
+@pytest.mark.parametrize("train", ["above", "all"])
+def test_only_the_trained_parameters_move(run, tiny_llama, train):
+    _, state = run(steps=2, train=train)
+    before = dict(tiny_llama.model.named_parameters())
+    moved = {n for n, p in weights(state).items() if not torch.equal(p, before[n])}
+    assert moved == set(state.trained)
+    if train == "all":
+        assert moved == set(before)
+    else:
+        assert {n.split(".")[2] for n in moved if ".layers." in n} == {"1", "2"}
+        assert {n for n in moved if ".layers." not in n} == {"model.norm.weight"}
+
+
+def test_the_base_never_moves(run, tiny_llama):
+    before = {n: p.clone() for n, p in tiny_llama.model.named_parameters()}
+    run()
+    assert same(before, dict(tiny_llama.model.named_parameters()))
+
+
+def test_gradient_is_clipped(run):
+    free, _ = run(steps=1)
+    clipped, state = run(steps=1, max_grad_norm=1e-3)
+    assert clipped[0]["grad_norm"] == free[0]["grad_norm"] > 1e-2  # as it was before clipping
+    squares = [float(p.grad.square().sum()) for p in state.trained.values()]
+    assert math.sqrt(sum(squares)) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_students_in_half_precision_are_refused(tiny_llama, direction):
+    for dtype in (torch.bfloat16, torch.float16):
+        half = copy_of(tiny_llama)
+        half.model.to(dtype)
+        with pytest.raises(SafeSteerError, match="half precision"):
+            begin(half, direction, DistillConfig())
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    config = DistillConfig(n_steps=20, warmup=0.2, lr=2.0)
+    rates = [learning_rate(step, config) for step in range(21)]
+    assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+    assert rates[12] == pytest.approx(1.0)  # half way down
+    assert rates[20] == pytest.approx(0.0, abs=1e-12)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[16] == pytest.approx(1 + math.cos(math.pi * 0.75))
+
+
+def test_records_carry_the_schedule(run):
+    history, _ = run(n_steps=3)
+    config = DistillConfig(**{**SMALL, "n_steps": 3})
+    assert [h["step"] for h in history] == [1, 2, 3]
+    assert [h["lr"] for h in history] == [learning_rate(s, config) for s in range(3)]
+
+
+def test_draw_uses_every_item_once_an_epoch():
+    drawn = [i for step in range(5) for i in draw(10, 4, step, seed=1)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:]
+    assert draw(10, 4, 3, seed=1) == drawn[12:16]
+    assert draw(10, 10, 0, seed=2) != draw(10, 10, 0, seed=1)
+
+
+# --- repeating and resuming ---
+
+
+def test_same_seed_same_history(run):
+    first, a = run()
+    torch.manual_seed(99)
+    again, b = run()
+    other, _ = run(seed=1)
+    assert again == first
+    assert same(weights(a), weights(b))
+    assert other != first
+
+
+@pytest.mark.parametrize("train", ["above", "all"])
+def test_resume_repeats_the_uninterrupted_run(run, tiny_llama, direction, tmp_path, train):
+    whole, end = run(train=train)
+    _, stopped = run(steps=2, train=train)
+    stopped.save(tmp_path / "state.safetensors", STAMP)
+    config = DistillConfig(**{**SMALL, "train": train})
+    state = begin(copy_of(tiny_llama), direction, config)
+    state.load(tmp_path / "state.safetensors", STAMP)
+    assert state.step == 2
+    rest, state = run(state=state, train=train)
+    assert rest == whole[2:]
+    assert same(weights(state), weights(end))
+
+
+def test_a_state_of_another_run_is_refused(run, tmp_path):
+    _, state = run(steps=1)
+    state.save(tmp_path / "state.safetensors", STAMP)
+    with pytest.raises(SafeSteerError, match="other settings"):
+        state.load(tmp_path / "state.safetensors", {"run": "another"})
+
+
+# --- failures ---
+
+
+def test_a_loss_that_is_not_finite_is_named_and_changes_nothing(run, tiny_llama, direction, few):
+    student = copy_of(tiny_llama)
+    with pytest.raises(SafeSteerError, match="not finite at step 1, on prompts such as") as caught:
+        run(student=student, by=direction.with_coeff(math.inf))
+    assert any(text in str(caught.value) for text in few.harmful)
+    assert same(dict(student.model.named_parameters()), dict(tiny_llama.model.named_parameters()))
+
+
+def test_a_gradient_that_is_not_finite_is_named(run, tiny_llama, direction):
+    state = begin(copy_of(tiny_llama), direction, DistillConfig(**SMALL))
+    next(iter(state.trained.values())).register_hook(lambda g: g * math.inf)
+    with pytest.raises(SafeSteerError, match="gradient is not finite at step 1"):
+        run(state=state)
+    assert state.step == 0
+    assert same(weights(state), dict(tiny_llama.model.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("divergence", "kl"),
+        ("normalizer", "none"),
+        ("support", "some"),
+        ("teacher", "none"),
+        ("train", "below"),
+        ("n_steps", 0),
+        ("harmful_per_step", 0),
+        ("harmless_per_step", -1),
+        ("n_rollouts", 0),
+        ("max_new_tokens", 0),
+        ("micro_batch", 0),
+        ("checkpoint_every", 0),
+        ("n_topk", 0),
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("beta", 0.0),
+        ("beta", 1.0),
+    ],
+)
+def test_config_errors_name_the_setting(name, value):
+    with pytest.raises((SafeSteerError, TypeError)) as caught:
+        DistillConfig(**{name: value})
+    assert name in str(caught.value)
+
+
+# --- learning ---
+
+
+@pytest.mark.parametrize("train", ["above", "all"])
+def test_the_student_learns_the_teachers_mass_on_s(run, train):
+    """With the default loss, where a random model cannot hide behind the anchor."""
+    options = {"harmful_per_step": 6, "harmless_per_step": 0, "n_rollouts": 1, "max_grad_norm": 1.0}
+    history, _ = run(n_steps=15, lr=1e-2, train=train, **options)
+    first, last = history[0], history[-1]
+    assert first["mass_on_s_student"] < 0.5 * first["mass_on_s_teacher"]
+    assert last["mass_on_s_student"] == pytest.approx(last["mass_on_s_teacher"], rel=0.25)
+    assert last["loss"] < 0.25 * first["loss"]
+
+
+def test_the_anchor_holds_harmless_prompts_back(run):
+    """A random model hardly tells the prompts apart, so both pull at the same mass."""
+    masses = []
+    for anchor_weight in (0.01, 10.0):
+        options = {"n_rollouts": 1, "anchor_weight": anchor_weight, "max_grad_norm": 1.0}
+        history, _ = run(n_steps=15, lr=1e-2, harmful_per_step=4, harmless_per_step=4, **options)
+        masses.append(history[-1]["mass_on_s_anchor"])
+    assert masses[1] < 0.7 * masses[0]
