@@ -50,10 +50,10 @@ class DistillConfig:
     teacher: Literal["steered", "prompt"] = "steered"
     train: Literal["all", "above"] = "above"  # "above": only blocks from the steered layer up
     n_steps: int = 40
-    harmful_per_step: int = 12
-    harmless_per_step: int = 12  # 0: no anchor, as published
+    harmful_per_step: int = 8
+    harmless_per_step: int = 16  # 0: no anchor, as published
     n_rollouts: int = 1
-    max_new_tokens: int = 10
+    max_new_tokens: int = 5
     anchor_weight: float = 1.0
     lr: float = 1e-4
     warmup: float = 0.1
@@ -61,7 +61,7 @@ class DistillConfig:
     max_grad_norm: float = 1.0
     n_topk: int = 50
     beta: float = 0.5
-    micro_batch: int = 64  # answers a forward pass; does not change the result
+    micro_batch: int = 64  # answers a forward pass; changes memory, not the loss
     checkpoint_every: int = 20
     seed: int = 0
 

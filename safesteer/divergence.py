@@ -114,20 +114,18 @@ def _head_gradient(h, weight, bias, lse, total, softcap, block=4096):
     grad_b = None if bias is None else torch.empty_like(bias)
     for start in range(0, weight.shape[0], block):
         at = slice(start, start + block)
-        acc = None
-        acc_b = None
-        for first in range(0, h.shape[0], 4096):  # bounds the (position x block) buffer
-            pos = slice(first, first + 4096)
+        rows, row_sums = torch.zeros_like(weight[at]), h.new_zeros(len(weight[at]), dtype=lse.dtype)
+        for first in range(0, h.shape[0], block):  # bounds the (position x row) buffer
+            pos = slice(first, first + block)
             z = logits_of(h[pos], weight[at], None if bias is None else bias[at], softcap)
             slope = _softcap_slope(z, softcap)
             p = z.sub_(lse[pos, None]).exp_().mul_(-total[pos, None])
             p = p if softcap is None else p * slope
-            part = p.T.to(h.dtype) @ h[pos]
-            acc = part if acc is None else acc + part
-            acc_b = p.sum(0) if acc_b is None else acc_b + p.sum(0)
-        grad_w[at] = acc
+            rows += p.T.to(h.dtype) @ h[pos]
+            row_sums += p.sum(0)
+        grad_w[at] = rows
         if grad_b is not None:
-            grad_b[at] = acc_b
+            grad_b[at] = row_sums
     return grad_w, grad_b
 
 

@@ -32,7 +32,7 @@ class EvalConfig:
     n_prompts: int | None = None  # pairs of the test split; None takes all
     max_new_tokens: int = 32
     n_kl_tokens: int = 16
-    perplexity_tokens: int = 8192
+    perplexity_tokens: int = 4096
     perplexity_width: int = 512
     batch_size: int = 50
 

@@ -20,7 +20,13 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+)
 from transformers.utils import logging as hf_logging
 
 from safesteer.errors import SafeSteerError
@@ -74,7 +80,7 @@ class ChatModel:
         config, digest = self.config, hashlib.sha256()
         shape = (config.model_type, config.num_hidden_layers, config.hidden_size, self.d_vocab)
         digest.update(repr(shape).encode())
-        row = hf_model(self.model).get_input_embeddings().weight[:64, :32]
+        row = hf_model(self.model).get_input_embeddings().weight[:64, :32]  # pyright: ignore[reportIndexIssue]
         # Rounded to bfloat16 so that one model in two precisions has one fingerprint.
         digest.update(row.detach().to(torch.bfloat16).float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -116,9 +122,9 @@ def prefill(model: nn.Module, batch: PromptBatch, upto: int, times: int = 1) -> 
     The columns that all rows share are computed once and repeated, in a forward pass of their own.
     """
     decoder, n = hf_model(model).get_decoder(), batch.n_shared
-    cache = None
+    cache: Cache = DynamicCache(config=hf_model(model).config.get_text_config())
     if n > 0:
-        cache = decoder(batch.prompt_ids[:1, :n], use_cache=True).past_key_values
+        cache = decoder(batch.prompt_ids[:1, :n], past_key_values=cache, use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(batch.prompt_ids))
     if upto > n:
         cache = decoder(
@@ -186,7 +192,7 @@ def load_model(
     if model.config.is_encoder_decoder:
         raise SafeSteerError(f"'{name}' is an encoder-decoder; SafeSteer needs a decoder-only model.")
     render(tokenizer, "x")  # a missing chat template is reported here, before any work
-    model.eval().requires_grad_(False).to(device if device != "auto" else _best_device())
+    model.eval().requires_grad_(False).to(device if device != "auto" else _best_device())  # pyright: ignore[reportArgumentType]
     return ChatModel(model, tokenizer, name)
 
 

@@ -120,7 +120,8 @@ class PromptSet:
         from datasets import load_dataset  # heavy, and only needed here
 
         prompts = []
-        for label, name in (("harmful", harmful), ("harmless", harmless)):
+        sources: tuple[tuple[Label, str], ...] = (("harmful", harmful), ("harmless", harmless))
+        for label, name in sources:
             try:
                 rows = load_dataset(name, split=hub_split)
             except Exception as error:
@@ -165,7 +166,7 @@ def _parse_row(line: str, where: str, number: int) -> list[Prompt]:
     except json.JSONDecodeError as error:
         raise SafeSteerError(f"{where} is not JSON: {error.msg}.") from error
     if isinstance(row, dict) and {"harmful", "harmless"} <= row.keys():
-        texts = {"harmful": row["harmful"], "harmless": row["harmless"]}
+        texts: dict[Label, str] = {"harmful": row["harmful"], "harmless": row["harmless"]}
     elif isinstance(row, dict) and {"prompt", "label"} <= row.keys():
         if row["label"] not in ("harmful", "harmless"):
             raise SafeSteerError(f"{where}: the label must be 'harmful' or 'harmless'.")
@@ -181,7 +182,7 @@ def _parse_row(line: str, where: str, number: int) -> list[Prompt]:
         if any(0xD800 <= ord(c) <= 0xDFFF or c == "\0" for c in text):
             raise SafeSteerError(f"{where} holds a NUL or a lone surrogate character.")
     pair = str(row.get("pair", row.get("id", number)))
-    return [Prompt(text, label, pair=pair, **extra) for label, text in texts.items()]  # type: ignore[arg-type]
+    return [Prompt(text, label, pair=pair, **extra) for label, text in texts.items()]
 
 
 def load_prompts() -> PromptSet:

@@ -11,6 +11,7 @@
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -95,10 +96,15 @@ def _at(source: Source, family: str) -> float:
     return curve.kl_share.mean[source.ks.index(source.k)]
 
 
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def _revive(kind: Any, raw: Any) -> Any:
     """JSON back into nested frozen dataclasses, following the annotations."""
     if is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints = _hints(kind)
         return kind(**{f.name: _revive(hints[f.name], raw[f.name]) for f in fields(kind)})  # type: ignore[misc, operator]
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
@@ -223,9 +229,7 @@ def _coverage(
 ) -> Coverage:
     """Step 3: coverage on sampled and on given texts."""
     in_s = set(tokens.ids.tolist())
-    ranked: Int[Tensor, " n"] = torch.tensor(
-        [*tokens.ids.tolist(), *(v for v in ranking if v not in in_s)]
-    )
+    ranked: Int[Tensor, " n"] = torch.tensor([*tokens.ids.tolist(), *(v for v in ranking if v not in in_s)])
     ordinary = ~banned_ids(base)
     few = prompts.harmful[: config.n_harmful]
     seeded = replace(settings, seed=settings.seed + 1, n_samples=config.n_samples)
@@ -278,8 +282,6 @@ def _containing(
                 kind = f"base answers to {row['label']} prompts that do not refuse"
                 kinds.setdefault(kind, []).append(row[author])
     return tuple(
-        containing(
-            base.tokenizer, kind, texts, tokens.ids, matched, max_tokens=config.max_tokens
-        )
+        containing(base.tokenizer, kind, texts, tokens.ids, matched, max_tokens=config.max_tokens)
         for kind, texts in sorted(kinds.items())
     )

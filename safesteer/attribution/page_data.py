@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 from safesteer.attribution import figures
 from safesteer.attribution.explain import Attribution
 from safesteer.attribution.text import readable, running, visible
-from safesteer.attribution.trace import Alternative, Trace
+from safesteer.attribution.trace import Alternative, Trace, TraceToken
 from safesteer.attribution.why import Why
 from safesteer.errors import SafeSteerError
 from safesteer.files import read_json
@@ -66,9 +66,7 @@ def page_data(run: Path) -> dict[str, Any]:
         "traces": _traces(story.traces) if story and story.traces else None,
         "coverage": _coverage(story) if story else None,
         "figures": _figures(found),
-        "templates": {
-            theme: figures.template(theme).to_plotly_json() for theme in ("light", "dark")
-        },
+        "templates": {theme: figures.template(theme).to_plotly_json() for theme in ("light", "dark")},
         "missing": missing,
     }
     return _safe(shown)
@@ -212,16 +210,20 @@ def _traces(traces: tuple[Trace, ...]) -> dict[str, Any]:
     """Traces as rows of numbers; token texts once, in `vocabulary`. See `token` in report.js."""
     vocabulary: dict[str, str] = {}
 
+    def know(token: TraceToken | Alternative) -> None:
+        if str(token.id) not in vocabulary:
+            vocabulary[str(token.id)] = visible(token.text)
+
     def top(found: tuple[Alternative, ...]) -> list[float | int]:
         for a in found:
-            vocabulary.setdefault(str(a.id), visible(a.text))
+            know(a)
         return [x for a in found for x in (a.id, _short(a.p))]
 
     rows = []
     for t in traces:
         tokens = []
         for x in t.tokens:
-            vocabulary.setdefault(str(x.id), visible(x.text))
+            know(x)
             p = [x.p_base, x.p_teacher, x.p_student]
             ranks = [x.rank_base, x.rank_teacher, x.rank_student]
             tops = [top(x.top_base), top(x.top_teacher), top(x.top_student)]

@@ -29,9 +29,7 @@ class Means:
 
 
 @torch.no_grad()
-def group_means(
-    chat: ChatModel, sampled: Rollouts, groups: Bool[Tensor, "rows horizon groups"]
-) -> Means:
+def group_means(chat: ChatModel, sampled: Rollouts, groups: Bool[Tensor, "rows horizon groups"]) -> Means:
     shape = (groups.shape[-1], chat.d_vocab)
     p_steered, delta = torch.zeros(shape), torch.zeros(shape)
     p_base, n = torch.zeros(chat.d_vocab, dtype=torch.float64), torch.zeros(groups.shape[-1])

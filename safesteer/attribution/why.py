@@ -152,17 +152,13 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _places(
-    base: ChatModel, sampled: Rollouts, best: Sequence[_Vote], n_places: int
-) -> tuple[Place, ...]:
+def _places(base: ChatModel, sampled: Rollouts, best: Sequence[_Vote], n_places: int) -> tuple[Place, ...]:
     """The strongest places, at most one a (prompt, answer so far)."""
     found: dict[tuple[str, str], Place] = {}
     for v in best:
         prompt = sampled.prompts[v.row]
         so_far = base.tokenizer.decode(sampled.completion_ids[v.row, : v.step].tolist())  # type: ignore[attr-defined]
-        place = Place(
-            prompt, so_far, v.step + 1, v.p_base, v.p_teacher, v.rank_base, v.rank_teacher
-        )
+        place = Place(prompt, so_far, v.step + 1, v.p_base, v.p_teacher, v.rank_base, v.rank_teacher)
         found.setdefault((prompt, so_far), place)
         if len(found) == n_places:
             break
@@ -250,9 +246,7 @@ def logit_parts(
 
 
 @torch.no_grad()
-def neighbours(
-    chat: ChatModel, ids: Int[Tensor, " n_set"], n: int
-) -> list[list[tuple[str, float]]]:
+def neighbours(chat: ChatModel, ids: Int[Tensor, " n_set"], n: int) -> list[list[tuple[str, float]]]:
     """Step 3: the n nearest unembedding rows of each token by cosine, itself left out."""
     weight = output_head(chat.model)[0][: len(chat.tokenizer)].float()  # type: ignore[arg-type]
     unit = torch.nn.functional.normalize(weight, dim=-1)

@@ -1,0 +1,531 @@
+"""Token attribution: alignment and parts against naive loops, planted examples, hostile text."""
+
+import html
+import json
+from dataclasses import asdict, replace
+from math import isclose, log
+
+import pandas as pd
+import pytest
+import torch
+from conftest import PROMPTS, assert_near, batch_of, naive_logits, random_vector
+from rich.console import Console
+
+from safesteer import attribution
+from safesteer.attribution import figures
+from safesteer.attribution.coverage import (
+    Totals,
+    matched_sets,
+    source_coverage,
+    teacher_forced,
+    totals,
+)
+from safesteer.attribution.explain import Attribution, ExplainConfig, explain, pick_traces
+from safesteer.attribution.groups import GROUPS, group_of
+from safesteer.attribution.page_data import page_data
+from safesteer.attribution.report import as_json, build_page, write_report
+from safesteer.attribution.stability import jaccard, stability
+from safesteer.attribution.text import readable, running, token_text, visible
+from safesteer.attribution.trace import trace
+from safesteer.attribution.votes import allowed_ids, group_means, group_rankings
+from safesteer.attribution.why import logit_parts, neighbours, why
+from safesteer.directions import Direction, steer
+from safesteer.errors import SafeSteerError
+from safesteer.models import hf_model, output_head
+from safesteer.prompts import PromptBatch
+from safesteer.tokens import Rollouts, TokenConfig, TokenSet, rollouts, select_tokens
+
+CONFIG = TokenConfig(k=12, k_vote=20, horizon=4, n_samples=3, min_steered_prob=1e-4)
+ANSWER = "I cannot help you with this. Naïve 🙂 text,\nin two lines."
+HOSTILE = (
+    "</script><img src=x onerror=alert(1)>",
+    "<!--<script>",
+    "\u202eevil\u202c \u2066x\u2069",
+    "שלום עולם, مرحبا",
+    "我不能帮助你",
+    "👩‍👩‍👧 &amp; & \u2028 \x00 \x1b[31m",
+    "{{data}} {{script}} ${x} \\u003c",
+    "a" * 500,
+)
+
+
+def plain_direction(chat, coeff: float = 1.0) -> Direction:
+    """A direction for any tiny model, at layer 1."""
+    return Direction(random_vector(chat.d_model, seed=3), 1, "-1", "instruction", coeff)
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny_llama, direction) -> Rollouts:
+    return rollouts(tiny_llama, direction, PROMPTS, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def chosen(tiny_llama, direction, sampled) -> TokenSet:
+    return select_tokens(tiny_llama, direction, PROMPTS, CONFIG, sampled=sampled)
+
+
+@pytest.fixture(scope="module")
+def story(tiny_llama, direction, chosen, few) -> Attribution:
+    config = ExplainConfig(n_prompts=4, n_harmful=3, max_tokens=10, n_sets=3, n_splits=3)
+    return explain(tiny_llama, tiny_llama, direction, chosen, few, config=config)
+
+
+# Trace ---------------------------------------------------------------------------------------
+
+
+def test_each_token_has_the_probability_that_the_position_before_it_gave(chat):
+    direction = plain_direction(chat)
+    tokens = select_tokens(chat, direction, PROMPTS, CONFIG)
+    (got,) = trace(chat, chat, direction, tokens, PROMPTS[:1], [ANSWER])
+    ids = chat.tokenizer(ANSWER, add_special_tokens=False).input_ids
+    assert [t.id for t in got.tokens] == ids[:32]
+    for t, token in enumerate(got.tokens):
+        batch = PromptBatch.of(chat.tokenizer, PROMPTS[:1], [ids[:t]])  # what came before only
+        base = naive_logits(chat, batch)[0, -1].log_softmax(-1)
+        with steer(chat, direction):
+            teacher = naive_logits(chat, batch)[0, -1].log_softmax(-1)
+        assert_near(token.p_base, base[ids[t]].exp())
+        assert_near(token.p_teacher, teacher[ids[t]].exp())
+        assert token.p_student == token.p_base
+        assert token.rank_base == int((base > base[ids[t]]).sum()) + 1
+        assert_near(token.lift, teacher[ids[t]] - base[ids[t]], 1e-3)
+        assert [a.id for a in token.top_teacher] == teacher.topk(5).indices.tolist()
+        kl = float((teacher.exp() * (teacher - base)).sum())
+        assert isclose(token.kl, kl, rel_tol=1e-3, abs_tol=1e-4)
+        parts = teacher.exp() * (teacher - base) - teacher.exp() + base.exp()
+        assert isclose(token.kl_share, float(parts[tokens.ids].sum()) / kl, abs_tol=1e-3)
+        assert token.in_s == (ids[t] in tokens.ids.tolist())
+
+
+def test_a_trace_without_a_student_or_without_a_token(tiny_llama, direction, chosen):
+    first, empty = trace(tiny_llama, None, direction, chosen, PROMPTS[:2], [ANSWER, ""], max_tokens=3)
+    assert len(first.tokens) == 3
+    assert first.tokens[0].p_student is None
+    assert first.tokens[0].top_student == ()
+    assert empty.tokens == ()
+    assert "student" not in first.to_frame().dropna(axis=1).columns
+
+
+def test_a_trace_renders_in_a_notebook_and_a_terminal_without_markup(tiny_llama, direction, chosen):
+    hostile = "<b>[red]hi</b>"
+    (got,) = trace(tiny_llama, None, direction, chosen, [hostile], [hostile])
+    page = got._repr_html_()
+    assert "<b>[" not in page
+    assert "&lt;" in page
+    console = Console(width=120, record=True)
+    console.print(got)
+    assert "[red]" in console.export_text()
+
+
+# Why -----------------------------------------------------------------------------------------
+
+
+def test_votes_of_the_story_are_the_votes_of_the_selection(tiny_llama, direction, sampled, chosen):
+    everything = torch.ones((*sampled.valid.shape, 1), dtype=torch.bool)
+    means = group_means(tiny_llama, sampled, everything)
+    allowed = allowed_ids(tiny_llama, means, CONFIG)
+    told = why(tiny_llama, direction, chosen, sampled, CONFIG, allowed)
+    for token in chosen.tokens:
+        found = told[token.id]
+        assert (found.votes, found.votes_by_step) == (token.votes, token.votes_by_position)
+        assert sum(p.votes for p in found.votes_by_prompt) == token.votes
+        assert found.group in GROUPS
+        assert found.places[0].p_teacher >= found.places[0].p_base
+        best = token.contexts[0]
+        if best.p_steered - best.p_base == found.places[0].p_teacher - found.places[0].p_base:
+            assert found.places[0].answer_so_far == best.answer_so_far
+
+
+def test_logit_parts_equal_the_plain_formula(chat):
+    direction, ids = plain_direction(chat), torch.tensor([5, 17, 100])
+    direct, change = logit_parts(chat, direction, ids, PROMPTS)
+    norm, (weight, _, cap) = hf_model(chat.model).get_decoder().norm, output_head(chat.model)
+    gain = 1 + norm.weight if type(norm).__name__.startswith("Gemma") else norm.weight
+    n_real = len(chat.tokenizer)
+    rows = weight[ids] - weight[:n_real].mean(0)
+    want_direct, want_change = torch.zeros(3), torch.zeros(3)
+    for prompt in PROMPTS:
+        seen, logits = [], []
+        hook = norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0, -1]))
+        logits.append(naive_logits(chat, batch_of(chat, [prompt]))[0, -1])
+        with steer(chat, direction):
+            logits.append(naive_logits(chat, batch_of(chat, [prompt]))[0, -1])
+        hook.remove()
+        raw = [z if cap is None else cap * torch.atanh(z / cap) for z in logits]
+        moved = (raw[1] - raw[0])[:n_real]
+        want_change += (moved[ids] - moved.mean()) / len(PROMPTS)
+        rms = seen[1].pow(2).mean().sqrt()
+        want_direct += rows @ (gain * direction.vector / rms) / len(PROMPTS)
+    assert_near(direct, want_direct, 1e-3)
+    assert_near(change, want_change, 1e-3)
+
+
+def test_neighbours_are_real_tokens_nearest_by_cosine(tiny_qwen2):
+    weight = output_head(tiny_qwen2.model)[0]
+    found = neighbours(tiny_qwen2, torch.tensor([40, 41]), 3)
+    n_real = len(tiny_qwen2.tokenizer)
+    cosine = torch.cosine_similarity(weight[40], weight[:n_real], dim=-1)
+    cosine[40] = -1
+    assert_near([c for _, c in found[0]], cosine.topk(3).values)
+
+
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [
+        (" sorry", "starts a refusal"),
+        ("Unfortunately", "starts a refusal"),
+        (" illegal", "names the harm"),
+        (" harmful", "names the harm"),
+        (" However", "hedges"),
+        ("\n\n", "format"),
+        ("⟨E2 80⟩", "format"),
+        (" banana", "other"),
+    ],
+)
+def test_groups_follow_their_rules(text, group):
+    assert group_of(1, text, [])[0] == group
+
+
+def test_a_group_can_come_from_neighbours_or_from_the_user():
+    near = [(" désolé", 0.9), (" sorry", 0.7), (" banana", 0.6)]
+    group, reason = group_of(1, " perdón", near)
+    assert (group, reason) == ("starts a refusal", "like its neighbour 'sorry' (cosine 0.70)")
+    assert group_of(1, " perdón", [(" sorry", 0.3)])[0] == "other"
+    assert group_of(1, " sorry", [], {"sorry": "hedges"}) == ("hedges", "your choice")
+    assert group_of(7, " sorry", [], {7: "other"})[0] == "other"
+
+
+def test_an_unknown_group_is_refused(tiny_llama, direction, chosen, sampled):
+    allowed = torch.ones(tiny_llama.d_vocab, dtype=torch.bool)
+    with pytest.raises(SafeSteerError, match="'nonsense'"):
+        why(tiny_llama, direction, chosen, sampled, CONFIG, allowed, groups={"a": "nonsense"})
+
+
+# Coverage ------------------------------------------------------------------------------------
+
+
+def test_parts_add_up_to_the_whole_when_the_set_is_the_vocabulary(tiny_llama, sampled):
+    n = tiny_llama.d_vocab
+    everything = torch.ones(n, dtype=torch.bool)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    total = totals(tiny_llama, sampled)
+    found = source_coverage("x", total, order, n, (1, n), everything, everything, n_sets=2)
+    for curve in found.curves:
+        if curve.name == "matched in base probability":
+            continue  # nothing is left to match with
+        for band in (curve.kl_share, curve.mass_teacher, curve.mass_base):
+            assert isclose(band.mean[-1], 1, rel_tol=1e-4)
+            assert band.mean[0] <= band.mean[-1]
+    assert sum(s.n_positions for s in found.steps) == int(sampled.valid.sum())
+
+
+def test_totals_equal_a_loop_over_positions(tiny_llama, direction):
+    read = teacher_forced(tiny_llama, direction, PROMPTS[:3], [ANSWER, "Yes", ""], max_tokens=12)
+    total, want = totals(tiny_llama, read), 0.0
+    assert read.prompts == PROMPTS[:2]
+    for prompt, answer in zip(PROMPTS[:2], (ANSWER, "Yes"), strict=True):
+        ids = tiny_llama.tokenizer(answer, add_special_tokens=False).input_ids[:12]
+        batch = PromptBatch.of(tiny_llama.tokenizer, [prompt], [ids])
+        at = slice(-len(ids) - 1, -1)
+        base = naive_logits(tiny_llama, batch)[0, at].log_softmax(-1)
+        with steer(tiny_llama, direction):
+            teacher = naive_logits(tiny_llama, batch)[0, at].log_softmax(-1)
+        want += float((teacher.exp() * (teacher - base)).sum())
+    assert isclose(float(total.kl.sum()), want, rel_tol=1e-3)
+
+
+def test_a_planted_set_carries_more_than_its_controls():
+    n, planted = 1000, torch.arange(100, 120)
+    generator = torch.Generator().manual_seed(0)
+    base = torch.rand(1, n, generator=generator, dtype=torch.float64) + 0.1
+    kl = torch.full((1, n), 1e-3, dtype=torch.float64)
+    kl[0, planted] = 1.0
+    total = Totals(kl, base, base, torch.tensor([10]))
+    everything = torch.ones(n, dtype=torch.bool)
+    found = source_coverage("x", total, planted, 20, (5, 20), everything, everything)
+    share = {c.name: c.kl_share.mean[-1] for c in found.curves}
+    assert share["S"] == share["best possible"] > 0.9
+    assert max(v for k, v in share.items() if k.startswith(("random", "matched"))) < 0.1
+
+
+def test_matched_sets_match_and_leave_the_set_alone():
+    p_base = torch.logspace(-6, -1, 2000)
+    ranking = torch.tensor([50, 1000, 1990])
+    everything = torch.ones(2000, dtype=torch.bool)
+    for found in matched_sets(ranking, 3, p_base, everything, n_sets=4, seed=0):
+        assert not set(found.tolist()) & set(ranking.tolist())
+        assert len(set(found.tolist())) == 3
+        for ours, other in zip(p_base[ranking], p_base[found], strict=True):
+            assert abs(log(float(ours / other))) < 0.3
+
+
+# Stability -----------------------------------------------------------------------------------
+
+
+def test_the_ranking_of_all_positions_is_the_selection(tiny_llama, sampled, chosen):
+    everything = torch.ones((*sampled.valid.shape, 1), dtype=torch.bool)
+    (ranking,), _ = group_rankings(tiny_llama, sampled, everything, CONFIG, CONFIG.k)
+    assert ranking == chosen.ids.tolist()
+
+
+def test_a_horizon_group_is_the_selection_at_that_horizon(tiny_llama, direction, sampled):
+    groups = torch.ones((*sampled.valid.shape, 2), dtype=torch.bool)
+    groups[:, 2:, 1] = False
+    config = replace(CONFIG, min_steered_prob=1e-12)
+    rankings, _ = group_rankings(tiny_llama, sampled, groups, config, CONFIG.k)
+    short = Rollouts(
+        *(getattr(sampled, f)[:, :2] for f in ("teacher", "base", "completion_ids", "valid")), sampled.prompts
+    )
+    want = select_tokens(tiny_llama, direction, PROMPTS, replace(config, horizon=2), sampled=short)
+    assert rankings[1] == want.ids.tolist()
+
+
+def test_equal_samples_are_perfectly_stable(tiny_llama, sampled):
+    first = [i for i in range(len(sampled.prompts)) for _ in range(4) if i % 3 == 0]
+    same = Rollouts(
+        sampled.teacher[first],
+        sampled.base[first],
+        sampled.completion_ids[first],
+        sampled.valid[first],
+        tuple(sampled.prompts[i] for i in first),
+    )
+    found, _, _ = stability(tiny_llama, same, CONFIG, ks=(5, 10), n_splits=2, others=[same])
+    curves = {c.name: c.jaccard for c in found.curves}
+    assert curves["samples"].mean == curves["seeds"].mean == (1.0, 1.0)
+    assert all(
+        0 <= low <= high <= 1 for c in curves.values() for low, high in zip(c.low, c.high, strict=True)
+    )
+
+
+def test_jaccard():
+    assert jaccard([1, 2, 3], [2, 3, 4]) == 0.5
+    assert (jaccard([1], [1]), jaccard([1], [2]), jaccard([], [])) == (1.0, 0.0, 0.0)
+
+
+# Explain -------------------------------------------------------------------------------------
+
+
+def test_an_explanation_survives_its_file(story, tmp_path):
+    story.save(tmp_path / "attribution.json")
+    again = Attribution.load(tmp_path / "attribution.json")
+    assert again == story
+    assert again.traces[0].tokens[0].top_base[0].p <= 1
+    (tmp_path / "attribution.json").write_text('{"traces": []}')
+    with pytest.raises(SafeSteerError, match="not an attribution file"):
+        Attribution.load(tmp_path / "attribution.json")
+
+
+def test_an_explanation_is_deterministic(tiny_llama, direction, chosen, few, story):
+    config = ExplainConfig(n_prompts=4, n_harmful=3, max_tokens=10, n_sets=3, n_splits=3)
+    assert explain(tiny_llama, tiny_llama, direction, chosen, few, config=config) == story
+
+
+def test_given_answers_are_traced_and_counted(tiny_llama, direction, chosen, few):
+    rows = answer_rows(4)
+    config = ExplainConfig(n_prompts=2, n_harmful=2, max_tokens=8, n_sets=2, n_splits=2)
+    found = explain(tiny_llama, None, direction, chosen, few, rows, config)
+    assert {t.author for t in found.traces} == {"teacher", "base"}
+    kinds = {c.answers: c.n for c in found.coverage.containing}
+    assert kinds["refusals by the teacher"] == 8
+    assert kinds["base answers to harmful prompts that do not refuse"] == 4
+    assert [s.name for s in found.coverage.sources][-1] == "base model's answers to harmful prompts"
+
+
+def test_changed_prompts_are_traced_first():
+    rows = answer_rows(3)
+    rows[2]["student_refuses"] = True
+    picked = pick_traces(rows, 3, with_student=True)
+    assert [(r["prompt"], author) for r, author in picked][:2] == [
+        (rows[2]["prompt"], "student"),
+        (rows[2]["prompt"], "base"),
+    ]
+
+
+# Text ----------------------------------------------------------------------------------------
+
+
+def test_invisible_characters_are_shown():
+    assert visible(" a\n\t\u200f\x00\ue000") == "␣a⏎⇥⟨U+200F⟩␀⟨U+E000⟩"
+    assert readable("a b\nc") == "a b⏎c"
+    assert running("a b\nc\u202e\ud800") == "a b\nc⟨U+202E⟩⟨U+D800⟩"
+    assert running("👩‍👩‍👧 我 שלום") == "👩‍👩‍👧 我 שלום"
+
+
+def test_lone_bytes_are_shown_as_bytes(tiny_llama):
+    tokenizer = tiny_llama.tokenizer
+    ids = tokenizer("🙂", add_special_tokens=False).input_ids
+    shown = "".join(token_text(tokenizer, i) for i in ids)
+    assert shown.replace("⟩⟨", " ") == "⟨F0 9F 99 82⟩"
+    plain = tokenizer(" harm", add_special_tokens=False).input_ids
+    assert "".join(token_text(tokenizer, i) for i in plain) == " harm"
+
+
+# Report --------------------------------------------------------------------------------------
+
+
+def answer_rows(n: int, texts: tuple[str, ...] = ("Sure, here is a plan.\n1. Begin",)) -> list[dict]:
+    """n harmful and n harmless rows of answers.jsonl."""
+    return [
+        {
+            "prompt": f"{label} request {i}: {texts[i % len(texts)]}",
+            "label": label,
+            "category": "test",
+            "base": texts[i % len(texts)],
+            "teacher": "I'm sorry, I cannot help.",
+            "student": texts[(i + 1) % len(texts)],
+            "base_refuses": False,
+            "teacher_refuses": True,
+            "student_refuses": False,
+        }
+        for label in ("harmful", "harmless")
+        for i in range(n)
+    ]
+
+
+def fill_run(path, tokens: TokenSet, story: Attribution | None, answers: list[dict], model="tiny"):
+    """A run folder with every file a report reads, without a training run."""
+    path.mkdir(exist_ok=True)
+    manifest = {
+        "name": "safesteer",
+        "model": model,
+        "preset": "quick",
+        "seed": 0,
+        "created": "2026-01-02T03:04:05Z",
+        "config": {"tokens": asdict(CONFIG), "note": model},
+        "versions": {"torch": "2"},
+        "prompts_hash": "ab",
+        "template_hash": "cd",
+        "stages": {"tokens": {"seconds": 1.5, "peak_mb": 100.0}},
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    rows = ["extraction,position,layer,ablation_refusal,steering_refusal,kl_harmless,kept,reason"]
+    for position in ("-2", "-1"):
+        rows += [f"instruction,{position},{i},{-i},{i - 2},0.05,{i > 1},reason {i}" for i in range(4)]
+        rows += [f"instruction,{position},4,,,,False,layer in the last 20% of the model (not run)"]
+    (path / "sweep.csv").write_text("\n".join(rows) + "\n")
+    tokens.save(path / "tokens.json")
+    steps = [
+        {
+            "step": i,
+            "loss": 1 / i,
+            "mass_on_s_student": i / 30,
+            "mass_on_s_teacher": 0.5,
+            "mass_on_s_anchor": 0.1,
+        }
+        for i in range(1, 11)
+    ]
+    (path / "history.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    scores = {
+        "refusal_rate_harmful": 0.5,
+        "refusal_rate_harmful_ci": [0.4, 0.6],
+        "refusal_rate_harmless": 0.1,
+        "refusal_rate_harmless_ci": [0.05, 0.2],
+        "kl_harmless": 0.2,
+        "kl_harmless_ci": [0.1, 0.3],
+        "perplexity": 12.5,
+        "n": 100,
+    }
+    (path / "evaluation.json").write_text(json.dumps(dict.fromkeys(("base", "teacher", "student"), scores)))
+    (path / "answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in answers))
+    if story:
+        story.save(path / "attribution.json")
+    return path
+
+
+def hostile_tokens(tokens: TokenSet) -> TokenSet:
+    """The same set with texts that attack a page."""
+    renamed = tuple(
+        replace(
+            t,
+            text=HOSTILE[i % len(HOSTILE)],
+            contexts=tuple(replace(c, prompt=HOSTILE[i % len(HOSTILE)]) for c in t.contexts),
+        )
+        for i, t in enumerate(tokens.tokens)
+    )
+    return replace(tokens, tokens=renamed)
+
+
+def test_hostile_text_stays_text(tmp_path, chosen):
+    tokens = hostile_tokens(chosen)
+    run = fill_run(tmp_path / "run", tokens, None, answer_rows(8, HOSTILE), model=HOSTILE[0])
+    page = write_report(run).read_text(encoding="utf-8")
+    plain = build_page(page_data(fill_run(tmp_path / "plain", chosen, None, answer_rows(8))))
+    for tag in ("<script", "</script", "<img", "<!--", "onerror=alert(1)>"):
+        assert page.count(tag) == plain.count(tag)
+    assert "\u202e" not in page
+    start = page.index('id="data">') + len('id="data">')
+    shown = json.loads(page[start : page.index("</script>", start)])
+    assert shown["answers"][0]["base"] == HOSTILE[0]
+    assert shown["answers"][6]["base"] == HOSTILE[6]
+
+
+def test_json_in_a_page_cannot_end_its_script():
+    text = as_json({"a": "</script><!-- & \u2028"})
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == {"a": "</script><!-- & \u2028"}
+
+
+def test_a_page_loads_nothing_and_states_what_is_missing(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"model": "m"}')
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    shell = html.unescape(page[: page.index('id="data"')])
+    assert "default-src 'none'" in shell
+    assert "http://" not in shell
+    assert "https://" not in shell
+    missing = page_data(tmp_path)["missing"]
+    assert set(missing) == {"evaluation", "answers", "sweep", "tokens", "history", "attribution"}
+    assert all("is missing" in line for line in missing.values())
+
+
+def test_a_damaged_file_costs_its_section_only(tmp_path, chosen, story):
+    run = fill_run(tmp_path / "run", chosen, story, answer_rows(2))
+    for name in ("sweep.csv", "history.jsonl", "attribution.json"):
+        (run / name).write_text("broken\x00{")
+    shown = page_data(run)
+    assert set(shown["missing"]) == {"sweep", "history", "attribution"}
+    assert shown["tokens"]
+    assert write_report(run).stat().st_size > 0
+
+
+def test_a_report_of_200_prompts_is_under_8_mb(tmp_path, chosen, story):
+    many = replace(story, traces=(story.traces * 200)[:200])
+    rows = answer_rows(100, ("A plausible answer of some length. " * 12,))
+    page = write_report(fill_run(tmp_path / "run", chosen, many, rows))
+    assert page.stat().st_size < 8_000_000
+
+
+def test_a_trace_in_the_page_is_the_trace(tmp_path, chosen, story):
+    shown = page_data(fill_run(tmp_path / "run", chosen, story, []))["traces"]
+    for row, want in zip(shown["rows"], story.traces, strict=True):
+        for got, token in zip(row["tokens"], want.tokens, strict=True):
+            assert got[0] == token.id
+            assert shown["vocabulary"][str(token.id)] == visible(token.text)
+            assert_near(got[1], [token.p_base, token.p_teacher, token.p_student], 1e-3)
+            assert_near(got[7][1][1], token.top_teacher[0].p, 1e-3)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_figures_hold_plain_numbers(theme, tmp_path, chosen, story):
+    run = fill_run(tmp_path / "run", chosen, story, [])
+    table = pd.read_csv(run / "sweep.csv", dtype={"position": str})
+    one = table[table.position == "-1"]
+    rows = [asdict(t) for t in hostile_tokens(chosen).tokens]
+    made = [
+        figures.sweep_figure(table, theme),
+        figures.sweep_figure(one, theme),
+        figures.votes_figure(rows, theme),
+        figures.coverage_figure(story.coverage.sources[0], theme),
+        figures.steps_figure(story.coverage, theme),
+        figures.stability_figure(story.stability, theme),
+    ]
+    for figure in made:
+        text = figure.to_json()
+        assert "NaN" not in text
+        assert "<img" not in text
+    heat = made[0].data[0]
+    assert heat.z[0][-1] is None
+    assert "not run" in heat.text[0][-1]
+
+
+def test_the_public_names():
+    assert {"Attribution", "explain", "trace", "write_report"} <= set(attribution.__all__)

@@ -1,0 +1,381 @@
+"""The report in a real headless Chromium, from disk, without a network.
+
+Needs Chromium, its driver and the selenium package; skips with the reason where one is missing.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_attribution import CONFIG, HOSTILE, answer_rows, fill_run, hostile_tokens
+
+from safesteer.attribution.explain import Attribution, ExplainConfig, explain
+from safesteer.attribution.report import write_report
+from safesteer.attribution.text import visible
+from safesteer.tokens import select_tokens
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+DRIVER = shutil.which("chromedriver") or ""
+if not CHROMIUM or not DRIVER:
+    pytest.skip("Chromium or chromedriver is not installed", allow_module_level=True)
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+from selenium.webdriver.chrome.service import Service  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
+
+pytestmark = pytest.mark.slow
+ARGUMENTS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1200,900",
+)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    profile = tmp_path_factory.mktemp("profile")
+    for argument in (*ARGUMENTS, f"--user-data-dir={profile}"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    found = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield found
+    found.quit()
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny_llama, direction, few):
+    return select_tokens(tiny_llama, direction, few.harmless, replace(CONFIG, k=30))
+
+
+@pytest.fixture(scope="module")
+def story(tiny_llama, direction, tokens, few) -> Attribution:
+    config = ExplainConfig(n_prompts=4, n_harmful=3, max_tokens=12, n_sets=3, n_splits=3)
+    return explain(tiny_llama, tiny_llama, direction, tokens, few, config=config)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, tokens, story) -> Path:
+    run = fill_run(tmp_path_factory.mktemp("run"), tokens, story, answer_rows(10))
+    return write_report(run)
+
+
+def load(driver, path: Path) -> None:
+    """Open a page from disk, with empty logs and a wide, light window."""
+    for log in ("browser", "performance"):
+        driver.get_log(log)
+    screen(driver, 1200, dark=False)
+    driver.get(path.as_uri())
+    WebDriverWait(driver, 20).until(
+        lambda d: d.execute_script("return document.documentElement.dataset.ready") == "true"
+    )
+
+
+def screen(driver, width: int, *, dark: bool) -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    theme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": theme})
+
+
+@pytest.fixture
+def page(driver, report):
+    load(driver, report)
+    return driver
+
+
+def all_of(driver, css: str):
+    return driver.find_elements(By.CSS_SELECTOR, css)
+
+
+def click(driver, css: str) -> None:
+    node = driver.find_element(By.CSS_SELECTOR, css)
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", node)
+    node.click()
+
+
+def show_every_chart(driver) -> int:
+    """Scroll through the page until all figures are drawn; returns how many there are."""
+    for details in all_of(driver, "details"):
+        driver.execute_script("arguments[0].open = true", details)
+    charts = all_of(driver, ".chart")
+    for chart in charts:
+        driver.execute_script("arguments[0].scrollIntoView()", chart)
+        WebDriverWait(driver, 20).until(lambda _, c=chart: all_of(c, ".main-svg"))
+    return len(charts)
+
+
+def complaints(driver) -> list[str]:
+    return [e["message"] for e in driver.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
+
+
+def requests(driver) -> list[str]:
+    """Everything that the browser asked for, apart from the page and inline data."""
+    found = []
+    for entry in driver.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] in ("Network.requestWillBeSent", "Network.webSocketCreated"):
+            params = message["params"]
+            found.append(params.get("url") or params["request"]["url"])
+    return [u for u in found if not u.startswith(("file:", "data:", "blob:"))]
+
+
+def test_the_page_works_offline_and_without_complaint(page):
+    assert show_every_chart(page) >= 7
+    assert complaints(page) == []
+    assert requests(page) == []
+    names = page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert [n for n in names if not n.startswith(("data:", "blob:"))] == []
+
+
+def test_the_policy_really_blocks(page):
+    blocked = page.execute_async_script(
+        "const done = arguments[0];"
+        "document.addEventListener('securitypolicyviolation', e => done(e.violatedDirective));"
+        "const s = document.createElement('script'); s.textContent = 'window.hacked = 1';"
+        "document.body.append(s);"
+    )
+    assert blocked.startswith("script-src")
+    assert page.execute_script("return window.hacked") is None
+
+
+def test_it_opens_fast(driver, tmp_path, tokens, story):
+    many = replace(story, traces=(story.traces * 200)[:200])
+    rows = answer_rows(100, ("A plausible answer of some length. " * 12,))
+    path = write_report(fill_run(tmp_path / "run", tokens, many, rows))
+    assert path.stat().st_size < 8_000_000
+    load(driver, path)
+    driver.get("about:blank")  # the first start also warms the browser
+    load(driver, path)
+    timing = driver.execute_script(
+        "const n = performance.getEntriesByType('navigation')[0]; return n.loadEventEnd"
+    )
+    assert timing < 2000
+
+
+def test_tokens_sort(page, tokens):
+    def column(n: int) -> list[str]:
+        return [c.text for c in all_of(page, f"#token-table tr.main td:nth-child({n})")]
+
+    heads = [h.text for h in all_of(page, "#token-table th")]
+    votes = heads.index("votes") + 1
+    click(page, f"#token-table th:nth-child({votes}) button")
+    found = [int(v.replace(",", "")) for v in column(votes)]
+    assert found == sorted((t.votes for t in tokens.tokens), reverse=True)[: len(found)]
+    click(page, f"#token-table th:nth-child({votes}) button")
+    found = [int(v.replace(",", "")) for v in column(votes)]
+    assert found == sorted(t.votes for t in tokens.tokens)[: len(found)]
+    assert page.find_element(By.CSS_SELECTOR, "th[aria-sort]").get_attribute("aria-sort") == "ascending"
+
+
+def test_tokens_can_be_searched_and_all_shown(page, tokens, story):
+    assert len(all_of(page, "#token-table tr.main")) == 20
+    click(page, "#token-table .scroll > button")
+    assert len(all_of(page, "#token-table tr.main")) == len(tokens)
+    wanted = story.why[tokens.tokens[3].id].text.strip()
+    box = page.find_element(By.CSS_SELECTOR, "#token-tools input[type=search]")
+    box.send_keys(wanted)
+    rows = all_of(page, "#token-table tr.main")
+    shown = [visible(w.text) for w in story.why.values() if wanted.lower() in w.text.lower()]
+    assert sorted(r.find_element(By.CSS_SELECTOR, ".token").text for r in rows) == sorted(shown)
+    box.send_keys("no such token")
+    assert all_of(page, "#token-table tr.main") == []
+
+
+@pytest.mark.parametrize("by", ["mouse", "keyboard"])
+def test_a_token_tells_its_story(page, tokens, story, by):
+    token = tokens.tokens[1]
+    css = f"[data-token='{token.id}']"
+    if by == "mouse":
+        click(page, css)
+    else:
+        page.find_element(By.CSS_SELECTOR, css).send_keys(Keys.ENTER)
+    assert page.find_element(By.CSS_SELECTOR, css).get_attribute("aria-expanded") == "true"
+    told = page.find_element(By.CSS_SELECTOR, "tr.detail").text
+    why = story.why[token.id]
+    assert why.group in told
+    assert why.places[0].prompt in told
+    assert visible(why.neighbours[0][0]) in told
+    assert f"{why.votes} of {why.n_positions} positions" in told
+    page.switch_to.active_element.send_keys(Keys.ENTER)
+    assert all_of(page, "tr.detail") == []
+
+
+def percent(text: str) -> float:
+    """The number behind a shown probability."""
+    text = text.replace("\u00a0", " ")
+    if "·10" in text:
+        head, power = text.split("·10")
+        return float(head) * 10.0 ** int(power.translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")))
+    return float(text.removesuffix(" %")) / 100
+
+
+def test_the_coloured_token_is_the_token_whose_probability_is_shown(page, story):
+    for i, trace in enumerate(story.traces[:2]):
+        Select(page.find_element(By.ID, "trace")).select_by_index(i)
+        marks = all_of(page, ".tok")
+        assert [m.get_attribute("data-id") for m in marks] == [str(t.id) for t in trace.tokens]
+        for n, (mark, token) in enumerate(zip(marks, trace.tokens, strict=True)):
+            page.execute_script("arguments[0].focus()", mark)
+            reading = page.find_element(By.CSS_SELECTOR, ".reading")
+            assert reading.get_attribute("data-token") == str(n)
+            assert reading.find_element(By.CSS_SELECTOR, ".big").text == visible(token.text)
+            for name in ("base", "teacher", "student"):
+                shown = reading.find_element(By.CSS_SELECTOR, f"[data-model={name}]")
+                p = percent(shown.find_element(By.CSS_SELECTOR, ".p").text)
+                assert p == pytest.approx(getattr(token, f"p_{name}"), rel=0.06, abs=1e-9)
+                tops = [e.text for e in all_of(shown, "li .token")]
+                assert tops == [visible(a.text) for a in getattr(token, f"top_{name}")]
+
+
+def strength(mark) -> tuple[str, float]:
+    """Hue (as "r, g, b") and alpha of a mark's background."""
+    colour = mark.value_of_css_property("background-color")
+    numbers = [float(x) for x in colour[colour.index("(") + 1 : -1].split(",")]
+    return str(numbers[:3]), numbers[3] if len(numbers) > 3 else 1.0
+
+
+def choose(driver, value: str) -> None:
+    node = driver.find_element(By.CSS_SELECTOR, f"#view input[value='{value}']")
+    driver.execute_script("arguments[0].click()", node)
+
+
+def test_colours_follow_their_numbers(page, story):
+    tokens = story.traces[0].tokens
+    most = max(0.5, *(t.kl for t in tokens))
+    wanted = {
+        "lift": lambda t: min(abs(t.lift) / 4, 1),
+        "kl": lambda t: t.kl / most,
+        "share": lambda t: t.kl_share,
+        "s": lambda t: 0.8 * t.in_s,
+        "p": lambda t: t.p_teacher,
+    }
+    for name, number in wanted.items():
+        choose(page, name)
+        for mark, token in zip(all_of(page, ".tok"), tokens, strict=True):
+            assert strength(mark)[1] == pytest.approx(0.7 * number(token), abs=0.01)
+    choose(page, "lift")
+    hues = {strength(m)[0] for m, t in zip(all_of(page, ".tok"), tokens, strict=True) if t.lift > 0.1}
+    other = {strength(m)[0] for m, t in zip(all_of(page, ".tok"), tokens, strict=True) if t.lift < -0.1}
+    assert not hues & other
+
+
+def test_the_model_can_be_switched(page, story):
+    tokens = story.traces[0].tokens
+    choose(page, "p")
+    for value, name in (("0", "base"), ("2", "student"), ("1", "teacher")):
+        choose(page, value)
+        for mark, token in zip(all_of(page, ".tok"), tokens, strict=True):
+            assert strength(mark)[1] == pytest.approx(0.7 * getattr(token, f"p_{name}"), abs=0.01)
+        assert page.find_element(By.CSS_SELECTOR, ".tops .chosen").get_attribute("data-model") == name
+
+
+def test_hover_and_arrow_keys_move_the_reading(page):
+    marks = all_of(page, ".tok")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", marks[2])
+    webdriver.ActionChains(page).move_to_element(marks[2]).perform()
+    reading = page.find_element(By.CSS_SELECTOR, ".reading")
+    assert reading.get_attribute("data-token") == "2"
+    page.execute_script("arguments[0].focus()", marks[2])
+    page.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    assert reading.get_attribute("data-token") == "3"
+    page.switch_to.active_element.send_keys(Keys.END)
+    assert reading.get_attribute("data-token") == str(len(marks) - 1)
+    assert [m.get_attribute("tabindex") for m in all_of(page, ".tok")].count("0") == 1
+
+
+def test_answers_are_filtered_and_searched(page):
+    assert len(all_of(page, ".answer")) == 6
+    box = page.find_element(By.CSS_SELECTOR, "#answer-tools input[type=search]")
+    box.send_keys("harmless request 7")
+    (found,) = all_of(page, ".answer")
+    assert "harmless request 7" in found.text
+    assert "base, answers" in found.text
+
+
+def test_dark_mode_follows_the_system_and_the_button(page):
+    def background() -> str:
+        return page.find_element(By.TAG_NAME, "body").value_of_css_property("background-color")
+
+    light = background()
+    screen(page, 1200, dark=True)
+    night = background()
+    assert light != night
+    click(page, "#theme")
+    assert background() == light
+    show_every_chart(page)
+    click(page, "#theme")
+    assert background() == night
+    ink = page.execute_script("return document.querySelector('.chart .xtick text').style.fill")
+    assert ink == "rgb(230, 228, 223)"  # figures change with the page
+
+
+@pytest.mark.parametrize("width", [320, 380])
+def test_a_phone_needs_no_sideways_scrolling(page, width):
+    screen(page, width, dark=False)
+    show_every_chart(page)
+    click(page, "[data-token]")
+    WebDriverWait(page, 10).until(
+        lambda d: d.execute_script("return document.documentElement.scrollWidth") <= width
+    )
+
+
+def test_hostile_text_is_only_text(driver, tmp_path, tokens, story):
+    texts = {t.id: HOSTILE[i % len(HOSTILE)] for i, t in enumerate(tokens.tokens)}
+    why = {
+        i: replace(w, text=texts[i], neighbours=((HOSTILE[0], 0.5),), group_reason=HOSTILE[1])
+        for i, w in story.why.items()
+    }
+    traces = tuple(
+        replace(
+            t,
+            prompt=HOSTILE[i % len(HOSTILE)],
+            tokens=tuple(
+                replace(x, text=HOSTILE[n % len(HOSTILE)], id=10_000 + n) for n, x in enumerate(t.tokens)
+            ),
+        )
+        for i, t in enumerate(story.traces)
+    )
+    hostile = replace(story, why=why, traces=traces)
+    run = fill_run(tmp_path, hostile_tokens(tokens), hostile, answer_rows(8, HOSTILE), HOSTILE[0])
+    load(driver, write_report(run))
+    for i in range(len(HOSTILE)):  # the table is drawn anew with every click
+        driver.execute_script("arguments[0].click()", all_of(driver, "button.open")[i])
+    show_every_chart(driver)
+    assert all_of(driver, "img") == []
+    assert driver.find_element(By.TAG_NAME, "h1").text == HOSTILE[0]
+    assert complaints(driver) == []
+    assert requests(driver) == []
+    screen(driver, 380, dark=False)
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= 380
+
+
+def test_an_empty_run_says_what_is_missing(driver, tmp_path):
+    (tmp_path / "manifest.json").write_text('{"model": "m"}')
+    load(driver, write_report(tmp_path))
+    lines = [e.text for e in all_of(driver, ".missing")]
+    for file in ("evaluation.json", "answers.jsonl", "sweep.csv", "tokens.json", "history.jsonl"):
+        assert sum(file in line for line in lines) == 1
+    assert all_of(driver, ".chart") == []
+    assert complaints(driver) == []
+
+
+def test_printing_shows_everything_on_white(page):
+    click(page, "#theme")
+    page.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
+    page.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert page.find_element(By.TAG_NAME, "html").get_attribute("data-theme") == "light"
+    assert all(d.get_attribute("open") for d in all_of(page, "details"))
+    page.execute_script("dispatchEvent(new Event('afterprint'))")
+    assert page.find_element(By.TAG_NAME, "html").get_attribute("data-theme") == "dark"
+    assert complaints(page) == []
