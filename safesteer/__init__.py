@@ -25,7 +25,7 @@ from safesteer.pipeline import align
 from safesteer.prompts import PromptSet, load_prompts
 from safesteer.recipes import Recipe, recipe
 from safesteer.steering import ablate, add
-from safesteer.sweep import Sweep, SweepConfig, calibrate_coeff, sweep
+from safesteer.sweep import Sweep, SweepConfig, calibrate, sweep
 from safesteer.tokens import TokenConfig, TokenSet, select_tokens
 
 __all__ = [
@@ -49,7 +49,7 @@ __all__ = [
     "align",
     "begin",
     "bridge",
-    "calibrate_coeff",
+    "calibrate",
     "check_reload",
     "distill",
     "evaluate",

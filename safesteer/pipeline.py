@@ -37,7 +37,7 @@ from safesteer.models import ChatModel, bridge, load_model
 from safesteer.prompts import Prompt, PromptSet, load_prompts
 from safesteer.recipes import Recipe, quick
 from safesteer.run import STAGES, Run, digest, finished, locked, open_run, record
-from safesteer.sweep import calibrate_coeff, sweep
+from safesteer.sweep import calibrate, sweep
 from safesteer.tokens import TokenSet, select_tokens
 
 
@@ -84,6 +84,7 @@ def align(
 def find_direction(run: Run, base: ChatModel) -> list[str]:
     """Stage 1: sweep.csv and direction.safetensors."""
     recipe, train, val = run.recipe, run.prompts.split("train"), run.prompts.split("val")
+    written = ["sweep.csv", "direction.safetensors"]
     refusal_ids = refusal_token_ids(base.tokenizer)
     native = refusal_scores(base, val.harmful, refusal_ids) > 0
     share = float(native.double().mean())
@@ -105,17 +106,27 @@ def find_direction(run: Run, base: ChatModel) -> list[str]:
     with run.progress("scoring candidates") as progress:
         found = sweep(lens, candidates, val, refusal_ids, recipe.sweep, progress=progress)
     found.save(run.path / "sweep.csv")
-    best = found.best
-    coeff = 1.0 if recipe.coeff is None else recipe.coeff
-    direction = Direction.of(base, candidates, best.position, int(best.layer), coeff=coeff, prompts=prompts)
+    ranking = found.ranking
     if recipe.coeff is None and chosen == "prefill":
+        few = [
+            Direction.of(base, candidates, row.position, int(row.layer), prompts=prompts)
+            for row in ranking.head(recipe.sweep.n_answered).itertuples()
+        ]
         harmful = val.head(recipe.sweep.n_prompts).harmful
-        direction, rates = calibrate_coeff(base, direction, harmful, run.judge)
-        tried = ", ".join(f"{c:g}: {rate:.0%}" for c, rate in rates.items())
-        run.say(f"  refusals of harmful validation prompts by coefficient: {tried}")
+        direction, rates = calibrate(base, few, harmful, run.judge)
+        write_text(run.path / "calibration.csv", rates.to_csv(index=False))
+        written.append("calibration.csv")
+        rate = rates.refusal_rate.max()
+        run.say(f"  of {len(few)} candidates compared by their answers, this one refuses {rate:.0%}")
+    else:
+        best = ranking.iloc[0]
+        coeff = 1.0 if recipe.coeff is None else recipe.coeff
+        direction = Direction.of(
+            base, candidates, best.position, int(best.layer), coeff=coeff, prompts=prompts
+        )
     run.say(f"  {direction}")
     direction.save(run.path / "direction.safetensors")
-    return ["sweep.csv", "direction.safetensors"]
+    return written
 
 
 def _as_expected(base: ChatModel, prompts: PromptSet, refusal_ids, recipe: Recipe) -> PromptSet:

@@ -6,11 +6,12 @@ Per candidate d at (position i, layer l), on validation prompts:
     kl_harmless        KL(base || ablated) on harmless prompts, over the first answer tokens
 "instruction" candidates are selected as published: drop l >= 0.8 n_layers, KL > 0.1 and steering
 score < 0; of the rest take the lowest ablation score. A model that does not refuse has nothing to
-ablate, so "prefill" candidates are ranked by how far steering moves harmless prompts to refusal.
+ablate, so "prefill" candidates are ranked by how far steering moves harmless prompts to refusal, and
+the first few compared by the answers they give (`calibrate`).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,7 @@ class SweepConfig:
     min_steering: float = 0.0
     n_kl_tokens: int = 3
     n_prompts: int | None = None
+    n_answered: int = 4  # prefill candidates whose real answers are compared
     batch_size: int = 32
 
 
@@ -70,8 +72,8 @@ class Sweep:
         write_text(Path(path), self.table.to_csv(index=False))
 
     @property
-    def best(self) -> pd.Series:
-        """The selected row. Raises SafeSteerError with the nearest miss where nothing passed."""
+    def ranking(self) -> pd.DataFrame:
+        """Candidates that passed, best first. Raises SafeSteerError with the nearest miss if none."""
         kept = self.table[self.table.kept]
         if kept.empty:
             # Rows without a score come last.
@@ -82,8 +84,13 @@ class Sweep:
                 " thresholds in SweepConfig."
             )
         if self.candidates.extraction == "instruction":
-            return kept.sort_values(["ablation_refusal", "layer"]).iloc[0]
-        return kept.sort_values(["steering_refusal", "layer"], ascending=[False, True]).iloc[0]
+            return kept.sort_values(["ablation_refusal", "layer"])
+        return kept.sort_values(["steering_refusal", "layer"], ascending=[False, True])
+
+    @property
+    def best(self) -> pd.Series:
+        """The first row of the ranking."""
+        return self.ranking.iloc[0]
 
     def __repr__(self) -> str:
         n_kept = int(self.table.kept.sum())
@@ -183,26 +190,32 @@ def _row(candidates, i, layer, scores, n_layers, config) -> dict:
     }
 
 
-def calibrate_coeff(
+def calibrate(
     chat: ChatModel,
-    direction: Direction,
+    directions: Sequence[Direction],
     prompts: list[str],
     refuses: Callable[[str, str], bool],
     *,
     coeffs: tuple[float, ...] = (1.0, 1.15, 1.3, 1.5),
     target: float = 0.95,
     max_new_tokens: int = 16,
-) -> tuple[Direction, dict[float, float]]:
-    """The smallest coefficient with which greedy answers refuse on `target` of `prompts`.
+) -> tuple[Direction, pd.DataFrame]:
+    """Choose among a few directions by what counts: greedy answers that refuse.
 
-    Returns the direction at that strength (or at the best one tried) and the rates measured.
+    Coefficients are tried from the smallest; the first at which some direction refuses `target` of
+    `prompts` wins, else the highest rate, the gentler coefficient and the earlier direction. A first
+    token alone misleads: a layer can raise "I" and still answer the request. Returns the direction
+    at that strength and the table of rates (layer, coeff, refusal_rate).
     """
-    rates: dict[float, float] = {}
+    rows, best = [], (-1.0, directions[0])
     for coeff in coeffs:
-        with steer(chat, direction, coeff):
-            answers = generate(chat, prompts, max_new_tokens=max_new_tokens)
-        rates[coeff] = sum(map(refuses, prompts, answers)) / len(prompts)
-        if rates[coeff] >= target:
+        for direction in directions:
+            with steer(chat, direction, coeff):
+                answers = generate(chat, prompts, max_new_tokens=max_new_tokens)
+            rate = sum(map(refuses, prompts, answers)) / len(prompts)
+            rows.append({"layer": direction.layer, "coeff": coeff, "refusal_rate": rate})
+            if rate > best[0]:
+                best = (rate, direction.with_coeff(coeff))
+        if best[0] >= target:
             break
-    best = max(rates, key=lambda c: (rates[c], -c))
-    return direction.with_coeff(best), rates
+    return best[1], pd.DataFrame(rows)

@@ -473,7 +473,7 @@ def test_a_page_loads_nothing_and_states_what_is_missing(tmp_path):
     assert "http://" not in shell
     assert "https://" not in shell
     missing = page_data(tmp_path)["missing"]
-    assert set(missing) == {"evaluation", "answers", "sweep", "tokens", "history", "attribution"}
+    assert set(missing) == {"evaluation", "answers", "sweep", "tokens", "history", "attribution", "direction"}
     assert all("is missing" in line for line in missing.values())
 
 
@@ -482,7 +482,7 @@ def test_a_damaged_file_costs_its_section_only(tmp_path, chosen, story):
     for name in ("sweep.csv", "history.jsonl", "attribution.json"):
         (run / name).write_text("broken\x00{")
     shown = page_data(run)
-    assert set(shown["missing"]) == {"sweep", "history", "attribution"}
+    assert set(shown["missing"]) == {"sweep", "history", "attribution", "direction"}
     assert shown["tokens"]
     assert write_report(run).stat().st_size > 0
 
@@ -511,8 +511,8 @@ def test_figures_hold_plain_numbers(theme, tmp_path, chosen, story):
     one = table[table.position == "-1"]
     rows = [asdict(t) for t in hostile_tokens(chosen).tokens]
     made = [
-        figures.sweep_figure(table, theme),
-        figures.sweep_figure(one, theme),
+        figures.sweep_figure(table, theme, chosen=("-1", 3)),
+        figures.sweep_figure(one, theme, chosen=("-1", 3)),
         figures.votes_figure(rows, theme),
         figures.coverage_figure(story.coverage.sources[0], theme),
         figures.steps_figure(story.coverage, theme),

@@ -37,7 +37,9 @@ def test_align_and_report_from_the_shell(model_folder, tmp_path):  # noqa: F811
 
 
 def test_unknown_model_and_leftovers(tmp_path):
-    fails_with("Cannot load the model 'no/such-model'", "align", "no/such-model", "--out", str(tmp_path / "r"))
+    fails_with(
+        "Cannot load the model 'no/such-model'", "align", "no/such-model", "--out", str(tmp_path / "r")
+    )
     assert not (tmp_path / "r").exists()
 
 
@@ -48,7 +50,9 @@ def test_prompt_file_errors(tmp_path, model_folder):  # noqa: F811
     fails_with("0 harmful and 0 harmless", "align", str(model_folder), "--out", out, "--prompts", str(empty))
     empty.write_text('{"harmful": "a"}\n')
     fails_with("line 1 needs the keys", "align", str(model_folder), "--out", out, "--prompts", str(empty))
-    fails_with("Cannot read the prompt file", "align", str(model_folder), "--out", out, "--prompts", "nowhere")
+    fails_with(
+        "Cannot read the prompt file", "align", str(model_folder), "--out", out, "--prompts", "nowhere"
+    )
     assert not (tmp_path / "r").exists()
 
 

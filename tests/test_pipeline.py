@@ -73,9 +73,7 @@ def test_run_folder_is_the_contract(run):
 
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     assert [r["step"] for r in history] == [1, 2, 3, 4]
-    fields = (
-        "loss grad_norm lr mass_on_s_student mass_on_s_teacher kl_off_s n_tokens rollout_s teacher_s student_s"
-    )
+    fields = "loss grad_norm lr mass_on_s_student mass_on_s_teacher kl_off_s n_tokens rollout_s teacher_s student_s"
     assert set(fields.split()) <= history[0].keys()
 
     evaluation = json.loads((run / "evaluation.json").read_text())
@@ -189,8 +187,6 @@ def test_evaluation_round_trip(run, tmp_path):
 
 def test_auto_extraction_says_what_it_chose(model_folder, tmp_path, capsys):
     settings = {**SMALL, "extraction": "auto", "native_share": 1.1}
-    align(
-        str(model_folder), tmp_path / "run", recipe(**settings), stages=("direction",), console=Console()
-    )
+    align(str(model_folder), tmp_path / "run", recipe(**settings), stages=("direction",), console=Console())
     assert "prefill contrast" in capsys.readouterr().out
     assert Direction.load(tmp_path / "run" / "direction.safetensors").extraction == "prefill"

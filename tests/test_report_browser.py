@@ -357,7 +357,9 @@ def test_hostile_text_is_only_text(driver, tmp_path, tokens, story):
     assert complaints(driver) == []
     assert requests(driver) == []
     screen(driver, 380, dark=False)
-    assert driver.execute_script("return document.documentElement.scrollWidth") <= 380
+    WebDriverWait(driver, 10).until(  # figures follow a moment later
+        lambda d: d.execute_script("return document.documentElement.scrollWidth") <= 380
+    )
 
 
 def test_an_empty_run_says_what_is_missing(driver, tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -13,7 +14,7 @@ from safesteer.directions import Candidates, prefill_contrast, steer
 from safesteer.divergence import kl_divergence, refusal_score
 from safesteer.errors import SafeSteerError
 from safesteer.models import generate_ids
-from safesteer.sweep import COLUMNS, Sweep, SweepConfig, calibrate_coeff, sweep
+from safesteer.sweep import COLUMNS, Sweep, SweepConfig, calibrate, sweep
 
 REFUSAL_IDS = torch.tensor([7, 40, 90])
 SCORES = ["ablation_refusal", "steering_refusal", "kl_harmless"]
@@ -159,23 +160,28 @@ def test_candidates_that_are_not_finite_are_dropped(tiny_llama, candidates, few)
     assert (row.kept, row.reason) == (False, "a score is not finite")
 
 
-def test_calibration_takes_the_smallest_sufficient_coefficient(tiny_llama, direction, monkeypatch):
+def test_calibration_compares_answers(tiny_llama, direction, monkeypatch):
+    """The smallest sufficient coefficient; among directions the one whose answers refuse."""
     tried = []
 
     def fake(coeff_that_refuses):
         def answer(chat, prompts, max_new_tokens):
-            return ["no" if tried[-1] >= coeff_that_refuses else "yes"] * len(prompts)
+            layer, coeff = tried[-1]
+            return ["no" if layer == 2 and coeff >= coeff_that_refuses else "yes"] * len(prompts)
 
         return answer
 
     module = importlib.import_module("safesteer.sweep")  # the package's name is the function
-    monkeypatch.setattr(module, "steer", lambda c, d, k: tried.append(k) or steer(c, d, k))
+    monkeypatch.setattr(module, "steer", lambda c, d, k: tried.append((d.layer, k)) or steer(c, d, k))
     monkeypatch.setattr(module, "generate", fake(1.3))
+    few = [replace(direction, layer=1), replace(direction, layer=2)]
 
     def run():
-        return calibrate_coeff(tiny_llama, direction, ["a", "b"], lambda prompt, answer: answer == "no")
+        return calibrate(tiny_llama, few, ["a", "b"], lambda prompt, answer: answer == "no")
 
-    found, rates = run()
-    assert (found.coeff, rates) == (1.3, {1.0: 0.0, 1.15: 0.0, 1.3: 1.0})
+    found, table = run()
+    assert (found.layer, found.coeff) == (2, 1.3)
+    assert table.refusal_rate.tolist() == [0, 0, 0, 0, 0, 1]
+    assert table.coeff.tolist() == [1.0, 1.0, 1.15, 1.15, 1.3, 1.3]
     monkeypatch.setattr(module, "generate", fake(99))
-    assert run()[0].coeff == 1.0  # nothing refuses: the gentlest
+    assert (run()[0].layer, run()[0].coeff) == (1, 1.0)  # nothing refuses: the first, the gentlest

@@ -282,8 +282,8 @@ def containing(
     """Step 3 for one kind of answer: those with a token of S among their first `max_tokens`."""
     ids = [set(answer_ids(tokenizer, a, max_tokens)) for a in answers]
 
-    def hits(chosen: Int[Tensor, " n"]) -> int:
-        wanted = set(chosen.tolist())
+    def hits(token_set: Tensor) -> int:
+        wanted = set(token_set.tolist())
         return sum(bool(row & wanted) for row in ids)
 
     n, found = len(ids), hits(chosen)

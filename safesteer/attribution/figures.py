@@ -85,11 +85,17 @@ def _rgba(colour: str, alpha: float) -> str:
     return f"rgba({r},{g},{b},{alpha})"
 
 
-def sweep_figure(table: pd.DataFrame, theme: Theme = "light", *, score: str = "") -> go.Figure:
+def sweep_figure(
+    table: pd.DataFrame,
+    theme: Theme = "light",
+    *,
+    score: str = "",
+    chosen: tuple[str, int] | None = None,
+) -> go.Figure:
     """A candidate for each position x layer: a heatmap, or a line where there is one position.
 
     `score` is a column of the sweep table; by default the one that selection ranks by. Hover shows
-    all scores and why the candidate was kept or dropped.
+    all scores and why the candidate was kept or dropped. `chosen` is the (position, layer) to ring.
     """
     ranked_by = "ablation_refusal" if "instruction" in set(table.extraction) else "steering_refusal"
     score = score or ranked_by
@@ -106,9 +112,11 @@ def sweep_figure(table: pd.DataFrame, theme: Theme = "light", *, score: str = ""
             mode="lines+markers",
             line={"color": COLOURS["teacher"], "width": 2},
             marker={"size": 8, "symbol": ["circle" if k else "circle-open" for k in table.kept]},
-            showlegend=False,
+            name="candidate (filled: passes every threshold)",
         )
-        return _figure([marks], "layer (steering is added to its input)", label, theme)
+        level = table.loc[table.layer == chosen[1], score] if chosen else []
+        marks = [marks, *_ring([chosen[1]], list(level))] if chosen and len(level) else [marks]
+        return _figure(marks, "layer (steering is added to its input)", label, theme)
     shape = (len(positions), table.layer.nunique())
     if len(table) != shape[0] * shape[1]:
         return _figure([], "layer", label, theme)
@@ -128,8 +136,23 @@ def sweep_figure(table: pd.DataFrame, theme: Theme = "light", *, score: str = ""
         colorbar={"title": {"text": label, "side": "right"}, "thickness": 10, "outlinewidth": 0},
     )
     height = 140 + 30 * len(positions)
-    figure = _figure([heat], "layer", "position after the instruction", theme, height=height)
+    kept = table[table.kept]
+    dots = go.Scatter(
+        x=kept.layer.tolist(),
+        y=[safe(p) for p in kept["at"]],
+        mode="markers",
+        marker={"size": 4, "color": "#1f2933"},
+        hoverinfo="skip",
+        name="passes every threshold",
+    )
+    ring = _ring([chosen[1]], [safe(chosen[0])]) if chosen else []
+    figure = _figure([heat, dots, *ring], "layer", "position after the instruction", theme, height=height)
     return figure.update_yaxes(type="category")
+
+
+def _ring(x: list[Any], y: list[Any]) -> list[go.Scatter]:
+    style = {"size": 16, "symbol": "circle-open", "color": COLOURS["student"], "line": {"width": 2.5}}
+    return [go.Scatter(x=x, y=y, mode="markers", marker=style, name="chosen", hoverinfo="skip")]
 
 
 def _numbers(values: Any) -> list[float | None]:
@@ -176,10 +199,14 @@ def votes_figure(tokens: Sequence[Mapping[str, Any]], theme: Theme = "light", n:
     return figure.update_yaxes(autorange="reversed", tickfont={"family": "monospace"})
 
 
+def _blend(a: str, b: str, share: float) -> str:
+    pairs = [(int(a[i : i + 2], 16), int(b[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(x + (y - x) * share):02x}" for x, y in pairs)
+
+
 def _lines(name: str, xs: Sequence[Any], band: Band, **style: Any) -> list[go.Scatter]:
     """A line with its band of lowest and highest values."""
-    colour = COLOURS.get(name, style.pop("colour", SEQUENCE[0]))
-    style.pop("colour", None)
+    colour: str = style.pop("colour", None) or COLOURS.get(name, SEQUENCE[0])
     shown = []
     if band.low != band.mean or band.high != band.mean:
         shown.append(
@@ -245,12 +272,14 @@ def steps_figure(coverage: Coverage, theme: Theme = "light") -> go.Figure:
 def stability_figure(stable: Stability, theme: Theme = "light") -> go.Figure:
     """Jaccard similarity of two selections of K tokens, as a function of K."""
     traces: list[go.Scatter] = []
+    names = {"prompts": "halves of the prompts", "samples": "halves of the samples"}
+    horizons = [c.name for c in stable.curves if c.name.startswith("horizon")]
     for i, curve in enumerate(stable.curves):
-        horizon = curve.name.startswith("horizon")
-        style = {"dash": "dot", "width": 1.5} if horizon else {}
-        names = {"prompts": "halves of the prompts", "samples": "halves of the samples"}
-        name = names.get(curve.name, curve.name)
-        traces += _lines(name, stable.ks, curve.jaccard, colour=SEQUENCE[i % len(SEQUENCE)], **style)
+        name, style = names.get(curve.name, curve.name), {"colour": SEQUENCE[i % len(SEQUENCE)]}
+        if curve.name in horizons:  # one hue, stronger with the horizon
+            share = (horizons.index(curve.name) + 1) / len(horizons)
+            style = {"colour": _blend("#d9d2ee", "#6d3fd1", share), "width": 1.2}
+        traces += _lines(name, stable.ks, curve.jaccard, **style)
     chance = Band(stable.chance, stable.chance, stable.chance)
     traces += _lines("chance", stable.ks, chance, colour=COLOURS["base"], dash="dash")
     figure = _figure(traces, "K, tokens in S", "Jaccard similarity", theme, height=340)

@@ -20,6 +20,7 @@ from safesteer.attribution.explain import Attribution
 from safesteer.attribution.text import readable, running, visible
 from safesteer.attribution.trace import Alternative, Trace, TraceToken
 from safesteer.attribution.why import Why
+from safesteer.directions import Direction
 from safesteer.errors import SafeSteerError
 from safesteer.files import read_json
 from safesteer.sweep import COLUMNS
@@ -29,6 +30,7 @@ SECTIONS = {  # file -> what the page says without it
     "evaluation": ("evaluation.json", "This run has no evaluation yet"),
     "answers": ("answers.jsonl", "This run has no answers to compare yet"),
     "sweep": ("sweep.csv", "This run has no sweep of directions yet"),
+    "direction": ("direction.safetensors", "This run has no direction yet"),
     "tokens": ("tokens.json", "This run has no safety tokens yet"),
     "history": ("history.jsonl", "This run has no training history yet"),
     "attribution": ("attribution.json", "This run has no token attribution yet"),
@@ -42,6 +44,7 @@ def page_data(run: Path) -> dict[str, Any]:
         "evaluation": read_json,
         "answers": _json_lines,
         "sweep": _read_sweep,
+        "direction": Direction.load,
         "tokens": TokenSet.load,
         "history": _json_lines,
         "attribution": Attribution.load,
@@ -62,6 +65,7 @@ def page_data(run: Path) -> dict[str, Any]:
         "evaluation": found["evaluation"],
         "answers": [_answer(r) for r in found["answers"]] if found["answers"] else None,
         "sweep": _sweep_rows(found["sweep"]) if found["sweep"] is not None else None,
+        "direction": _direction(found["direction"]) if found["direction"] else None,
         "tokens": _tokens(found["tokens"], story) if found["tokens"] else None,
         "traces": _traces(story.traces) if story and story.traces else None,
         "coverage": _coverage(story) if story else None,
@@ -122,7 +126,7 @@ def _run_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
-    texts = {k: str(row.get(k) or "") for k in ("prompt", "label", "category")}
+    texts: dict[str, Any] = {k: str(row.get(k) or "") for k in ("prompt", "label", "category")}
     for name in ("base", "teacher", "student"):
         if row.get(name) is not None:
             texts[name] = str(row[name])
@@ -142,6 +146,15 @@ def _sweep_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
         }
         for _, row in table.iterrows()
     ]
+
+
+def _direction(direction: Direction) -> dict[str, Any]:
+    return {
+        "position": direction.position,
+        "layer": direction.layer,
+        "coeff": direction.coeff,
+        "norm": float(direction.vector.float().norm()),
+    }
 
 
 def _tokens(tokens: TokenSet, story: Attribution | None) -> dict[str, Any]:
@@ -269,7 +282,9 @@ def _figures(found: Mapping[str, Any]) -> dict[str, Any]:
     if found["evaluation"]:
         made["evaluation"] = figures.evaluation_figure(found["evaluation"])
     if found["sweep"] is not None:
-        made["sweep"] = figures.sweep_figure(found["sweep"])
+        chosen = found["direction"]
+        at = (chosen.position, chosen.layer) if chosen else None
+        made["sweep"] = figures.sweep_figure(found["sweep"], chosen=at)
     story: Attribution | None = found["attribution"]
     if found["tokens"]:
         rows = [

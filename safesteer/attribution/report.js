@@ -183,6 +183,9 @@ function answers() {
 
 // Direction ---------------------------------------------------------------------------------
 function sweep() {
+  const d = data.direction;
+  if (d) byId("chosen").append("Chosen: ", bdi(`position ${d.position}, layer ${d.layer}, coefficient ${fixed(d.coeff)}`), ", a vector of length ", `${fixed(d.norm)}.`);
+  else byId("chosen").append(data.missing.direction || "");
   if (!data.sweep) { byId("sweep-more").replaceWith(missing("sweep")); return; }
   const score = (key, name, title) => ({ key, name, title, show: r => none(r[key]) ? "not run" : fixed(r[key], 3) });
   byId("sweep-table").append(table([

@@ -99,7 +99,7 @@ def _groups(
     columns = [torch.ones((rows, horizon), dtype=torch.bool)]
     names: dict[str, list[tuple[int, int]]] = {"prompts": [], "samples": []}
 
-    def compare(name: str, half: Bool[Tensor, " rows"]) -> None:
+    def compare(name: str, half: Tensor) -> None:
         names[name].append((len(columns), len(columns) + 1))
         columns.extend([half[:, None].expand(rows, horizon), ~half[:, None].expand(rows, horizon)])
 
