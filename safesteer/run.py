@@ -119,8 +119,8 @@ def finished(run: Run, stage: str) -> bool:
     done = read_json(run.path / "manifest.json")["stages"].get(stage)
     if done is None:
         return False
-    files = {run.path / name: digest for name, digest in done["files"].items()}
-    return all(path.is_file() and digest(path) == digest for path, digest in files.items())
+    files = [(run.path / name, recorded) for name, recorded in done["files"].items()]
+    return all(path.is_file() and digest(path) == recorded for path, recorded in files)
 
 
 def record(run: Run, stage: str, written: list[str], seconds: float) -> None:

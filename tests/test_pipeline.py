@@ -73,7 +73,7 @@ def test_run_folder_is_the_contract(run):
 
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     assert [r["step"] for r in history] == [1, 2, 3, 4]
-    fields = "loss grad_norm lr mass_on_s_student mass_on_s_teacher kl_off_s n_tokens rollout_s teacher_s student_s"
+    fields = "loss grad_norm lr mass_on_s_student mass_on_s_teacher kl_off_s n_tokens rollout_s"
     assert set(fields.split()) <= history[0].keys()
 
     evaluation = json.loads((run / "evaluation.json").read_text())
