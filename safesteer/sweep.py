@@ -197,7 +197,7 @@ def calibrate(
     refuses: Callable[[str, str], bool],
     *,
     coeffs: tuple[float, ...] = (1.0, 1.15, 1.3, 1.5),
-    target: float = 0.95,
+    target: float = 0.9,
     max_new_tokens: int = 16,
 ) -> tuple[Direction, pd.DataFrame]:
     """Choose among a few directions by what counts: greedy answers that refuse.

@@ -162,7 +162,8 @@ def _numbers(values: Any) -> list[float | None]:
 
 def _sweep_hover(row: pd.Series) -> str:
     def number(name: str) -> str:
-        return "not run" if pd.isna(row[name]) else f"{row[name]:.3f}"
+        value = float(row[name])
+        return "not run" if math.isnan(value) else f"{value:.3f}"
 
     return (
         f"<b>position {safe(str(row.position))}, layer {row.layer}</b>"

@@ -306,6 +306,6 @@ def _figures(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(figure: go.Figure) -> dict[str, Any]:
-    raw = json.loads(figure.to_json())
+    raw = json.loads(str(figure.to_json()))
     raw["layout"].pop("template", None)
     return raw
