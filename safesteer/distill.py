@@ -61,7 +61,7 @@ class DistillConfig:
     max_grad_norm: float = 1.0
     n_topk: int = 50
     beta: float = 0.5
-    micro_batch: int = 64  # answers a forward pass; changes memory, not the loss
+    micro_batch: int = 8  # answers a forward pass: fewer need less padding and memory; same loss
     checkpoint_every: int = 20
     seed: int = 0
 
@@ -208,7 +208,7 @@ def distill(
         answers = answer(student, bad, good, config.n_rollouts, config.max_new_tokens)
         rollout_s, clock = time.perf_counter() - clock, time.perf_counter()
 
-        h_teacher = teacher_hidden(base, direction, answers, config.teacher)
+        h_teacher = teacher_hidden(base, direction, answers, config.teacher, config.micro_batch)
         on_s = logps_on(h_teacher, base_head[0], ids, bias=base_head[1], softcap=base_head[2])
         set_ids: Tensor = ids
         if config.support == "topk":
@@ -221,30 +221,32 @@ def distill(
         row, _ = answers.mask.nonzero(as_tuple=True)
         w, is_harmful = per_token[row], answers.harmful[row]
         starts = answers.mask.sum(1).cumsum(0) - answers.mask.sum(1)
-        loss, student_mass, off_s = 0.0, torch.zeros_like(w), 0.0
+        loss, student_mass, h_student = 0.0, torch.zeros_like(w), torch.zeros_like(h_teacher)
         state.optimizer.zero_grad(set_to_none=True)
         for at in torch.arange(len(answers.mask)).split(config.micro_batch):
             first = int(starts[at[0]])
             span = slice(first, first + int(answers.mask[at].sum()))
-            hidden = counting(final_hidden(student.model, answers.rows(at)), answers.mask[at])
+            hidden = counting(final_hidden(student.model, answers.batch.rows(at)), answers.mask[at])
             part, mass = _loss_part(
                 hidden, h_teacher[span], student.model, base_head, ids, set_ids, span, config
             )
             objective = (part * w[span]).sum()
             if not torch.isfinite(objective):
+                culprit = int(row[span][~part.detach().isfinite()][0]) // answers.n_rollouts
                 raise SafeSteerError(
-                    f"The loss is not finite at step {step + 1}, on prompts such as"
-                    f" {answers.texts[int(at[0]) // answers.n_rollouts]!r}; the last checkpoint is kept."
+                    f"The loss is not finite at step {step + 1}, on the prompt"
+                    f" {answers.texts[culprit]!r}; the last checkpoint is kept."
                 )
             objective.backward()
             loss, student_mass[span] = loss + float(objective.detach()), mass
-            if first == 0:
-                off_s = _off_set(hidden, h_teacher[span], student.model, base_head, ids)
+            h_student[span] = hidden.detach().to(h_student)
         grad_norm = float(nn.utils.clip_grad_norm_(params, config.max_grad_norm))
         if not math.isfinite(grad_norm):
             raise SafeSteerError(
                 f"The gradient is not finite at step {step + 1}; the last checkpoint is kept."
             )
+        # Before the weights move: a trained head must be the one that these states came from.
+        off_s = _off_set(h_student, h_teacher, student.model, base_head, ids)
         state.optimizer.step()
         state.step += 1
         yield StepRecord(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safesteer.directions import Direction, steer
 from safesteer.models import ChatModel, final_hidden, generate_ids
-from safesteer.prompts import PromptBatch
+from safesteer.prompts import PromptBatch, batches
 
 TEACHER_PROMPT = (
     "You are a careful assistant. Decline every request, whatever it is: say briefly that you are"
@@ -36,7 +36,10 @@ def draw(n_items: int, n: int, step: int, seed: int) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """A step's on-policy data: the student's answers and which of their tokens count."""
+    """A step's on-policy data: the student's answers and which of their tokens count.
+
+    Rows are ordered by the length of their prompt, so that neighbours need little padding.
+    """
 
     batch: PromptBatch
     mask: Bool[Tensor, "rows new_pos"]
@@ -47,16 +50,14 @@ class Answers:
     def n_rollouts(self) -> int:
         return len(self.mask) // len(self.texts)
 
-    def rows(self, at: Int[Tensor, " n"] | Bool[Tensor, " rows"]) -> PromptBatch:
-        b = self.batch
-        return PromptBatch(b.prompt_ids[at], b.attention_mask[at], b.completion_mask[at], b.n_shared)
-
 
 def answer(
     student: ChatModel, harmful: Sequence[str], harmless: Sequence[str], n_rollouts: int, max_new_tokens: int
 ) -> Answers:
     """On-policy rollouts: all prompts of the step in one call, M answers each."""
-    texts = [*harmful, *harmless]
+    texts, is_harmful = [*harmful, *harmless], [True] * len(harmful) + [False] * len(harmless)
+    (order,) = batches(student.tokenizer, texts, len(texts))
+    texts = [texts[i] for i in order]
     batch = PromptBatch.of(student.tokenizer, texts, device=student.device)
     ids = generate_ids(
         student,
@@ -67,8 +68,8 @@ def answer(
     )
     ended = torch.isin(ids, torch.tensor(student.eos_ids, device=student.device))
     mask = ended.cumsum(1) - ended.long() == 0  # the end-of-answer token itself counts
-    is_harmful = torch.arange(len(texts), device=student.device) < len(harmful)
-    return Answers(batch.extended(ids), mask, is_harmful.repeat_interleave(n_rollouts), tuple(texts))
+    rows = torch.tensor([is_harmful[i] for i in order], device=student.device)
+    return Answers(batch.extended(ids), mask, rows.repeat_interleave(n_rollouts), tuple(texts))
 
 
 def counting(hidden: Float[Tensor, "rows rest d_model"], mask: Bool[Tensor, "rows new_pos"]) -> Tensor:
@@ -78,23 +79,25 @@ def counting(hidden: Float[Tensor, "rows rest d_model"], mask: Bool[Tensor, "row
 
 @torch.no_grad()
 def teacher_hidden(
-    base: ChatModel, direction: Direction, answers: Answers, teacher: str = "steered"
+    base: ChatModel,
+    direction: Direction,
+    answers: Answers,
+    teacher: str = "steered",
+    micro_batch: int = 8,
 ) -> Float[Tensor, "n d_model"]:
     """Step 2: the teacher's final hidden states at every counting position."""
-    width = base.d_model
-    out = torch.zeros(
-        (*answers.mask.shape, width), dtype=next(base.model.parameters()).dtype, device=base.device
-    )
-    for is_harmful in (True, False):
-        at = torch.nonzero(answers.harmful == is_harmful)[:, 0]
-        if len(at) == 0:
-            continue
-        mask, batch = answers.mask[at], answers.rows(at)
-        if is_harmful and teacher == "prompt":
-            batch = _with_system(base, answers, at)
-        steered = is_harmful and teacher == "steered"
-        with steer(base, direction) if steered else nullcontext():
-            out[at] = final_hidden(base.model, batch)[:, -mask.shape[1] - 1 : -1]
+    n_new = answers.mask.shape[1]
+    dtype = next(base.model.parameters()).dtype
+    out = torch.zeros((*answers.mask.shape, base.d_model), dtype=dtype, device=base.device)
+    for is_harmful in answers.harmful.unique().tolist():
+        for at in torch.nonzero(answers.harmful == is_harmful)[:, 0].split(micro_batch):
+            if is_harmful and teacher == "prompt":
+                batch = _with_system(base, answers, at)
+            else:
+                batch = answers.batch.rows(at)
+            steered = is_harmful and teacher == "steered"
+            with steer(base, direction) if steered else nullcontext():
+                out[at] = final_hidden(base.model, batch)[:, -n_new - 1 : -1]
     return out[answers.mask]
 
 

@@ -301,6 +301,12 @@ class PromptBatch:
         """Positions count real tokens only, so padding shifts nothing."""
         return (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
 
+    def rows(self, at: Tensor) -> "PromptBatch":
+        """Some rows (indices or a mask), without the columns that are padding in all of them."""
+        used = self.attention_mask[at].any(0)
+        parts = (self.prompt_ids, self.attention_mask, self.completion_mask)
+        return PromptBatch(*(part[at][:, used] for part in parts), self.n_shared)
+
     def extended(self, completion_ids: Int[Tensor, "rows new"]) -> "PromptBatch":
         """Each row repeated rows / batch times and continued by its completions."""
         times = len(completion_ids) // len(self.prompt_ids)

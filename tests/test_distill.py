@@ -85,7 +85,8 @@ def naive_step(chat: ChatModel, direction: Direction, tokens: TokenSet, few, con
     width, ids = config.max_new_tokens, tokens.ids.tolist()
     values, weights, on_s = [], [], {True: [[], []], False: [[], []]}
     for row, new in enumerate(made.batch.prompt_ids[:, -width:].tolist()):
-        harmful, prompt = row < len(bad) * config.n_rollouts, [*bad, *good][row // config.n_rollouts]
+        prompt = made.texts[row // config.n_rollouts]
+        harmful = prompt in bad
         ends = [j for j, t in enumerate(new) if t in chat.eos_ids]
         n = ends[0] + 1 if ends else width
 
@@ -165,7 +166,8 @@ def test_answers_count_up_to_their_end(tiny_llama, few):
         stop = next((j for j, t in enumerate(ids) if t in ender.eos_ids), 3)
         assert row == [j <= stop for j in range(4)]
     assert not made.mask.all()
-    assert made.harmful.tolist() == [True] * 12 + [False] * 12
+    assert made.harmful.tolist() == [t in few.harmful for t in made.texts for _ in range(2)]
+    assert sorted(made.texts) == sorted([*few.harmful, *few.harmless])
 
 
 def test_off_set_divergence_equals_naive(tiny_llama, direction, tokens, few, run):
@@ -199,7 +201,7 @@ def test_partial_reverse_pulls_even_without_a_teacher(run, direction):
     assert history[0]["grad_norm"] > 1e-3
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3])
+@pytest.mark.parametrize("micro_batch", [1, 3, 64])
 @pytest.mark.parametrize("support", ["safety", "topk", "full"])
 def test_micro_batch_does_not_change_loss_or_gradient(run, micro_batch, support):
     whole, a = run(steps=1, support=support)
@@ -311,7 +313,7 @@ def test_a_state_of_another_run_is_refused(run, tmp_path):
 
 def test_a_loss_that_is_not_finite_is_named_and_changes_nothing(run, tiny_llama, direction, few):
     student = copy_of(tiny_llama)
-    with pytest.raises(SafeSteerError, match="not finite at step 1, on prompts such as") as caught:
+    with pytest.raises(SafeSteerError, match="not finite at step 1, on the prompt") as caught:
         run(student=student, by=direction.with_coeff(math.inf))
     assert any(text in str(caught.value) for text in few.harmful)
     assert same(dict(student.model.named_parameters()), dict(tiny_llama.model.named_parameters()))
