@@ -248,8 +248,9 @@ def _smollm2_folder() -> Path:
         model = type(read)(read.config)
         model.load_state_dict(read.state_dict())
         model.generation_config = read.generation_config
-        model.save_pretrained(work)
-        tokenizer.save_pretrained(work)
+        with quiet_transformers():
+            model.save_pretrained(work)
+            tokenizer.save_pretrained(work)
         try:
             work.rename(target)
         except OSError:  # another process was faster

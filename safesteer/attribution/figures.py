@@ -99,7 +99,7 @@ def sweep_figure(
     """
     ranked_by = "ablation_refusal" if "instruction" in set(table.extraction) else "steering_refusal"
     score = score or ranked_by
-    facts = table.apply(_sweep_hover, axis=1)
+    facts = [_sweep_hover(row) for row in table.to_dict("records")]
     positions = list(dict.fromkeys(table.position.astype(str)))
     name = {"ablation_refusal": "ablation", "steering_refusal": "steering"}.get(score, score)
     label = f"refusal score, {name} (nats)" if score != "kl_harmless" else "KL on harmless (nats)"
@@ -107,7 +107,7 @@ def sweep_figure(
         marks = go.Scatter(
             x=table.layer.tolist(),
             y=_numbers(table[score]),
-            text=facts.tolist(),
+            text=facts,
             hovertemplate="%{text}<extra></extra>",
             mode="lines+markers",
             line={"color": COLOURS["teacher"], "width": 2},
@@ -160,17 +160,16 @@ def _numbers(values: Any) -> list[float | None]:
     return [None if pd.isna(v) else float(v) for v in values]
 
 
-def _sweep_hover(row: pd.Series) -> str:
+def _sweep_hover(row: Mapping[Any, Any]) -> str:
     def number(name: str) -> str:
-        value = float(row[name])
-        return "not run" if math.isnan(value) else f"{value:.3f}"
+        return "not run" if pd.isna(row[name]) else f"{row[name]:.3f}"
 
     return (
-        f"<b>position {safe(str(row.position))}, layer {row.layer}</b>"
+        f"<b>position {safe(str(row['position']))}, layer {row['layer']}</b>"
         f"<br>refusal score, harmful, ablated: {number('ablation_refusal')}"
         f"<br>refusal score, harmless, steered: {number('steering_refusal')}"
         f"<br>KL on harmless, ablated: {number('kl_harmless')}"
-        f"<br>{'kept' if row.kept else 'dropped'}: {safe(str(row.reason), 90)}"
+        f"<br>{'kept' if row['kept'] else 'dropped'}: {safe(str(row['reason']), 90)}"
     )
 
 

@@ -138,13 +138,13 @@ def _sweep_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     numbers = ("ablation_refusal", "steering_refusal", "kl_harmless")
     return [
         {
-            "position": str(row.position),
-            "layer": int(row.layer),
+            "position": str(row["position"]),
+            "layer": int(row["layer"]),
             **{n: None if pd.isna(row[n]) else float(row[n]) for n in numbers},
-            "kept": bool(row.kept),
-            "reason": str(row.reason),
+            "kept": bool(row["kept"]),
+            "reason": str(row["reason"]),
         }
-        for _, row in table.iterrows()
+        for row in table.to_dict("records")
     ]
 
 
