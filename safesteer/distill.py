@@ -55,6 +55,7 @@ class DistillConfig:
     n_rollouts: int = 1
     max_new_tokens: int = 5
     anchor_weight: float = 1.0
+    decay: float = 1.0  # weight of an answer's next position to the one before; 1: all alike, as published
     lr: float = 1e-4
     warmup: float = 0.1
     weight_decay: float = 0.0
@@ -83,6 +84,8 @@ class DistillConfig:
                 raise SafeSteerError(f"distill.{name} must be at least {low}.")
         if not self.lr > 0:
             raise SafeSteerError("distill.lr must be positive.")
+        if not 0 < self.decay <= 1:
+            raise SafeSteerError("distill.decay must lie above 0 and at most at 1.")
         if not 0 < self.beta < 1:
             raise SafeSteerError("distill.beta must lie between 0 and 1.")
 
@@ -217,9 +220,11 @@ def distill(
 
         # Mean over an answer's positions, then over answers; the anchor counts by its weight.
         weight = torch.where(answers.harmful, 1.0, config.anchor_weight)
-        per_token = weight / weight.sum() / answers.mask.sum(1)
+        early = config.decay ** torch.arange(answers.mask.shape[1], device=answers.mask.device)
+        per_token = answers.mask * early
+        per_token = per_token / per_token.sum(1, keepdim=True) * (weight / weight.sum())[:, None]
         row, _ = answers.mask.nonzero(as_tuple=True)
-        w, is_harmful = per_token[row], answers.harmful[row]
+        w, is_harmful = per_token[answers.mask], answers.harmful[row]
         starts = answers.mask.sum(1).cumsum(0) - answers.mask.sum(1)
         loss, student_mass, h_student = 0.0, torch.zeros_like(w), torch.zeros_like(h_teacher)
         state.optimizer.zero_grad(set_to_none=True)

@@ -110,7 +110,8 @@ def naive_step(chat: ChatModel, direction: Direction, tokens: TokenSet, few, con
             loss.append(reference_divergence(*at, config.divergence, normalizer, config.beta))
             on_s[harmful][0].append(sum(student[v] for v in ids))
             on_s[harmful][1].append(sum(teacher[v] for v in ids))
-        values.append(sum(loss) / n)
+        early = [config.decay**j for j in range(n)]
+        values.append(sum(x * e for x, e in zip(loss, early, strict=True)) / sum(early))
         weights.append(1.0 if harmful else config.anchor_weight)
     total = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 
@@ -139,6 +140,7 @@ def naive_step(chat: ChatModel, direction: Direction, tokens: TokenSet, few, con
         {"teacher": "prompt"},
         {"harmless_per_step": 0},
         {"anchor_weight": 0.25},
+        {"decay": 0.5},
         {"n_rollouts": 1, "micro_batch": 3},
         {"seed": 5},
     ],
@@ -342,6 +344,7 @@ def test_a_gradient_that_is_not_finite_is_named(run, tiny_llama, direction):
         ("n_rollouts", 0),
         ("max_new_tokens", 0),
         ("micro_batch", 0),
+        ("decay", 0.0),
         ("checkpoint_every", 0),
         ("n_topk", 0),
         ("lr", 0.0),
