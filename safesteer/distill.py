@@ -55,6 +55,7 @@ class DistillConfig:
     n_rollouts: int = 1
     max_new_tokens: int = 5
     anchor_weight: float = 1.0
+    rollouts: Literal["student", "mixed"] = "mixed"  # "mixed": half are the steered teacher's
     decay: float = 1.0  # weight of an answer's next position to the one before; 1: all alike, as published
     lr: float = 1e-4
     warmup: float = 0.1
@@ -73,6 +74,7 @@ class DistillConfig:
             "support": ("safety", "topk", "full"),
             "teacher": ("steered", "prompt"),
             "train": ("all", "above"),
+            "rollouts": ("student", "mixed"),
         }
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
@@ -208,7 +210,8 @@ def distill(
             drawn = draw(len(harmless), config.harmless_per_step, step, config.seed + 1)
             good = [harmless[i] for i in drawn]
         torch.manual_seed(config.seed * 1_000_003 + step)
-        answers = answer(student, bad, good, config.n_rollouts, config.max_new_tokens)
+        teacher = (base, direction) if config.rollouts == "mixed" else None
+        answers = answer(student, bad, good, config.n_rollouts, config.max_new_tokens, teacher)
         rollout_s, clock = time.perf_counter() - clock, time.perf_counter()
 
         h_teacher = teacher_hidden(base, direction, answers, config.teacher, config.micro_batch)

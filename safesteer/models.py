@@ -20,13 +20,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Cache,
-    DynamicCache,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from safesteer.errors import SafeSteerError
@@ -298,24 +292,30 @@ def generate_ids(
     Sampling is pure (T as given, top-k and top-p off), so that rollouts are on-policy. Row order:
     all samples of prompt 0, then of prompt 1.
     """
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature > 0
-        else {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
-    )
+    sampling = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+    if temperature > 0:
+        sampling |= {"do_sample": True, "temperature": temperature, "top_k": 0}
     eos, width = chat.eos_ids, batch.prompt_ids.shape[1]
-    out = hf_model(chat.model).generate(
-        batch.prompt_ids.repeat_interleave(n_samples, 0),
-        attention_mask=batch.attention_mask.repeat_interleave(n_samples, 0),
-        # All but the last column: a prompt is read once, however many samples continue it.
-        past_key_values=prefill(chat.model, batch, width - 1, n_samples),
-        max_new_tokens=max_new_tokens,
-        repetition_penalty=1.0,
-        eos_token_id=eos,
-        pad_token_id=eos[0] if eos else 0,
-        use_cache=True,
-        **sampling,
-    )
+    try:
+        out = hf_model(chat.model).generate(
+            batch.prompt_ids.repeat_interleave(n_samples, 0),
+            attention_mask=batch.attention_mask.repeat_interleave(n_samples, 0),
+            # All but the last column: a prompt is read once, however many samples continue it.
+            past_key_values=prefill(chat.model, batch, width - 1, n_samples),
+            max_new_tokens=max_new_tokens,
+            repetition_penalty=1.0,
+            eos_token_id=eos,
+            pad_token_id=eos[0] if eos else 0,
+            use_cache=True,
+            **sampling,
+        )
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise SafeSteerError(
+            f"'{chat.name}' gives logits that are not finite, so no answer can be sampled: its weights"
+            " are damaged, or the steering coefficient is too large."
+        ) from error
     return out[:, width:]
 
 

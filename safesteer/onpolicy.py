@@ -52,24 +52,48 @@ class Answers:
 
 
 def answer(
-    student: ChatModel, harmful: Sequence[str], harmless: Sequence[str], n_rollouts: int, max_new_tokens: int
+    student: ChatModel,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    n_rollouts: int,
+    max_new_tokens: int,
+    teacher: tuple[ChatModel, Direction] | None = None,
 ) -> Answers:
-    """On-policy rollouts: all prompts of the step in one call, M answers each."""
-    texts, is_harmful = [*harmful, *harmless], [True] * len(harmful) + [False] * len(harmless)
-    (order,) = batches(student.tokenizer, texts, len(texts))
-    texts = [texts[i] for i in order]
-    batch = PromptBatch.of(student.tokenizer, texts, device=student.device)
-    ids = generate_ids(
-        student,
-        batch,
-        max_new_tokens=max_new_tokens,
-        temperature=1.0,
-        n_samples=n_rollouts,
-    )
-    ended = torch.isin(ids, torch.tensor(student.eos_ids, device=student.device))
+    """On-policy rollouts: all prompts of the step in one call, M answers each.
+
+    With `teacher` (base and direction) every second prompt is answered by the steered base instead.
+    A student that seldom starts to refuse seldom visits what follows "I'm": there it would learn
+    neither to go on refusing a harmful request nor to turn back on a harmless one.
+    """
+    (order,) = batches(student.tokenizer, [*harmful, *harmless], len(harmful) + len(harmless))
+    texts = [[*harmful, *harmless][i] for i in order]
+    place = torch.tensor(order, device=student.device)
+    by_teacher = (place % 2 == 0) & (teacher is not None)
+    batch, eos = PromptBatch.of(student.tokenizer, texts, device=student.device), student.eos_ids
+    shape = (len(texts), n_rollouts, max_new_tokens)
+    ids = torch.full(shape, eos[0] if eos else 0, device=student.device)
+    for steered in by_teacher.unique().tolist():
+        at = by_teacher == steered
+        author = teacher[0] if steered and teacher else student
+        with steer(*teacher) if steered and teacher else nullcontext():
+            new = generate_ids(
+                author,
+                batch.rows(at),
+                max_new_tokens=max_new_tokens,
+                temperature=1.0,
+                n_samples=n_rollouts,
+            )
+        ids[at, :, : new.shape[1]] = new.view(-1, n_rollouts, new.shape[1])
+    ids = ids.flatten(0, 1)
+    ended = torch.isin(ids, torch.tensor(eos, device=student.device))
     mask = ended.cumsum(1) - ended.long() == 0  # the end-of-answer token itself counts
-    rows = torch.tensor([is_harmful[i] for i in order], device=student.device)
-    return Answers(batch.extended(ids), mask, rows.repeat_interleave(n_rollouts), tuple(texts))
+    width = int(mask.any(0).sum())
+    return Answers(
+        batch.extended(ids[:, :width]),
+        mask[:, :width],
+        (place < len(harmful)).repeat_interleave(n_rollouts),
+        tuple(texts),
+    )
 
 
 def counting(hidden: Float[Tensor, "rows rest d_model"], mask: Bool[Tensor, "rows new_pos"]) -> Tensor:

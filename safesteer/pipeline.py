@@ -171,13 +171,12 @@ def train(run: Run, base: ChatModel) -> list[str]:
         state.load(checkpoint, stamp)
         records = [json.loads(line) for line in history.read_text().splitlines()][: state.step]
         run.say(f"  continuing after step {state.step}")
-    distil = run.prompts.split("distil")
-    anchor = distil.harmless
-    if run.recipe.anchor == "all":
-        anchor = anchor + run.prompts.split("train").harmless + run.prompts.split("val").harmless
+    names = ("distil", "train", "val") if run.recipe.pairs == "all" else ("distil",)
+    harmful = [text for name in names for text in run.prompts.split(name).harmful]
+    harmless = [text for name in names for text in run.prompts.split(name).harmless]
     with run.progress("distilling", total=float(config.n_steps)) as progress:
         progress(state.step)
-        for step in distill(state, base, direction, tokens, distil.harmful, anchor, config):
+        for step in distill(state, base, direction, tokens, harmful, harmless, config):
             records.append(asdict(step))
             progress(step.step)
             if step.step % config.checkpoint_every == 0 or step.step == config.n_steps:

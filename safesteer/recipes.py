@@ -30,7 +30,7 @@ class Recipe:
     n_direction: int | None = None  # pairs of the train split that directions are read from
     coeff: float | None = None
     native_share: float = 0.25  # harmful prompts that must refuse natively for "instruction"
-    anchor: str = "all"  # harmless prompts of the anchor: "all" (train, val, distil) or "distil"
+    pairs: Literal["all", "distil"] = "all"  # prompts distilled on; "all": those of train and val too
     sweep: SweepConfig = field(default_factory=SweepConfig)
     tokens: TokenConfig = field(default_factory=TokenConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -40,8 +40,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.extraction not in ("auto", "instruction", "prefill"):
             raise SafeSteerError(f"extraction must be auto, instruction or prefill, not '{self.extraction}'.")
-        if self.anchor not in ("all", "distil"):
-            raise SafeSteerError(f"anchor must be 'all' or 'distil', not '{self.anchor}'.")
+        if self.pairs not in ("all", "distil"):
+            raise SafeSteerError(f"pairs must be all or distil, not '{self.pairs}'.")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise SafeSteerError(f"dtype must be float32, bfloat16 or float16, not '{self.dtype}'.")
 
@@ -73,11 +73,14 @@ def paper(seed: int = 42) -> Recipe:
         seed=seed,
         extraction="instruction",
         coeff=1.0,
+        pairs="distil",
         sweep=SweepConfig(n_kl_tokens=1),
         tokens=TokenConfig(seed=seed),
         distill=DistillConfig(
             divergence="reverse",
             normalizer="partial",
+            rollouts="student",
+            decay=1.0,
             train="all",
             n_steps=25,
             harmful_per_step=4,

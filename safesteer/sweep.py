@@ -196,9 +196,9 @@ def calibrate(
     prompts: list[str],
     refuses: Callable[[str, str], bool],
     *,
-    coeffs: tuple[float, ...] = (1.0, 1.15, 1.3, 1.5),
-    target: float = 0.9,
-    max_new_tokens: int = 16,
+    coeffs: tuple[float, ...] = (1.2, 1.4, 1.6, 1.8),
+    target: float = 0.95,
+    max_new_tokens: int = 20,
 ) -> tuple[Direction, pd.DataFrame]:
     """Choose among a few directions by what counts: greedy answers that refuse.
 

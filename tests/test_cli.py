@@ -79,6 +79,7 @@ def test_report_needs_a_run(tmp_path):
         ("tokens.size=3", "Unknown setting 'tokens.size'"),
         ("tokens.k=-5", "must be at least 1"),
         ("extraction=magic", "must be one of"),
+        ("pairs=some", "must be one of"),
     ],
 )
 def test_bad_settings_are_one_sentence(setting, sentence):
@@ -94,6 +95,7 @@ def test_presets():
         "partial",
         0,
     )
+    assert (published.rollouts, published.decay, paper().pairs) == ("student", 1.0, "distil")
     # 100 harmful prompts x 8 rollouts in optimizer steps of 32 sequences, one epoch.
     assert published.n_steps * published.harmful_per_step == 100
     assert published.harmful_per_step * published.n_rollouts == 32

@@ -81,7 +81,8 @@ def naive_step(chat: ChatModel, direction: Direction, tokens: TokenSet, few, con
     n_good = config.harmless_per_step
     good = [few.harmless[i] for i in draw(6, n_good, 0, config.seed + 1)] if n_good else []
     torch.manual_seed(config.seed * 1_000_003)
-    made = answer(chat, bad, good, config.n_rollouts, config.max_new_tokens)
+    teacher = (chat, direction) if config.rollouts == "mixed" else None
+    made = answer(chat, bad, good, config.n_rollouts, config.max_new_tokens, teacher)
     width, ids = config.max_new_tokens, tokens.ids.tolist()
     values, weights, on_s = [], [], {True: [[], []], False: [[], []]}
     for row, new in enumerate(made.batch.prompt_ids[:, -width:].tolist()):
@@ -140,6 +141,7 @@ def naive_step(chat: ChatModel, direction: Direction, tokens: TokenSet, few, con
         {"teacher": "prompt"},
         {"harmless_per_step": 0},
         {"anchor_weight": 0.25},
+        {"rollouts": "student"},
         {"decay": 0.5},
         {"n_rollouts": 1, "micro_batch": 3},
         {"seed": 5},
@@ -172,9 +174,31 @@ def test_answers_count_up_to_their_end(tiny_llama, few):
     assert sorted(made.texts) == sorted([*few.harmful, *few.harmless])
 
 
+def test_mixed_rollouts_are_half_the_teachers(tiny_llama, direction, few):
+    """Every second prompt is answered by the teacher, all others by the student."""
+    ids = tiny_llama.tokenizer("never", add_special_tokens=False).input_ids[:1]
+    student = copy_of(tiny_llama)  # writes one token only, so that its rows can be told apart
+    student.model.set_output_embeddings(torch.nn.Linear(32, 400))
+    with torch.no_grad():
+        student.model.lm_head.weight.zero_()
+        student.model.lm_head.bias.fill_(-1e4)[ids] = 0.0
+    for teacher, want in ((None, 0), ((tiny_llama, direction), 6)):
+        torch.manual_seed(0)
+        made = answer(student, few.harmful, few.harmless, 2, 4, teacher)
+        by_student = (made.batch.prompt_ids[:, -4:] == ids[0]).all(1)
+        assert int((~by_student).sum()) == 2 * want
+        owners = {made.texts[i // 2] for i in torch.nonzero(~by_student)[:, 0].tolist()}
+        assert owners == set([*few.harmful, *few.harmless][::2] if want else [])
+
+
+def test_a_teacher_that_cannot_speak_is_one_sentence(run, direction):
+    with pytest.raises(SafeSteerError, match="logits that are not finite"):
+        run(by=direction.with_coeff(math.inf))
+
+
 def test_off_set_divergence_equals_naive(tiny_llama, direction, tokens, few, run):
     """kl_off_s of the first step is the generalized KL of base from teacher outside S."""
-    options = {"harmless_per_step": 0, "n_rollouts": 1, "harmful_per_step": 3}
+    options = {"harmless_per_step": 0, "n_rollouts": 1, "harmful_per_step": 3, "rollouts": "student"}
     history, _ = run(steps=1, **options)
     torch.manual_seed(0)
     bad = [few.harmful[i] for i in draw(6, 3, 0, 0)]
@@ -316,7 +340,7 @@ def test_a_state_of_another_run_is_refused(run, tmp_path):
 def test_a_loss_that_is_not_finite_is_named_and_changes_nothing(run, tiny_llama, direction, few):
     student = copy_of(tiny_llama)
     with pytest.raises(SafeSteerError, match="not finite at step 1, on the prompt") as caught:
-        run(student=student, by=direction.with_coeff(math.inf))
+        run(student=student, by=direction.with_coeff(math.inf), rollouts="student")
     assert any(text in str(caught.value) for text in few.harmful)
     assert same(dict(student.model.named_parameters()), dict(tiny_llama.model.named_parameters()))
 
@@ -338,6 +362,7 @@ def test_a_gradient_that_is_not_finite_is_named(run, tiny_llama, direction):
         ("support", "some"),
         ("teacher", "none"),
         ("train", "below"),
+        ("rollouts", "teacher"),
         ("n_steps", 0),
         ("harmful_per_step", 0),
         ("harmless_per_step", -1),

@@ -173,15 +173,15 @@ def test_calibration_compares_answers(tiny_llama, direction, monkeypatch):
 
     module = importlib.import_module("safesteer.sweep")  # the package's name is the function
     monkeypatch.setattr(module, "steer", lambda c, d, k: tried.append((d.layer, k)) or steer(c, d, k))
-    monkeypatch.setattr(module, "generate", fake(1.3))
+    monkeypatch.setattr(module, "generate", fake(1.4))
     few = [replace(direction, layer=1), replace(direction, layer=2)]
 
     def run():
         return calibrate(tiny_llama, few, ["a", "b"], lambda prompt, answer: answer == "no")
 
     found, table = run()
-    assert (found.layer, found.coeff) == (2, 1.3)
-    assert table.refusal_rate.tolist() == [0, 0, 0, 0, 0, 1]
-    assert table.coeff.tolist() == [1.0, 1.0, 1.15, 1.15, 1.3, 1.3]
+    assert (found.layer, found.coeff) == (2, 1.4)
+    assert table.refusal_rate.tolist() == [0, 0, 0, 1]
+    assert table.coeff.tolist() == [1.2, 1.2, 1.4, 1.4]
     monkeypatch.setattr(module, "generate", fake(99))
-    assert (run()[0].layer, run()[0].coeff) == (1, 1.0)  # nothing refuses: the first, the gentlest
+    assert (run()[0].layer, run()[0].coeff) == (1, 1.2)  # nothing refuses: the first, the gentlest
