@@ -25,7 +25,7 @@ from safesteer.pipeline import align
 from safesteer.prompts import PromptSet, load_prompts
 from safesteer.recipes import Recipe, recipe
 from safesteer.steering import ablate, add
-from safesteer.sweep import Sweep, SweepConfig, calibrate, sweep
+from safesteer.sweep import Sweep, SweepConfig, by_answers, calibrate, sweep
 from safesteer.tokens import TokenConfig, TokenSet, select_tokens
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "align",
     "begin",
     "bridge",
+    "by_answers",
     "calibrate",
     "check_reload",
     "distill",

@@ -37,7 +37,7 @@ from safesteer.models import ChatModel, bridge, load_model
 from safesteer.prompts import Prompt, PromptSet, load_prompts
 from safesteer.recipes import Recipe, quick
 from safesteer.run import STAGES, Run, digest, finished, locked, open_run, record
-from safesteer.sweep import calibrate, sweep
+from safesteer.sweep import by_answers, sweep
 from safesteer.tokens import TokenSet, select_tokens
 
 
@@ -108,16 +108,19 @@ def find_direction(run: Run, base: ChatModel) -> list[str]:
     found.save(run.path / "sweep.csv")
     ranking = found.ranking
     if recipe.coeff is None and chosen == "prefill":
-        few = [
+        several = [
             Direction.of(base, candidates, row.position, int(row.layer), prompts=prompts)
-            for row in ranking.head(recipe.sweep.n_answered).itertuples()
+            for row in ranking.itertuples()
         ]
         harmful = val.head(recipe.sweep.n_prompts).harmful
-        direction, rates = calibrate(base, few, harmful, run.judge)
+        with run.progress("comparing answers") as progress:
+            direction, rates = by_answers(
+                base, several, harmful, run.judge, n_best=recipe.sweep.n_answered, progress=progress
+            )
         write_text(run.path / "calibration.csv", rates.to_csv(index=False))
         written.append("calibration.csv")
         rate = rates.refusal_rate.max()
-        run.say(f"  of {len(few)} candidates compared by their answers, this one refuses {rate:.0%}")
+        run.say(f"  of {len(several)} candidates compared by their answers, this one refuses {rate:.0%}")
     else:
         best = ranking.iloc[0]
         coeff = 1.0 if recipe.coeff is None else recipe.coeff

@@ -7,7 +7,7 @@ Per candidate d at (position i, layer l), on validation prompts:
 "instruction" candidates are selected as published: drop l >= 0.8 n_layers, KL > 0.1 and steering
 score < 0; of the rest take the lowest ablation score. A model that does not refuse has nothing to
 ablate, so "prefill" candidates are ranked by how far steering moves harmless prompts to refusal, and
-the first few compared by the answers they give (`calibrate`).
+the answers of all of them decide (`by_answers`).
 """
 
 import math
@@ -33,6 +33,7 @@ from safesteer.files import write_text
 from safesteer.models import ChatModel, generate, generate_ids
 from safesteer.prompts import PromptBatch, PromptSet, batches
 
+LOOK_COEFF = 1.5  # the middle of the coefficients that `calibrate` tries
 COLUMNS = [
     "extraction",
     "position",
@@ -54,7 +55,7 @@ class SweepConfig:
     min_steering: float = 0.0
     n_kl_tokens: int = 3
     n_prompts: int | None = None
-    n_answered: int = 4  # prefill candidates whose real answers are compared
+    n_answered: int = 3  # prefill candidates that are calibrated, after a first look at all answers
     batch_size: int = 32
 
 
@@ -219,3 +220,29 @@ def calibrate(
         if best[0] >= target:
             break
     return best[1], pd.DataFrame(rows)
+
+
+def by_answers(
+    chat: ChatModel,
+    directions: Sequence[Direction],
+    prompts: list[str],
+    refuses: Callable[[str, str], bool],
+    *,
+    n_best: int = 3,
+    progress: Callable[[float], None] = lambda share: None,
+) -> tuple[Direction, pd.DataFrame]:
+    """Choose among many directions: a short look at each, then `calibrate` for the best few.
+
+    The look is one middling coefficient, half the prompts and few tokens; directions that refuse
+    alike keep the order they came in. Returns what `calibrate` returns.
+    """
+    few = prompts[: max(1, len(prompts) // 2)]
+    rates = []
+    for done, direction in enumerate(directions):
+        _, table = calibrate(chat, [direction], few, refuses, coeffs=(LOOK_COEFF,), max_new_tokens=12)
+        rates.append(float(table.refusal_rate[0]))
+        progress(0.5 * (done + 1) / len(directions))
+    best = sorted(range(len(directions)), key=lambda i: -rates[i])[:n_best]
+    found = calibrate(chat, [directions[i] for i in best], prompts, refuses)
+    progress(1.0)
+    return found

@@ -14,7 +14,7 @@ from safesteer.directions import Candidates, prefill_contrast, steer
 from safesteer.divergence import kl_divergence, refusal_score
 from safesteer.errors import SafeSteerError
 from safesteer.models import generate_ids
-from safesteer.sweep import COLUMNS, Sweep, SweepConfig, calibrate, sweep
+from safesteer.sweep import COLUMNS, Sweep, SweepConfig, by_answers, calibrate, sweep
 
 REFUSAL_IDS = torch.tensor([7, 40, 90])
 SCORES = ["ablation_refusal", "steering_refusal", "kl_harmless"]
@@ -185,3 +185,24 @@ def test_calibration_compares_answers(tiny_llama, direction, monkeypatch):
     assert table.coeff.tolist() == [1.2, 1.2, 1.4, 1.4]
     monkeypatch.setattr(module, "generate", fake(99))
     assert (run()[0].layer, run()[0].coeff) == (1, 1.2)  # nothing refuses: the first, the gentlest
+
+
+def test_a_short_look_finds_the_layer_that_a_first_token_hides(tiny_llama, direction, monkeypatch):
+    """Only layer 2 refuses, and it comes last: the look at every candidate must still find it."""
+    tried = []
+    module = importlib.import_module("safesteer.sweep")
+    monkeypatch.setattr(module, "steer", lambda c, d, k: tried.append(d.layer) or steer(c, d, k))
+
+    def answers(chat, prompts, max_new_tokens):
+        return ["no" if tried[-1] == 2 else "yes"] * len(prompts)
+
+    monkeypatch.setattr(module, "generate", answers)
+    several = [replace(direction, layer=layer) for layer in (0, 1, 2)]
+    shares = []
+    found, table = by_answers(
+        tiny_llama, several, ["a", "b"], lambda _, text: text == "no", n_best=2, progress=shares.append
+    )
+    assert (found.layer, found.coeff) == (2, 1.2)
+    assert table.layer.tolist() == [2, 0]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
