@@ -1,13 +1,15 @@
 """Localized on-policy distillation (paper section 3.4, Eq. 5 and 6), as a generator of records.
 
 A step:
-1. draw harmful prompts, and harmless ones for the anchor; the student answers them (T = 1);
+1. draw harmful prompts, and harmless ones for the anchor; the student answers them (T = 1),
+   and with rollouts="mixed" the steered teacher every second one in its place;
 2. the teacher reads the same tokens once: steered on harmful prompts, the base on harmless ones;
 3. the student is pulled to the teacher on the safety tokens S only, averaged over the counting
    positions of an answer and then over answers; one AdamW step.
 
-The paper has no anchor and uses divergence "reverse", normalizer "partial". A model that does not
-refuse has p ~ 0 on S, where that loss has no gradient; the defaults here work on both kinds.
+The paper has no anchor and uses divergence "reverse", normalizer "partial", rollouts "student" and
+decay 1. A model that does not refuse has p ~ 0 on S, where that loss has no gradient; the defaults
+here work on both kinds.
 Everything random depends on (seed, step) alone, so a resumed run repeats an uninterrupted one.
 """
 
