@@ -242,7 +242,8 @@ def distill(
             )
             objective = (part * w[span]).sum()
             if not torch.isfinite(objective):
-                culprit = int(row[span][~part.detach().isfinite()][0]) // answers.n_rollouts
+                worst = (~part.detach().isfinite()).int().argmax()  # the first, if only their sum overflows
+                culprit = int(row[span][worst]) // answers.n_rollouts
                 raise SafeSteerError(
                     f"The loss is not finite at step {step + 1}, on the prompt"
                     f" {answers.texts[culprit]!r}; the last checkpoint is kept."

@@ -51,7 +51,7 @@ class Recipe:
 
 
 def quick(seed: int = 0) -> Recipe:
-    """About a quarter of an hour on two CPU cores, for models that refuse and models that do not."""
+    """Under twenty minutes on two CPU cores, for models that refuse and models that do not."""
     return Recipe(
         preset="quick",
         seed=seed,
