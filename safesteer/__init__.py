@@ -6,26 +6,31 @@ alone, and take home a plain Hugging Face checkpoint.
 
 __version__ = "0.1.0"
 
-from safesteer.directions import (
-    Candidates,
-    Direction,
-    mean_difference,
-    prefill_contrast,
-    refusal_scores,
-    refusal_token_ids,
-    steer,
-)
+from safesteer.calibration import by_answers, by_refusals, calibrate, grid
+from safesteer.directions import Direction, steer
 from safesteer.distill import DistillConfig, StepRecord, begin, distill
 from safesteer.errors import SafeSteerError
-from safesteer.evaluate import EvalConfig, Evaluation, Scores, evaluate, perplexity
+from safesteer.evaluate import EvalConfig, Evaluation, Scores, evaluate
 from safesteer.export import check_reload, export
+from safesteer.extraction import (
+    Candidates,
+    given,
+    logistic_probe,
+    mean_difference,
+    pca_difference,
+    prefill_contrast,
+    system_contrast,
+)
+from safesteer.generation import generate
 from safesteer.judges import refuses, refuses_anywhere
-from safesteer.models import ChatModel, bridge, generate, load_model
+from safesteer.models import ChatModel, bridge, load_model
+from safesteer.perplexity import perplexity
 from safesteer.pipeline import align
 from safesteer.prompts import PromptSet, load_prompts
 from safesteer.recipes import Recipe, recipe
-from safesteer.steering import ablate, add
-from safesteer.sweep import Sweep, SweepConfig, by_answers, calibrate, sweep
+from safesteer.refusal import RefusalTokens, learn_refusal_tokens, refusal_scores, refusal_token_ids
+from safesteer.steering import ablate, add, clamp, gate
+from safesteer.sweep import Sweep, SweepConfig, sweep
 from safesteer.tokens import TokenConfig, TokenSet, select_tokens
 
 __all__ = [
@@ -37,6 +42,7 @@ __all__ = [
     "Evaluation",
     "PromptSet",
     "Recipe",
+    "RefusalTokens",
     "SafeSteerError",
     "Scores",
     "StepRecord",
@@ -50,15 +56,23 @@ __all__ = [
     "begin",
     "bridge",
     "by_answers",
+    "by_refusals",
     "calibrate",
     "check_reload",
+    "clamp",
     "distill",
     "evaluate",
     "export",
+    "gate",
     "generate",
+    "given",
+    "grid",
+    "learn_refusal_tokens",
     "load_model",
     "load_prompts",
+    "logistic_probe",
     "mean_difference",
+    "pca_difference",
     "perplexity",
     "prefill_contrast",
     "recipe",
@@ -69,4 +83,5 @@ __all__ = [
     "select_tokens",
     "steer",
     "sweep",
+    "system_contrast",
 ]

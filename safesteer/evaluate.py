@@ -4,10 +4,8 @@ Every number comes with a 95 % interval: Wilson for rates, bootstrap over prompt
 answers, judged by any callable (prompt, answer) -> bool; `judges.refuses` by default.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +13,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from safesteer.divergence import logits_of, logps_on
+from safesteer.divergence import logits_of
 from safesteer.errors import SafeSteerError
 from safesteer.files import read_json, write_json
+from safesteer.generation import generate
 from safesteer.judges import refuses
-from safesteer.models import ChatModel, final_hidden, generate, output_head
+from safesteer.models import ChatModel, final_hidden, output_head
+from safesteer.perplexity import general_text, perplexity
 from safesteer.prompts import PromptBatch, PromptSet, batches
+from safesteer.stats import bootstrap, wilson
 
 Judge = Callable[[str, str], bool]
 
@@ -84,52 +85,6 @@ class Evaluation:
 
 def _tuples(raw: dict) -> dict:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-
-
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % Wilson score interval of a rate."""
-    if n == 0:
-        return 0.0, 1.0
-    rate, spread = successes / n, z * z / n
-    centre = (rate + spread / 2) / (1 + spread)
-    half = z * math.sqrt(rate * (1 - rate) / n + spread / (4 * n)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def bootstrap(values: Sequence[float], seed: int = 0, n_draws: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean, resampling prompts."""
-    array = np.asarray(values)
-    draws = np.random.default_rng(seed).choice(array, (n_draws, len(array))).mean(1)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def general_text() -> str:
-    """A few pages of plain prose written for this project, for perplexity without downloads."""
-    return (resources.files("safesteer") / "data" / "general.txt").read_text(encoding="utf-8")
-
-
-@torch.no_grad()
-def perplexity(
-    chat: ChatModel, text: str, *, max_tokens: int = 8192, width: int = 512, batch_size: int = 4
-) -> float:
-    """exp of the mean negative log-likelihood a token (nats), in windows of `width` tokens."""
-    ids = chat.tokenizer(text, add_special_tokens=False).input_ids[:max_tokens]  # type: ignore[operator]
-    if len(ids) < 2:
-        raise SafeSteerError("The perplexity text has fewer than two tokens.")
-    weight, bias, softcap = output_head(chat.model)
-    total, count = 0.0, 0
-    windows = [ids[i : i + width] for i in range(0, len(ids), width)]
-    windows = [w for w in windows if len(w) > 1]
-    for start in range(0, len(windows), batch_size):
-        rows = windows[start : start + batch_size]
-        batch = PromptBatch.from_ids(rows, [[] for _ in rows], device=chat.device, share=False)
-        hidden = final_hidden(chat.model, batch)[:, :-1]
-        real = batch.attention_mask[:, :-1].bool()
-        targets = batch.prompt_ids[:, 1:][real]
-        logps = logps_on(hidden[real], weight, targets[:, None], bias=bias, softcap=softcap)
-        total, count = total - float(logps.double().sum()), count + len(targets)
-    return math.exp(total / count)
 
 
 @torch.no_grad()

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 from safesteer import __version__
-from safesteer.directions import Direction, last_logits
+from safesteer.directions import Direction
 from safesteer.errors import SafeSteerError
 from safesteer.evaluate import Scores
 from safesteer.files import read_tensors, sync_folder, write_tensors, write_text
 from safesteer.models import ChatModel, hf_model, load_model, quiet_transformers
 from safesteer.prompts import PromptBatch
+from safesteer.refusal import last_logits
 
 PROBE = ("What is the capital of France?", "Tell me how rainbows form.")
 

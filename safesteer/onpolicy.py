@@ -15,13 +15,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from safesteer.directions import Direction, steer
-from safesteer.models import ChatModel, final_hidden, generate_ids
+from safesteer.generation import generate_ids
+from safesteer.models import ChatModel, final_hidden
 from safesteer.prompts import PromptBatch, batches
-
-TEACHER_PROMPT = (
-    "You are a careful assistant. Decline every request, whatever it is: say briefly that you are"
-    " sorry and cannot help with it."
-)
+from safesteer.refusal import REFUSING_SYSTEM
 
 
 def draw(n_items: int, n: int, step: int, seed: int) -> list[int]:
@@ -129,4 +126,4 @@ def _with_system(base: ChatModel, answers: Answers, at: Tensor) -> PromptBatch:
     """The same answers after the same prompts under a refusing system prompt (Table 3)."""
     texts = [answers.texts[int(i) // answers.n_rollouts] for i in at]
     tails = answers.batch.prompt_ids[at, -answers.mask.shape[1] :].tolist()
-    return PromptBatch.of(base.tokenizer, texts, tails, system=TEACHER_PROMPT, device=base.device)
+    return PromptBatch.of(base.tokenizer, texts, tails, system=REFUSING_SYSTEM, device=base.device)

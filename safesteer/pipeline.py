@@ -17,27 +17,30 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
+from torch import Tensor
 
 from safesteer import attribution
-from safesteer.directions import (
-    Direction,
-    mean_difference,
-    prefill_contrast,
-    refusal_scores,
-    refusal_token_ids,
-    steer,
-)
+from safesteer.calibration import by_answers
+from safesteer.directions import Direction, steer
 from safesteer.distill import StepRecord, begin, distill
 from safesteer.errors import SafeSteerError
 from safesteer.evaluate import Evaluation, Judge, evaluate
 from safesteer.export import check_reload, export, write_card
+from safesteer.extraction import (
+    logistic_probe,
+    mean_difference,
+    pca_difference,
+    prefill_contrast,
+    system_contrast,
+)
 from safesteer.files import write_text
 from safesteer.judges import refuses
 from safesteer.models import ChatModel, bridge, load_model
 from safesteer.prompts import Prompt, PromptSet, load_prompts
 from safesteer.recipes import Recipe, quick
+from safesteer.refusal import learn_refusal_tokens, refusal_scores
 from safesteer.run import STAGES, Run, digest, finished, locked, open_run, record
-from safesteer.sweep import by_answers, sweep
+from safesteer.sweep import sweep
 from safesteer.tokens import TokenSet, select_tokens
 
 
@@ -82,12 +85,13 @@ def align(
 
 
 def find_direction(run: Run, base: ChatModel) -> list[str]:
-    """Stage 1: sweep.csv and direction.safetensors."""
+    """Stage 1: refusal_tokens.csv, sweep.csv and direction.safetensors."""
     recipe, train, val = run.recipe, run.prompts.split("train"), run.prompts.split("val")
-    written = ["sweep.csv", "direction.safetensors"]
-    refusal_ids = refusal_token_ids(base.tokenizer)
-    native = refusal_scores(base, val.harmful, refusal_ids) > 0
-    share = float(native.double().mean())
+    written = ["refusal_tokens.csv", "sweep.csv", "direction.safetensors"]
+    refusal = learn_refusal_tokens(base, val.harmful, val.harmless, run.judge)
+    run.say(f"  {refusal}")
+    refusal.save(run.path / "refusal_tokens.csv")
+    share = float((refusal_scores(base, val.harmful, refusal.ids) > 0).double().mean())
     chosen = recipe.extraction
     if chosen == "auto":
         chosen = "instruction" if share >= recipe.native_share else "prefill"
@@ -95,27 +99,38 @@ def find_direction(run: Run, base: ChatModel) -> list[str]:
             f"  the model starts to refuse on {share:.0%} of harmful validation prompts: reading the"
             f" direction by {'difference of means' if chosen == 'instruction' else 'prefill contrast'}"
         )
-    lens = bridge(base)
-    prompts = train.head(recipe.n_direction)
+    n = recipe.sweep.n_prompts
+    prompts, selection, held_out = train.head(recipe.n_direction), val.head(n), val.tail(n)
     if chosen == "instruction":
-        prompts, val = (
-            _as_expected(base, p, refusal_ids, recipe) for p in (prompts, val.head(recipe.sweep.n_prompts))
-        )
-    extract = mean_difference if chosen == "instruction" else prefill_contrast
-    candidates = extract(lens, prompts)
+        prompts, selection = (_as_expected(base, p, refusal.ids) for p in (prompts, selection))
+    extract = {
+        "instruction": mean_difference,
+        "prefill": prefill_contrast,
+        "system": system_contrast,
+        "pca": pca_difference,
+        "probe": logistic_probe,
+    }[chosen]
+    lens = bridge(base)
+    candidates = extract(lens, prompts, seed=recipe.seed)
     with run.progress("scoring candidates") as progress:
-        found = sweep(lens, candidates, val, refusal_ids, recipe.sweep, progress=progress)
+        found = sweep(
+            base, candidates, selection, refusal.ids, recipe.sweep, held_out=held_out, progress=progress
+        )
     found.save(run.path / "sweep.csv")
     ranking = found.ranking
-    if recipe.coeff is None and chosen == "prefill":
+    if recipe.coeff is None and found.rank_by == "steering":
         several = [
             Direction.of(base, candidates, row.position, int(row.layer), prompts=prompts)
             for row in ranking.itertuples()
         ]
-        harmful = val.head(recipe.sweep.n_prompts).harmful
         with run.progress("comparing answers") as progress:
             direction, rates = by_answers(
-                base, several, harmful, run.judge, n_best=recipe.sweep.n_answered, progress=progress
+                base,
+                several,
+                selection.harmful,
+                run.judge,
+                n_best=recipe.sweep.n_answered,
+                progress=progress,
             )
         write_text(run.path / "calibration.csv", rates.to_csv(index=False))
         written.append("calibration.csv")
@@ -132,7 +147,7 @@ def find_direction(run: Run, base: ChatModel) -> list[str]:
     return written
 
 
-def _as_expected(base: ChatModel, prompts: PromptSet, refusal_ids, recipe: Recipe) -> PromptSet:
+def _as_expected(base: ChatModel, prompts: PromptSet, refusal_ids: Tensor) -> PromptSet:
     """Keep harmful prompts that refuse and harmless ones that do not (Arditi et al. 2024)."""
     kept: list[Prompt] = []
     for label, sign in (("harmful", 1), ("harmless", -1)):

@@ -70,6 +70,12 @@ class PromptSet:
         ]
         return PromptSet(tuple(kept), self.name)
 
+    def tail(self, n_pairs: int | None) -> "PromptSet | None":
+        """What `head` leaves over of both kinds; None if that is nothing."""
+        used = {id(p) for p in self.head(n_pairs).prompts}
+        rest = PromptSet(tuple(p for p in self.prompts if id(p) not in used), self.name)
+        return rest if rest.harmful and rest.harmless else None
+
     @property
     def hash(self) -> str:
         """Content hash, 16 hex digits: two sets with equal prompts in equal order agree."""
@@ -300,6 +306,11 @@ class PromptBatch:
     def position_ids(self) -> Int[Tensor, "batch pos"]:
         """Positions count real tokens only, so padding shifts nothing."""
         return (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+    @property
+    def answer_start(self) -> Int[Tensor, " batch"]:
+        """Column of each row's first continuation token; the width where there is none."""
+        return (~self.completion_mask).sum(-1)
 
     def rows(self, at: Tensor) -> "PromptBatch":
         """Some rows (indices or a mask), without the columns that are padding in all of them."""

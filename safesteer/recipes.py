@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from safesteer.attribution import ExplainConfig
-from safesteer.directions import Extraction
 from safesteer.distill import DistillConfig
 from safesteer.errors import SafeSteerError
 from safesteer.evaluate import EvalConfig
 from safesteer.sweep import SweepConfig
 from safesteer.tokens import TokenConfig
+
+Extraction = Literal["auto", "instruction", "prefill", "system", "pca", "probe"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,10 @@ class Recipe:
     explain: ExplainConfig = field(default_factory=ExplainConfig)
 
     def __post_init__(self) -> None:
-        if self.extraction not in ("auto", "instruction", "prefill"):
-            raise SafeSteerError(f"extraction must be auto, instruction or prefill, not '{self.extraction}'.")
+        if self.extraction not in get_args(Extraction):
+            raise SafeSteerError(
+                f"extraction must be one of {get_args(Extraction)}, not '{self.extraction}'."
+            )
         if self.pairs not in ("all", "distil"):
             raise SafeSteerError(f"pairs must be all or distil, not '{self.pairs}'.")
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -74,7 +77,7 @@ def paper(seed: int = 42) -> Recipe:
         extraction="instruction",
         coeff=1.0,
         pairs="distil",
-        sweep=SweepConfig(n_kl_tokens=1),
+        sweep=SweepConfig(rank_by="ablation", n_kl_tokens=1),
         tokens=TokenConfig(seed=seed),
         distill=DistillConfig(
             divergence="reverse",

@@ -4,67 +4,80 @@ Per candidate d at (position i, layer l), on validation prompts:
     ablation_refusal   refusal score on harmful prompts with d projected out everywhere
     steering_refusal   refusal score on harmless prompts with d added at layer l
     kl_harmless        KL(base || ablated) on harmless prompts, over the first answer tokens
-"instruction" candidates are selected as published: drop l >= 0.8 n_layers, KL > 0.1 and steering
+ranked by "ablation" they are selected as published: drop l >= 0.8 n_layers, KL > 0.1 and steering
 score < 0; of the rest take the lowest ablation score. A model that does not refuse has nothing to
-ablate, so "prefill" candidates are ranked by how far steering moves harmless prompts to refusal, and
-the answers of all of them decide (`by_answers`).
+ablate: there ("steering", the default for prefill contrasts) candidates are ranked by how far
+steering moves harmless prompts to refusal.
+
+Beside every score stand its 95 % bootstrap interval over prompts and two controls: "random", a
+random direction that moves the model as far, and "shuffled", what the extraction finds when labels
+are shuffled. `scoring` says how a pass is shared.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from safesteer import steering
-from safesteer.directions import (
-    Candidates,
-    Direction,
-    last_logits,
-    steer,
-)
-from safesteer.divergence import kl_divergence, refusal_score
+from safesteer.directions import Direction, steer
 from safesteer.errors import SafeSteerError
+from safesteer.extraction import Candidates
 from safesteer.files import write_text
-from safesteer.models import ChatModel, generate, generate_ids
-from safesteer.prompts import PromptBatch, PromptSet, batches
+from safesteer.generation import generate
+from safesteer.models import ChatModel
+from safesteer.prompts import PromptSet
+from safesteer.scoring import SCORES, runnable, score
+from safesteer.stats import bootstrap_means
 
-LOOK_COEFF = 1.5  # the middle of the coefficients that `calibrate` tries
-COLUMNS = [
-    "extraction",
-    "position",
-    "layer",
-    "ablation_refusal",
-    "steering_refusal",
-    "kl_harmless",
-    "kept",
-    "reason",
-]
+Control = Literal["random", "shuffled"]
+ZERO = 1e-5  # length below which a vector is rounding, in lengths of the longest
+COLUMNS = ["extraction", "position", "layer", *SCORES, "kept", "reason"]
 
 
 @dataclass(frozen=True)
 class SweepConfig:
     """Thresholds of the selection (Arditi et al. 2024, appendix C; paper section 3.2)."""
 
+    rank_by: Literal["auto", "ablation", "steering"] = "auto"
     max_layer_share: float = 0.8
     max_kl: float = 0.1
     min_steering: float = 0.0
     n_kl_tokens: int = 3
     n_prompts: int | None = None
+    controls: tuple[Control, ...] = ("random", "shuffled")
+    n_held_out: int = 5  # best candidates that are scored again on the held-out prompts
+    n_answer_tokens: int = 0  # above 0: refusal rate of real steered answers, for kept candidates
     n_answered: int = 3  # prefill candidates that are calibrated, after a first look at all answers
-    batch_size: int = 32
+    batch_size: int = 8
+    tokens_a_pass: int = 2048  # candidates are packed into one pass up to this many tokens
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank_by not in ("auto", "ablation", "steering"):
+            raise SafeSteerError(f"sweep.rank_by must be auto, ablation or steering, not '{self.rank_by}'.")
+        for name in self.controls:
+            if name not in ("random", "shuffled"):
+                raise SafeSteerError(f"sweep.controls may hold random and shuffled, not '{name}'.")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sweep:
-    """The table of scores with its candidates: a row for each position and layer."""
+    """The table of scores with its candidates: a row for each position and layer.
+
+    Columns beside those of the run folder's contract: `<score>_low`, `<score>_high` (95 %),
+    `<score>_random`, `<score>_shuffled` (controls), `<score>_held_out` (best candidates, other
+    prompts) and `refusal_rate` (steered answers to harmless prompts), where they were asked for.
+    """
 
     candidates: Candidates
     table: pd.DataFrame
+    rank_by: Literal["ablation", "steering"] = "ablation"
 
     def to_frame(self) -> pd.DataFrame:
         return self.table.copy()
@@ -73,18 +86,22 @@ class Sweep:
         write_text(Path(path), self.table.to_csv(index=False))
 
     @property
+    def nearest_miss(self) -> pd.Series:
+        """The candidate that steers most of those that were scored, kept or not."""
+        return self.table.sort_values("steering_refusal", ascending=False).iloc[0]
+
+    @property
     def ranking(self) -> pd.DataFrame:
         """Candidates that passed, best first. Raises SafeSteerError with the nearest miss if none."""
         kept = self.table[self.table.kept]
         if kept.empty:
-            # Rows without a score come last.
-            miss = self.table.sort_values("steering_refusal", ascending=False).iloc[0]
+            miss = self.nearest_miss
             raise SafeSteerError(
                 f"No candidate passed the selection. The nearest miss is position {miss.position},"
                 f" layer {miss.layer}: {miss.reason}. Try extraction='prefill', or relax the"
                 " thresholds in SweepConfig."
             )
-        if self.candidates.extraction == "instruction":
+        if self.rank_by == "ablation":
             return kept.sort_values(["ablation_refusal", "layer"])
         return kept.sort_values(["steering_refusal", "layer"], ascending=[False, True])
 
@@ -92,6 +109,9 @@ class Sweep:
     def best(self) -> pd.Series:
         """The first row of the ranking."""
         return self.ranking.iloc[0]
+
+    def vector(self, row: pd.Series) -> Float[Tensor, " d_model"]:
+        return self.candidates.vectors[self.candidates.positions.index(row.position), int(row.layer)]
 
     def __repr__(self) -> str:
         n_kept = int(self.table.kept.sum())
@@ -101,7 +121,6 @@ class Sweep:
         return self.table.to_html(escape=True, index=False, float_format="{:.3f}".format)
 
 
-@torch.no_grad()
 def sweep(
     chat: ChatModel,
     candidates: Candidates,
@@ -109,140 +128,93 @@ def sweep(
     refusal_ids: Int[Tensor, " n_refusal"],
     config: SweepConfig | None = None,
     *,
+    held_out: PromptSet | None = None,
+    judge: Callable[[str, str], bool] | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Sweep:
     """Score all candidates on `prompts` (validation). Layers that can't be selected are not run.
 
-    Batches are the outer loop, so memory does not grow with the number of prompts.
+    `held_out` prompts score the best few once more, for a number that selection did not choose;
+    `judge` is needed where `n_answer_tokens` asks for real answers.
     """
     config = config or SweepConfig()
     prompts = prompts.head(config.n_prompts)
-    refusal_ids = refusal_ids.to(chat.device)
+    todo = runnable(candidates, config.max_layer_share)
+    layers = [layer for _, layer in todo]
+    real = torch.stack([candidates.vectors[at] for at in todo])
+    kinds: list[tuple[str, Tensor, bool]] = [("", real, False)]
+    if "random" in config.controls:
+        kinds.append(("_random", real, True))
+    if "shuffled" in config.controls and candidates.shuffled is not None:
+        kinds.append(("_shuffled", torch.stack([candidates.shuffled[at] for at in todo]), False))
+    limits: dict[str, Any] = {"n_kl_tokens": config.n_kl_tokens, "tokens_a_pass": config.tokens_a_pass}
+    limits |= {"batch_size": config.batch_size, "seed": config.seed}
+    found: dict[str, Tensor] = {}
+    for done, (kind, vectors, placebo) in enumerate(kinds):
+
+        def part(share: float, done: int = done) -> None:
+            progress((done + share) / len(kinds))
+
+        scores = score(chat, vectors, layers, prompts, refusal_ids, placebo=placebo, progress=part, **limits)
+        for name, per_prompt in scores.items():
+            found[name + kind] = per_prompt.mean(1)
+            if not kind:
+                low, high = bootstrap_means(per_prompt.numpy(), config.seed)
+                found[f"{name}_low"], found[f"{name}_high"] = torch.from_numpy(low), torch.from_numpy(high)
+
+    rank_by = config.rank_by
+    if rank_by == "auto":
+        rank_by = "steering" if candidates.extraction in ("prefill", "given") else "ablation"
+    table = _table(candidates, todo, found, rank_by, config)
+    result = Sweep(candidates, table, rank_by)
+    if not table.kept.any():
+        return result
+    if held_out is not None and config.n_held_out:
+        best = result.ranking.head(config.n_held_out)
+        vectors = torch.stack([result.vector(row) for _, row in best.iterrows()])
+        again = score(chat, vectors, best.layer.tolist(), held_out, refusal_ids, **limits)
+        for name, per_prompt in again.items():
+            table.loc[best.index, f"{name}_held_out"] = per_prompt.mean(1).numpy()
+    if config.n_answer_tokens:
+        if judge is None:
+            raise SafeSteerError("Refusal rates of answers need a judge: pass judge=safesteer.refuses.")
+        for at, row in result.ranking.iterrows():
+            direction = Direction.of(chat, candidates, row.position, int(row.layer))
+            with steer(chat, direction):
+                answers = generate(chat, prompts.harmless, max_new_tokens=config.n_answer_tokens)
+            table.loc[at, "refusal_rate"] = float(np.mean([*map(judge, prompts.harmless, answers)]))
+    return result
+
+
+def _table(candidates, todo, found, rank_by, config) -> pd.DataFrame:
     n_pos, n_layers, _ = candidates.vectors.shape
-    last = math.ceil(config.max_layer_share * n_layers)
-    todo = [(i, layer) for layer in range(last) for i in range(n_pos)]
-    scores = torch.zeros((3, n_pos, n_layers), dtype=torch.float64)
-    harmful, harmless = prompts.harmful, prompts.harmless
-    work = [(True, rows) for rows in batches(chat.tokenizer, harmful, config.batch_size)]
-    work += [(False, rows) for rows in batches(chat.tokenizer, harmless, config.batch_size)]
-    for done, (is_harmful, rows) in enumerate(work):
-        texts = [(harmful if is_harmful else harmless)[i] for i in rows]
-        score = _score_harmful if is_harmful else _score_harmless
-        for at, found in score(chat, candidates, todo, texts, refusal_ids, config.n_kl_tokens):
-            scores[(slice(None), *todo[at])] += found
-            progress((done + (at + 1) / len(todo)) / len(work))
-    scores[0] /= len(harmful)
-    scores[1:] /= len(harmless)
-    rows = [
-        _row(candidates, i, layer, scores[:, i, layer].tolist(), n_layers, config)
-        for i in range(n_pos)
-        for layer in range(n_layers)
-    ]
-    return Sweep(candidates, pd.DataFrame(rows, columns=COLUMNS))
+    place = {at: n for n, at in enumerate(todo)}
+    rows, longest = [], float(candidates.vectors.norm(dim=-1).nan_to_num().max())
+    for i in range(n_pos):
+        for layer in range(n_layers):
+            at = place.get((i, layer))
+            scores = {name: float("nan" if at is None else v[at]) for name, v in found.items()}
+            reason = _reason(scores, at is not None, rank_by, config)
+            if float(candidates.vectors[i, layer].norm()) < ZERO * longest:
+                reason = "no direction here: the two means agree"
+            name = {
+                "extraction": candidates.extraction,
+                "position": candidates.positions[i],
+                "layer": layer,
+            }
+            rows.append(name | scores | {"kept": reason.startswith("passes"), "reason": reason})
+    rest = [c for c in found if c not in SCORES]
+    return pd.DataFrame(rows, columns=[*COLUMNS, *rest])
 
 
-def _score_harmful(chat, candidates, todo, texts, refusal_ids, n_kl_tokens):
-    batch = PromptBatch.of(chat.tokenizer, texts, device=chat.device)
-    for at, (i, layer) in enumerate(todo):
-        with steering.ablate(chat.model, candidates.vectors[i, layer].to(chat.device)):
-            ablated = refusal_score(last_logits(chat, batch)[:, 0], refusal_ids).sum()
-        yield at, torch.tensor([float(ablated), 0.0, 0.0], dtype=torch.float64)
-
-
-def _score_harmless(chat, candidates, todo, texts, refusal_ids, n_kl_tokens):
-    batch = PromptBatch.of(chat.tokenizer, texts, device=chat.device)
-    answered = batch
-    if n_kl_tokens > 1:  # the base's own first tokens: one token alone is often structural
-        first = generate_ids(chat, batch, max_new_tokens=n_kl_tokens - 1)
-        answered = batch.extended(first)
-    base = last_logits(chat, answered, n_kl_tokens)
-    for at, (i, layer) in enumerate(todo):
-        vector = candidates.vectors[i, layer].to(chat.device)
-        with steering.add(chat.model, vector, layer):
-            steered = refusal_score(last_logits(chat, batch)[:, 0], refusal_ids).sum()
-        with steering.ablate(chat.model, vector):
-            kl = kl_divergence(base, last_logits(chat, answered, n_kl_tokens)).mean(-1).sum()
-        yield at, torch.tensor([0.0, float(steered), float(kl)], dtype=torch.float64)
-
-
-def _row(candidates, i, layer, scores, n_layers, config) -> dict:
-    ablation, steered, kl = scores
-    run = layer < config.max_layer_share * n_layers
+def _reason(scores: dict[str, float], run: bool, rank_by: str, config: SweepConfig) -> str:
+    kl, steered = scores["kl_harmless"], scores["steering_refusal"]
     if not run:
-        ablation = steered = kl = math.nan
-        reason = f"layer in the last {1 - config.max_layer_share:.0%} of the model (not run)"
-    elif not all(math.isfinite(s) for s in scores):
-        reason = "a score is not finite"
-    elif candidates.extraction == "instruction" and kl > config.max_kl:
-        reason = f"KL {kl:.3f} > {config.max_kl:g}: ablation damages harmless prompts"
-    elif candidates.extraction == "instruction" and steered < config.min_steering:
-        reason = f"steering score {steered:.2f} < {config.min_steering:g}: does not induce refusal"
-    else:
-        reason = "passes every threshold"
-    return {
-        "extraction": candidates.extraction,
-        "position": candidates.positions[i],
-        "layer": layer,
-        "ablation_refusal": ablation,
-        "steering_refusal": steered,
-        "kl_harmless": kl,
-        "kept": reason.startswith("passes"),
-        "reason": reason,
-    }
-
-
-def calibrate(
-    chat: ChatModel,
-    directions: Sequence[Direction],
-    prompts: list[str],
-    refuses: Callable[[str, str], bool],
-    *,
-    coeffs: tuple[float, ...] = (1.2, 1.4, 1.6, 1.8),
-    target: float = 0.95,
-    max_new_tokens: int = 20,
-) -> tuple[Direction, pd.DataFrame]:
-    """Choose among a few directions by what counts: greedy answers that refuse.
-
-    Coefficients are tried from the smallest; the first at which some direction refuses `target` of
-    `prompts` wins, else the highest rate, the gentler coefficient and the earlier direction. A first
-    token alone misleads: a layer can raise "I" and still answer the request. Returns the direction
-    at that strength and the table of rates (layer, coeff, refusal_rate).
-    """
-    rows, best = [], (-1.0, directions[0])
-    for coeff in coeffs:
-        for direction in directions:
-            with steer(chat, direction, coeff):
-                answers = generate(chat, prompts, max_new_tokens=max_new_tokens)
-            rate = sum(map(refuses, prompts, answers)) / len(prompts)
-            rows.append({"layer": direction.layer, "coeff": coeff, "refusal_rate": rate})
-            if rate > best[0]:
-                best = (rate, direction.with_coeff(coeff))
-        if best[0] >= target:
-            break
-    return best[1], pd.DataFrame(rows)
-
-
-def by_answers(
-    chat: ChatModel,
-    directions: Sequence[Direction],
-    prompts: list[str],
-    refuses: Callable[[str, str], bool],
-    *,
-    n_best: int = 3,
-    progress: Callable[[float], None] = lambda share: None,
-) -> tuple[Direction, pd.DataFrame]:
-    """Choose among many directions: a short look at each, then `calibrate` for the best few.
-
-    The look is one middling coefficient, half the prompts and few tokens; directions that refuse
-    alike keep the order they came in. Returns what `calibrate` returns.
-    """
-    few = prompts[: max(1, len(prompts) // 2)]
-    rates = []
-    for done, direction in enumerate(directions):
-        _, table = calibrate(chat, [direction], few, refuses, coeffs=(LOOK_COEFF,), max_new_tokens=12)
-        rates.append(float(table.refusal_rate[0]))
-        progress(0.5 * (done + 1) / len(directions))
-    best = sorted(range(len(directions)), key=lambda i: -rates[i])[:n_best]
-    found = calibrate(chat, [directions[i] for i in best], prompts, refuses)
-    progress(1.0)
-    return found
+        return f"layer in the last {1 - config.max_layer_share:.0%} of the model (not run)"
+    if not all(np.isfinite(scores[name]) for name in SCORES):
+        return "a score is not finite"
+    if rank_by == "ablation" and kl > config.max_kl:
+        return f"KL {kl:.3f} > {config.max_kl:g}: ablation damages harmless prompts"
+    if rank_by == "ablation" and steered < config.min_steering:
+        return f"steering score {steered:.2f} < {config.min_steering:g}: does not induce refusal"
+    return "passes every threshold"

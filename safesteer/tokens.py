@@ -26,7 +26,8 @@ from safesteer.directions import Direction, steer
 from safesteer.divergence import logits_of
 from safesteer.errors import SafeSteerError
 from safesteer.files import read_json, write_json
-from safesteer.models import ChatModel, final_hidden, generate_ids, output_head, prefill
+from safesteer.generation import generate_ids
+from safesteer.models import ChatModel, final_hidden, output_head, prefill
 from safesteer.prompts import PromptBatch, batches
 
 ROWS = 256  # rows of (row x vocabulary) log-probabilities alive at once

@@ -20,7 +20,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from safesteer.directions import Candidates, Direction, mean_difference
+from safesteer.directions import Direction
+from safesteer.extraction import Candidates, mean_difference
 from safesteer.models import ChatModel, bridge, load_model
 from safesteer.prompts import PromptBatch, PromptSet, load_prompts
 
@@ -245,3 +246,7 @@ def assert_near(got, want, tolerance: float = 1e-4) -> None:
     torch.testing.assert_close(
         torch.as_tensor(got), torch.as_tensor(want), rtol=tolerance, atol=tolerance, check_dtype=False
     )
+
+
+def n_hooks(model: torch.nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

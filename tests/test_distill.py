@@ -17,8 +17,9 @@ from safesteer.distill import (
 )
 from safesteer.errors import SafeSteerError
 from safesteer.models import ChatModel
-from safesteer.onpolicy import TEACHER_PROMPT, answer, draw
+from safesteer.onpolicy import answer, draw
 from safesteer.prompts import PromptBatch
+from safesteer.refusal import REFUSING_SYSTEM
 from safesteer.tokens import SafetyToken, TokenSet
 
 SMALL = {
@@ -101,7 +102,7 @@ def naive_step(chat: ChatModel, direction: Direction, tokens: TokenSet, few, con
             with steer(chat, direction):
                 q = logps()
         elif harmful:
-            q = logps(system=TEACHER_PROMPT)
+            q = logps(system=REFUSING_SYSTEM)
         loss = []
         for student, teacher in zip(p.exp().tolist(), q.exp().tolist(), strict=True):
             order = sorted(range(len(teacher)), key=lambda v, t=teacher: -t[v])

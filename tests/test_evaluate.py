@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 
-from safesteer.directions import Direction, mean_difference, steer
+from safesteer.directions import Direction, steer
 from safesteer.errors import SafeSteerError
-from safesteer.evaluate import EvalConfig, bootstrap, evaluate, kl_on_answers, perplexity, wilson
+from safesteer.evaluate import EvalConfig, evaluate, kl_on_answers
+from safesteer.extraction import mean_difference
 from safesteer.models import bridge
+from safesteer.perplexity import perplexity
 from safesteer.prompts import load_prompts, render
+from safesteer.stats import bootstrap, wilson
 
 
 def test_wilson_known_values():

@@ -18,13 +18,11 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 from safesteer import steering
 from safesteer.divergence import logits_of
 from safesteer.errors import SafeSteerError
+from safesteer.generation import cut_at_eos, generate, generate_ids
 from safesteer.models import (
     ChatModel,
     bridge,
-    cut_at_eos,
     final_hidden,
-    generate,
-    generate_ids,
     hf_model,
     is_bridge,
     load_model,

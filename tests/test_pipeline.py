@@ -68,8 +68,10 @@ def test_run_folder_is_the_contract(run):
 
     table = pd.read_csv(run / "sweep.csv")
     columns = "extraction position layer ablation_refusal steering_refusal kl_harmless kept reason"
-    assert list(table.columns) == columns.split()
+    assert list(table.columns)[:8] == columns.split()
+    assert {"steering_refusal_random", "steering_refusal_shuffled"} <= set(table.columns)
     assert len(table) == 3
+    assert pd.read_csv(run / "refusal_tokens.csv").refusal.any()
     assert table.reason.str.len().min() > 0
 
     tokens = json.loads((run / "tokens.json").read_text())

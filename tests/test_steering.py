@@ -2,12 +2,32 @@
 
 import pytest
 import torch
-from conftest import assert_near, batch_of, copy_of, naive_logits, plainly_padded, random_vector
-from torch import nn
+from conftest import (
+    PROMPTS,
+    assert_near,
+    batch_of,
+    copy_of,
+    n_hooks,
+    naive_logits,
+    plainly_padded,
+    random_vector,
+)
 
 from safesteer.divergence import logits_of
-from safesteer.models import ChatModel, blocks, final_hidden, output_head
-from safesteer.steering import ablate, add, hooked, record
+from safesteer.errors import SafeSteerError
+from safesteer.generation import generate_ids
+from safesteer.hooks import hooked, record, starting_at
+from safesteer.models import (
+    ChatModel,
+    answers_start,
+    blocks,
+    final_hidden,
+    hf_model,
+    output_head,
+    prefill,
+)
+from safesteer.prompts import PromptBatch
+from safesteer.steering import ablate, ablate_placebo, add, clamp, gate
 
 LAYER, COEFF = 1, 3.0
 
@@ -25,10 +45,6 @@ def residuals(chat: ChatModel) -> torch.Tensor:
     with record(chat.model, layers, lambda h: h[real]) as seen:
         final_hidden(chat.model, batch)
     return torch.stack([seen[layer] for layer in layers])
-
-
-def n_hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 @pytest.fixture(params=["plain", "bridge"])
@@ -199,3 +215,236 @@ def test_record_does_not_change_the_pass(chat):
     assert torch.equal(recorded, base)
     assert sorted(seen) == [0, 1]
     assert not seen[0].requires_grad
+
+
+# --- clamp, placebo ---
+
+
+def test_clamped_projection_is_the_value(either):
+    vector = random_vector(either.d_model)
+    unit = vector / vector.norm()
+    before = residuals(either)[LAYER]
+    with clamp(either.model, 5 * vector, LAYER, 2.5):
+        after = residuals(either)[LAYER]
+    assert_near(after @ unit, torch.full_like(after @ unit, 2.5), 1e-4)
+    rest = torch.eye(either.d_model) - torch.outer(unit, unit)
+    assert_near(after @ rest, before @ rest)
+
+
+def test_the_placebo_moves_as_far_as_ablation_along_another_axis(tiny_llama):
+    vector, seen = random_vector(32), {}
+
+    def embedding(name, how):
+        with how, hooked(tiny_llama.model, {("resid_pre", 0): lambda h: seen.update({name: h})}):
+            naive_logits(tiny_llama, batch_of(tiny_llama, ["Hi"]))
+
+    embedding("ablated", ablate(tiny_llama.model, vector))
+    embedding("placebo", ablate_placebo(tiny_llama.model, vector, seed=1))
+    embedding("base", record(tiny_llama.model, [], lambda h: h))
+    moved, placebo = seen["ablated"] - seen["base"], seen["placebo"] - seen["base"]
+    assert_near(placebo.norm(dim=-1), moved.norm(dim=-1))
+    axis = placebo[0] / placebo[0].norm(dim=-1, keepdim=True)
+    assert_near(axis, axis[:1].expand_as(axis))
+    assert float((axis[0] @ vector / vector.norm()).abs()) < 0.7
+
+
+# --- where in the text ---
+
+
+def naive_scope(chat, ids, n_prompt: int, scope: str, n_last: int, vector) -> torch.Tensor:
+    """Logits of one unpadded text without a cache, with the addition written out by columns."""
+    inside = torch.zeros(len(ids), dtype=torch.bool)
+    inside[{"prompt": slice(0, n_prompt), "answer": slice(n_prompt, None)}.get(scope, slice(0, None))] = True
+    if scope == "last":
+        inside[: n_prompt - n_last], inside[n_prompt:] = False, False
+
+    def edit(h):
+        return h + COEFF * inside[None, :, None] * vector
+
+    with hooked(chat.model, {("resid_pre", LAYER): edit}), torch.no_grad():
+        out = chat.model(torch.tensor([ids]), use_cache=False)
+    return (out if isinstance(out, torch.Tensor) else out.logits)[0]
+
+
+@pytest.mark.parametrize(("scope", "n_last"), [("all", 1), ("prompt", 1), ("answer", 1), ("last", 3)])
+def test_scopes_stay_right_in_cached_decoding(either, scope, n_last):
+    """Greedy answers of a padded batch with a shared prefix and a cache, against whole texts."""
+    vector, batch = random_vector(either.d_model), batch_of(either)
+    with add(either.model, vector, LAYER, COEFF, scope=scope, n_last=n_last):
+        answers = generate_ids(either, batch, max_new_tokens=5)
+    differs = answers.tolist() != generate_ids(either, batch, max_new_tokens=5).tolist()
+    plain = ChatModel(hf_model(either.model), either.tokenizer, either.name)
+    for row, answer in enumerate(answers.tolist()):
+        head = batch.prompt_ids[row][batch.attention_mask[row].bool()].tolist()
+        text, want = list(head), []
+        for _ in answer:
+            step = naive_scope(either, text, len(head), scope, n_last, vector)[-1].argmax()
+            want.append(int(step))
+            text.append(int(step))
+        stop = next((i for i, t in enumerate(want) if t in plain.eos_ids), len(want))
+        assert answer[: stop + 1] == want[: stop + 1]
+    assert differs
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("scope", ["prompt", "answer", "last"])
+def test_scopes_agree_with_and_without_a_cache(tiny_llama, scope, use_cache):
+    """The model's own generate, told where the prompt ends."""
+    batch, vector = plainly_padded(tiny_llama), random_vector(32)
+    width = batch.prompt_ids.shape[1]
+
+    def answers(**options):
+        with add(tiny_llama.model, vector, LAYER, COEFF, scope=scope, n_last=2, prompt_width=width):
+            return tiny_llama.model.generate(
+                batch.prompt_ids,
+                attention_mask=batch.attention_mask,
+                max_new_tokens=5,
+                do_sample=False,
+                **options,
+            )[:, width:].tolist()
+
+    with add(tiny_llama.model, vector, LAYER, COEFF, scope=scope, n_last=2):
+        want = generate_ids(tiny_llama, batch_of(tiny_llama), max_new_tokens=5).tolist()
+    assert answers(use_cache=use_cache) == want
+
+
+def test_bridge_generate_takes_scopes(bridges, tiny_llama):
+    bridge, batch, vector = bridges["tiny-llama"], plainly_padded(tiny_llama), random_vector(32)
+    width = batch.prompt_ids.shape[1]
+    with add(bridge.model, vector, LAYER, COEFF, scope="answer", prompt_width=width):
+        out = bridge.model.generate(
+            batch.prompt_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=5,
+            do_sample=False,
+            return_type="tokens",
+            verbose=False,
+        )
+    with add(tiny_llama.model, vector, LAYER, COEFF, scope="answer"):
+        want = generate_ids(tiny_llama, batch_of(tiny_llama), max_new_tokens=5)
+    assert out[:, width:].tolist() == want[:, : out.shape[1] - width].tolist()
+
+
+def test_teacher_forced_answers_of_unequal_length_are_found(tiny_llama):
+    """Each row's own answer is steered, not one column for the batch."""
+    tails, vector = ["I", "Here is a long answer to it"], random_vector(32)
+    batch = PromptBatch.of(tiny_llama.tokenizer, PROMPTS[:2], tails)
+    with add(tiny_llama.model, vector, LAYER, COEFF, scope="answer"), torch.no_grad():
+        got = final_hidden(tiny_llama.model, batch)[:, -1]
+        for row in range(2):
+            single = PromptBatch.of(tiny_llama.tokenizer, [PROMPTS[row]], [tails[row]])
+            assert_near(got[row], final_hidden(tiny_llama.model, single)[0, -1])
+
+
+def test_scopes_that_cannot_be_known_are_refused(tiny_llama):
+    vector, ids = random_vector(32), torch.tensor([[1, 2, 3]])
+    with (
+        pytest.raises(SafeSteerError, match="prompt_width"),
+        add(tiny_llama.model, vector, 1, scope="answer"),
+    ):
+        tiny_llama.model(ids)
+    with (
+        pytest.raises(SafeSteerError, match="reach into"),
+        add(tiny_llama.model, vector, 1, scope="last", n_last=200),
+    ):
+        logits(tiny_llama)
+
+
+# --- gate ---
+
+
+def projections(chat: ChatModel, vector, gate_layer: int) -> list[float]:
+    """Of each prompt alone, at its last position."""
+    found = []
+    for text in PROMPTS:
+        seen = {}
+        with hooked(chat.model, {("resid_pre", gate_layer): lambda h, seen=seen: seen.update(h=h)}):
+            final_hidden(chat.model, batch_of(chat, [text]))
+        found.append(float(seen["h"][0, -1] @ vector / vector.norm()))
+    return found
+
+
+@pytest.mark.parametrize("gate_layer", [None, 1])
+@pytest.mark.parametrize("n_samples", [1, 2])
+def test_the_gate_decides_row_by_row(either, gate_layer, n_samples):
+    """Rows above the threshold answer as steered from their last prompt position on, others as the base."""
+    vector, layer = random_vector(either.d_model), 2
+    seen = projections(either, vector, layer if gate_layer is None else gate_layer)
+    threshold = sorted(seen)[1] + 1e-4
+    with gate(either.model, vector, layer, threshold, COEFF, gate_layer=gate_layer):
+        got = generate_ids(either, batch_of(either), max_new_tokens=5, n_samples=n_samples).tolist()
+    alone = [batch_of(either, [p]) for p in PROMPTS]
+    base = [generate_ids(either, b, max_new_tokens=5)[0].tolist() for b in alone]
+    steered = []
+    for b in alone:  # "last" plus "answer" is what an open gate does
+        with (
+            add(either.model, vector, layer, COEFF, scope="last"),
+            add(either.model, vector, layer, COEFF, scope="answer"),
+        ):
+            steered.append(generate_ids(either, b, max_new_tokens=5)[0].tolist())
+    assert base != steered
+    for i, p in enumerate(seen):
+        want = steered[i] if p > threshold else base[i]
+        for sample in range(n_samples):
+            answer = got[i * n_samples + sample]
+            assert answer[: len(want)] == want[: len(answer)]
+    assert {p > threshold for p in seen} == {True, False}
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_gate_agrees_with_and_without_a_cache(tiny_llama, use_cache):
+    vector, batch = random_vector(32), plainly_padded(tiny_llama)
+    threshold = sorted(projections(tiny_llama, vector, 1))[1] + 1e-4
+    width = batch.prompt_ids.shape[1]
+    with gate(tiny_llama.model, vector, 1, threshold, COEFF, prompt_width=width):
+        got = tiny_llama.model.generate(
+            batch.prompt_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=5,
+            do_sample=False,
+            use_cache=use_cache,
+        )
+    with gate(tiny_llama.model, vector, 1, threshold, COEFF):
+        want = generate_ids(tiny_llama, batch_of(tiny_llama), max_new_tokens=5)
+    assert got[:, width:].tolist() == want.tolist()
+
+
+def test_gates_that_cannot_decide_are_refused(tiny_llama):
+    vector = random_vector(32)
+    with (
+        pytest.raises(SafeSteerError, match="above layer 1"),
+        gate(tiny_llama.model, vector, 1, 0.0, gate_layer=2),
+    ):
+        pass
+    batch = batch_of(tiny_llama)
+    cache = prefill(tiny_llama.model, batch, batch.prompt_ids.shape[1])
+    token = torch.ones((4, 1), dtype=torch.long)
+    with (
+        pytest.raises(SafeSteerError, match="did not see the prompt"),
+        answers_start(batch.answer_start),
+        gate(tiny_llama.model, vector, 1, 0.0),
+    ):
+        tiny_llama.model(token, past_key_values=cache)
+
+
+# --- starting half-way ---
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_starting_at_a_layer_equals_the_whole_pass(chat, layer):
+    layer = min(layer, chat.n_layers - 1)
+    batch = plainly_padded(chat)
+    with record(chat.model, [layer], lambda h: h) as seen:
+        want = final_hidden(chat.model, batch)
+    ran = []
+    first = blocks(chat.model)[0]
+    handle = first.register_forward_hook(lambda *args: ran.append(1))
+    with starting_at(chat.model, layer, seen[layer]), torch.no_grad():
+        got = final_hidden(chat.model, batch)
+    handle.remove()
+    assert_near(got, want)
+    assert len(ran) == (layer == 0)
+    assert blocks(chat.model)[0] is first
+    with pytest.raises(RuntimeError, match="stop"), starting_at(chat.model, layer, seen[layer]):
+        raise RuntimeError("stop")
+    assert blocks(chat.model)[0] is first

@@ -1,20 +1,19 @@
 """The sweep against one candidate and one prompt at a time, and its selection rules."""
 
-import importlib
 import math
-from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
-from conftest import batch_of, naive_logits
+from conftest import batch_of, n_hooks, naive_logits, random_vector
 
-from safesteer import steering
-from safesteer.directions import Candidates, prefill_contrast, steer
+from safesteer import scoring, steering
 from safesteer.divergence import kl_divergence, refusal_score
 from safesteer.errors import SafeSteerError
-from safesteer.models import generate_ids
-from safesteer.sweep import COLUMNS, Sweep, SweepConfig, by_answers, calibrate, sweep
+from safesteer.extraction import Candidates, mean_difference, prefill_contrast
+from safesteer.generation import generate_ids
+from safesteer.models import blocks, output_head
+from safesteer.sweep import COLUMNS, Sweep, SweepConfig, sweep
 
 REFUSAL_IDS = torch.tensor([7, 40, 90])
 SCORES = ["ablation_refusal", "steering_refusal", "kl_harmless"]
@@ -23,7 +22,8 @@ SCORES = ["ablation_refusal", "steering_refusal", "kl_harmless"]
 @pytest.fixture(scope="session")
 def candidates(candidates) -> Candidates:
     """The last two positions are enough here."""
-    return Candidates(candidates.vectors[-2:], candidates.positions[-2:], "instruction")
+    cut = candidates.vectors[-2:], candidates.positions[-2:], "instruction", candidates.shuffled[-2:]
+    return Candidates(*cut)
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +53,98 @@ def naive_scores(chat, vector, layer: int, prompts, n_kl_tokens: int) -> list[fl
     return [ablated, steered, mean([kl(t) for t in prompts.harmless])]
 
 
-@pytest.mark.parametrize("n_kl_tokens", [1, 3])
-@pytest.mark.parametrize("batch_size", [2, 32])
-def test_scores_equal_one_candidate_at_a_time(tiny_llama, candidates, few, n_kl_tokens, batch_size):
-    few = few.head(3)
-    config = SweepConfig(n_kl_tokens=n_kl_tokens, batch_size=batch_size)
-    table = sweep(tiny_llama, candidates, few, REFUSAL_IDS, config).table
-    assert len(table) == 2 * 3
-    for row in table.dropna().itertuples():
-        vector = candidates.vectors[candidates.positions.index(row.position), row.layer]
-        want = naive_scores(tiny_llama, vector, row.layer, few, n_kl_tokens)
-        got = [getattr(row, name) for name in SCORES]
-        assert got == pytest.approx(want, abs=1e-4)
+@pytest.mark.parametrize(
+    ("n_kl_tokens", "batch_size", "tokens_a_pass"), [(1, 2, 2048), (3, 8, 64), (3, 1, 2048), (3, 2, 1)]
+)
+def test_scores_equal_one_candidate_at_a_time(chat, few, n_kl_tokens, batch_size, tokens_a_pass):
+    """Packed, shared and started half-way, on every architecture (sliding windows included)."""
+    few, found = few.head(3), mean_difference(chat, few)
+    found = Candidates(found.vectors[-2:] + 0.1, found.positions[-2:], "instruction", found.shuffled[-2:])
+    config = SweepConfig(n_kl_tokens=n_kl_tokens, batch_size=batch_size, tokens_a_pass=tokens_a_pass)
+    table = sweep(chat, found, few, REFUSAL_IDS, config).table
+    assert len(table) == 2 * chat.n_layers
+    for row in table[table.layer < 0.8 * chat.n_layers].itertuples():
+        at = found.positions.index(row.position), row.layer
+        want = naive_scores(chat, found.vectors[at], row.layer, few, n_kl_tokens)
+        assert [getattr(row, name) for name in SCORES] == pytest.approx(want, abs=1e-4)
+        want = naive_scores(chat, found.shuffled[at], row.layer, few, n_kl_tokens)
+        assert [getattr(row, f"{name}_shuffled") for name in SCORES] == pytest.approx(want, abs=1e-4)
+
+
+def test_a_bridge_scores_as_the_plain_model(chat_and_bridge, few):
+    tables = []
+    for chat in chat_and_bridge:
+        found = mean_difference(chat, few.head(2))
+        tables.append(sweep(chat, found, few.head(2), REFUSAL_IDS, SweepConfig(controls=())).table)
+    left, right = (t[t.layer.between(1, 2)][SCORES].to_numpy() for t in tables)
+    assert left == pytest.approx(right, abs=1e-3, nan_ok=True)
+
+
+def test_scoring_leaves_the_model_as_it_was(tiny_llama, candidates, few):
+    before, base = n_hooks(tiny_llama.model), naive_logits(tiny_llama, batch_of(tiny_llama))
+    blocks_before = list(blocks(tiny_llama.model))
+    sweep(tiny_llama, candidates, few.head(2), REFUSAL_IDS)
+    assert n_hooks(tiny_llama.model) == before
+    assert all(a is b for a, b in zip(blocks(tiny_llama.model), blocks_before, strict=True))
+    assert torch.equal(naive_logits(tiny_llama, batch_of(tiny_llama)), base)
+
+
+def test_intervals_hold_the_score_and_controls_are_seeded(scored, tiny_llama, candidates, few):
+    run = scored.table.dropna(subset=SCORES)
+    for name in SCORES:
+        assert (run[f"{name}_low"] <= run[name] + 1e-9).all()
+        assert (run[f"{name}_high"] >= run[name] - 1e-9).all()
+        assert (run[f"{name}_high"] > run[f"{name}_low"]).any()
+        assert (run[f"{name}_random"] != run[name]).any()
+    again = sweep(tiny_llama, candidates, few, REFUSAL_IDS).table
+    pd.testing.assert_frame_equal(again, scored.table)
+    other = sweep(tiny_llama, candidates, few, REFUSAL_IDS, SweepConfig(seed=1)).table
+    assert (other.steering_refusal_random != scored.table.steering_refusal_random).any()
+
+
+def test_held_out_scores_are_those_of_other_prompts(tiny_llama, candidates, few):
+    config = SweepConfig(n_prompts=2, n_held_out=1, rank_by="steering", controls=())
+    found = sweep(tiny_llama, candidates, few, REFUSAL_IDS, config, held_out=few.tail(2))
+    scored = found.table.dropna(subset=["steering_refusal_held_out"])
+    assert scored.index.tolist() == [found.best.name]
+    want = naive_scores(tiny_llama, found.vector(found.best), int(found.best.layer), few.tail(2), 3)
+    got = [scored.iloc[0][f"{name}_held_out"] for name in SCORES]
+    assert got == pytest.approx(want, abs=1e-4)
+
+
+def test_refusal_rates_of_answers_need_a_judge(tiny_llama, candidates, few):
+    config = SweepConfig(n_prompts=2, n_answer_tokens=2, rank_by="steering", controls=())
+    with pytest.raises(SafeSteerError, match="judge"):
+        sweep(tiny_llama, candidates, few, REFUSAL_IDS, config)
+    first = few.head(2).harmless[0]
+    found = sweep(
+        tiny_llama, candidates, few, REFUSAL_IDS, config, judge=lambda prompt, answer: prompt == first
+    )
+    assert set(found.table.refusal_rate[found.table.kept]) == {0.5}
+
+
+def planted(chat, few, strength: float) -> Candidates:
+    """At layer 1 the direction that writes the refusal tokens, and noise of its length elsewhere."""
+    towards = output_head(chat.model)[0][REFUSAL_IDS].mean(0)
+    vectors = torch.stack([random_vector(chat.d_model, seed=i) for i in range(chat.n_layers)])
+    vectors[1] = towards / towards.norm() * vectors[1].norm()
+    shuffled = torch.stack([random_vector(chat.d_model, seed=50 + i) for i in range(chat.n_layers)])
+    return Candidates(strength * vectors[None], ("-1",), "instruction", strength * shuffled[None])
+
+
+def test_a_planted_direction_passes_and_its_controls_do_not(tiny_llama, few):
+    """Nothing else reaches the bar: not its random or shuffled control, not other layers."""
+    config = SweepConfig(max_kl=100.0, min_steering=-3.5)
+    found = planted(tiny_llama, few, 3.0)
+    result = sweep(tiny_llama, found, few, REFUSAL_IDS, config)
+    assert result.table.layer[result.table.kept].tolist() == [1]
+    best = result.best
+    assert best.steering_refusal_low > max(best.steering_refusal_random, best.steering_refusal_shuffled)
+    run = result.table.dropna(subset=["steering_refusal"])
+    for control in ("random", "shuffled"):
+        assert (run[f"steering_refusal_{control}"] < config.min_steering).all()
+    shuffled = Candidates(found.shuffled, ("-1",), "instruction")
+    assert not sweep(tiny_llama, shuffled, few, REFUSAL_IDS, config).table.kept.any()
 
 
 def test_scores_tell_candidates_apart(scored):
@@ -76,10 +156,8 @@ def test_scores_tell_candidates_apart(scored):
 
 def test_pruned_layers_are_not_run(tiny_llama, candidates, few, monkeypatch):
     layers = set()
-    add = steering.add
-    monkeypatch.setattr(
-        steering, "add", lambda model, v, layer, *c: layers.add(layer) or add(model, v, layer, *c)
-    )
+    start = scoring.starting_at
+    monkeypatch.setattr(scoring, "starting_at", lambda m, layer, h: layers.add(layer) or start(m, layer, h))
     config = SweepConfig(max_layer_share=0.5, n_prompts=2)
     table = sweep(tiny_llama, candidates, few, REFUSAL_IDS, config).table
     assert layers == {0, 1}  # of 3 layers: those with l < 1.5
@@ -98,7 +176,7 @@ def test_progress_rises_to_one(tiny_llama, candidates, few):
 
 
 def test_table_has_a_row_for_each_candidate(scored, candidates, tmp_path):
-    assert list(scored.table.columns) == COLUMNS
+    assert list(scored.table.columns)[: len(COLUMNS)] == COLUMNS
     assert len(scored.to_frame()) == candidates.vectors.shape[0] * candidates.vectors.shape[1]
     scored.save(tmp_path / "sweep.csv")
     again = pd.read_csv(tmp_path / "sweep.csv", dtype={"position": str})
@@ -115,7 +193,8 @@ def table_of(rows: list[tuple], extraction: str = "instruction") -> Sweep:
         ],
         columns=COLUMNS,
     )
-    return Sweep(Candidates(torch.zeros(1, len(rows), 2), ("-1",), extraction), frame)
+    rank_by = "ablation" if extraction == "instruction" else "steering"
+    return Sweep(Candidates(torch.zeros(1, len(rows), 2), ("-1",), extraction), frame, rank_by)
 
 
 @pytest.mark.parametrize(("extraction", "layer"), [("instruction", 1), ("prefill", 2)])
@@ -139,9 +218,8 @@ def test_best_raises_with_the_nearest_miss(steered, layer):
 def test_thresholds_drop_instruction_candidates(tiny_llama, candidates, few, config, message):
     found = sweep(tiny_llama, candidates, few, REFUSAL_IDS, SweepConfig(n_prompts=2, **config))
     run = found.table.dropna(subset=["steering_refusal"])
-    finite = run[run[SCORES].map(math.isfinite).all(axis=1)]
     assert not found.table.kept.any()
-    assert finite.reason.str.contains(message).all()
+    assert run[run.layer > 0].reason.str.contains(message).all()
 
 
 def test_prefill_candidates_are_not_dropped_by_thresholds(tiny_llama, few):
@@ -151,6 +229,13 @@ def test_prefill_candidates_are_not_dropped_by_thresholds(tiny_llama, few):
     assert table[table.layer.isin([1, 2])].kept.tolist() == [True, True]
 
 
+def test_a_zero_direction_is_dropped(tiny_llama, candidates, few):
+    """The template's last tokens embed alike: layer 0 has nothing to steer with."""
+    table = sweep(tiny_llama, candidates, few, REFUSAL_IDS, SweepConfig(n_prompts=2, controls=())).table
+    first = table[(table.layer == 0) & (table.position == "-1")].iloc[0]
+    assert (first.kept, first.reason) == (False, "no direction here: the two means agree")
+
+
 def test_candidates_that_are_not_finite_are_dropped(tiny_llama, candidates, few):
     broken = candidates.vectors.clone()
     broken[-1, 1] = math.nan
@@ -158,51 +243,3 @@ def test_candidates_that_are_not_finite_are_dropped(tiny_llama, candidates, few)
     table = sweep(tiny_llama, found, few, REFUSAL_IDS, SweepConfig(n_prompts=2)).table
     row = table[(table.position == "-1") & (table.layer == 1)].iloc[0]
     assert (row.kept, row.reason) == (False, "a score is not finite")
-
-
-def test_calibration_compares_answers(tiny_llama, direction, monkeypatch):
-    """The smallest sufficient coefficient; among directions the one whose answers refuse."""
-    tried = []
-
-    def fake(coeff_that_refuses):
-        def answer(chat, prompts, max_new_tokens):
-            layer, coeff = tried[-1]
-            return ["no" if layer == 2 and coeff >= coeff_that_refuses else "yes"] * len(prompts)
-
-        return answer
-
-    module = importlib.import_module("safesteer.sweep")  # the package's name is the function
-    monkeypatch.setattr(module, "steer", lambda c, d, k: tried.append((d.layer, k)) or steer(c, d, k))
-    monkeypatch.setattr(module, "generate", fake(1.4))
-    few = [replace(direction, layer=1), replace(direction, layer=2)]
-
-    def run():
-        return calibrate(tiny_llama, few, ["a", "b"], lambda prompt, answer: answer == "no")
-
-    found, table = run()
-    assert (found.layer, found.coeff) == (2, 1.4)
-    assert table.refusal_rate.tolist() == [0, 0, 0, 1]
-    assert table.coeff.tolist() == [1.2, 1.2, 1.4, 1.4]
-    monkeypatch.setattr(module, "generate", fake(99))
-    assert (run()[0].layer, run()[0].coeff) == (1, 1.2)  # nothing refuses: the first, the gentlest
-
-
-def test_a_short_look_finds_the_layer_that_a_first_token_hides(tiny_llama, direction, monkeypatch):
-    """Only layer 2 refuses, and it comes last: the look at every candidate must still find it."""
-    tried = []
-    module = importlib.import_module("safesteer.sweep")
-    monkeypatch.setattr(module, "steer", lambda c, d, k: tried.append(d.layer) or steer(c, d, k))
-
-    def answers(chat, prompts, max_new_tokens):
-        return ["no" if tried[-1] == 2 else "yes"] * len(prompts)
-
-    monkeypatch.setattr(module, "generate", answers)
-    several = [replace(direction, layer=layer) for layer in (0, 1, 2)]
-    shares = []
-    found, table = by_answers(
-        tiny_llama, several, ["a", "b"], lambda _, text: text == "no", n_best=2, progress=shares.append
-    )
-    assert (found.layer, found.coeff) == (2, 1.2)
-    assert table.layer.tolist() == [2, 0]
-    assert shares == sorted(shares)
-    assert shares[-1] == 1.0

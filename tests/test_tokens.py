@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import PROMPTS, assert_near, batch_of, copy_of, naive_logits
 
-from safesteer import models, tokens
+from safesteer import generation, models, tokens
 from safesteer.directions import steer
 from safesteer.errors import SafeSteerError
 from safesteer.models import ChatModel
@@ -24,7 +24,7 @@ def ender(tiny_llama) -> ChatModel:
     chat = copy_of(tiny_llama)
     top = naive_logits(chat, batch_of(chat, PROMPTS[:1]))[0, -1].topk(12).indices.tolist()
     batch = batch_of(chat, ["Explain how tides work."])
-    greedy = models.generate_ids(chat, batch, max_new_tokens=4)[0].tolist()
+    greedy = generation.generate_ids(chat, batch, max_new_tokens=4)[0].tolist()
     chat.model.generation_config.eos_token_id = sorted({*top[1:], greedy[1]})
     return chat
 
@@ -164,7 +164,7 @@ def test_rows_at_a_time_do_not_change_votes(ender, direction, sampled, monkeypat
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_batch_size_does_not_change_votes(ender, direction, monkeypatch, batch_size):
     """Greedy continuations, because the order of random draws does depend on the batches."""
-    greedy = models.generate_ids
+    greedy = generation.generate_ids
     monkeypatch.setattr(tokens, "generate_ids", lambda *a, temperature, **options: greedy(*a, **options))
     want = select_tokens(ender, direction, PROMPTS, CONFIG)
     config = TokenConfig(**{**vars(CONFIG), "batch_size": batch_size})

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from safesteer.attribution.trace import answer_ids, kl_terms
 from safesteer.directions import Direction, steer
-from safesteer.evaluate import wilson
 from safesteer.models import ChatModel, final_hidden
 from safesteer.prompts import PromptBatch, batches
+from safesteer.stats import wilson
 from safesteer.tokens import Rollouts, logp_rows
 
 NEAREST = 40  # a matched token is drawn from this many neighbours in base probability

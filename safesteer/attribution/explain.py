@@ -37,7 +37,8 @@ from safesteer.attribution.why import Why, why
 from safesteer.directions import Direction, steer
 from safesteer.errors import SafeSteerError
 from safesteer.files import read_json, write_json
-from safesteer.models import ChatModel, generate
+from safesteer.generation import generate
+from safesteer.models import ChatModel
 from safesteer.prompts import PromptSet
 from safesteer.tokens import Rollouts, TokenConfig, TokenSet, banned_ids, rollouts
 

@@ -1,0 +1,120 @@
+"""The position x layer sweep against a naive one-candidate-at-a-time reference, in one run.
+
+    python benchmarks/sweep.py [--pairs 32] [--stride 8]
+
+The reference is what a script with hooks does: for each candidate three whole passes of all prompts,
+padded to the longest, logits at every position, all layers run and the last fifth dropped
+afterwards. It is timed on every `stride`-th candidate and its time multiplied; `--stride 1` times
+them all. Scores of the candidates that both computed are compared.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import time
+
+import torch
+
+import safesteer as ss
+from safesteer.divergence import kl_divergence, refusal_score
+from safesteer.generation import generate_ids
+from safesteer.prompts import PromptBatch
+
+SCORES = ["ablation_refusal", "steering_refusal", "kl_harmless"]
+
+
+def padded(chat, texts):
+    singles = [PromptBatch.of(chat.tokenizer, [t]).prompt_ids[0].tolist() for t in texts]
+    return PromptBatch.from_ids(singles, [[] for _ in singles], share=False)
+
+
+def naive_hooks(model, layer, add=None, ablate=None):
+    handles = []
+    if add is not None:
+        block = model.model.layers[layer]
+        handles.append(block.register_forward_pre_hook(lambda m, a: (a[0] + add, *a[1:])))
+    if ablate is not None:
+        unit = ablate / ablate.norm()
+
+        def project(x):
+            return x - (x @ unit)[..., None] * unit
+
+        def after(module, args, out):
+            return (project(out[0]), *out[1:]) if isinstance(out, tuple) else project(out)
+
+        handles.append(model.model.embed_tokens.register_forward_hook(after))
+        for block in model.model.layers:
+            handles += [block.self_attn.register_forward_hook(after), block.mlp.register_forward_hook(after)]
+    return handles
+
+
+@torch.no_grad()
+def naive_scores(chat, vector, layer, harmful, harmless, answered, base, refusal_ids):
+    def logits(batch, **how):
+        handles = naive_hooks(chat.model, layer, **how)
+        inputs = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+        out = chat.model(batch.prompt_ids, use_cache=False, **inputs).logits
+        for handle in handles:
+            handle.remove()
+        return out
+
+    ablated = refusal_score(logits(harmful, ablate=vector)[:, -1], refusal_ids).mean()
+    steered = refusal_score(logits(harmless, add=vector)[:, -1], refusal_ids).mean()
+    kl = kl_divergence(base, logits(answered, ablate=vector)[:, -3:]).mean()
+    return [float(ablated), float(steered), float(kl)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--stride", type=int, default=8)
+    options = parser.parse_args()
+    chat, prompts = ss.load_model("smollm2-135m"), ss.load_prompts()
+    val = prompts.split("val").head(options.pairs)
+    candidates = ss.mean_difference(chat, prompts.split("train").head(32))
+    refusal_ids = ss.refusal_token_ids(chat.tokenizer)
+    n_pos, n_layers, _ = candidates.vectors.shape
+
+    started = time.perf_counter()
+    table = ss.sweep(chat, candidates, val, refusal_ids, ss.SweepConfig(controls=())).table
+    ours = time.perf_counter() - started
+    print(f"ours: {n_pos} positions x {n_layers} layers, {options.pairs} pairs: {ours:.1f} s", flush=True)
+
+    harmful, harmless = padded(chat, val.harmful), padded(chat, val.harmless)
+    answered = harmless.extended(generate_ids(chat, harmless, max_new_tokens=2))
+    inputs = {"attention_mask": answered.attention_mask, "position_ids": answered.position_ids}
+    with torch.no_grad():
+        base = chat.model(answered.prompt_ids, use_cache=False, **inputs).logits[:, -3:]
+    cells = [(i, layer) for layer in range(n_layers) for i in range(n_pos)][
+        options.stride // 2 :: options.stride
+    ]
+    seconds, worst = 0.0, 0.0
+    for i, layer in cells:
+        started = time.perf_counter()
+        vector = candidates.vectors[i, layer]
+        want = naive_scores(chat, vector, layer, harmful, harmless, answered, base, refusal_ids)
+        seconds += time.perf_counter() - started
+        row = table[(table.position == candidates.positions[i]) & (table.layer == layer)].iloc[0]
+        if layer < 0.8 * n_layers and vector.norm() > 1e-3:
+            worst = max(worst, *(abs(row[name] - w) for name, w in zip(SCORES, want, strict=True)))
+    naive = seconds / len(cells) * n_pos * n_layers
+    print(f"naive: {len(cells)} candidates in {seconds:.1f} s, so {naive:.1f} s for all")
+    result = {
+        "ratio": round(naive / ours, 2),
+        "ours_s": round(ours, 1),
+        "naive_s": round(naive, 1),
+        "naive_timed": len(cells),
+        "candidates": n_pos * n_layers,
+        "pairs": options.pairs,
+        "max_abs_difference": float(f"{worst:.2g}"),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""How strongly to steer: by real answers, by drift, or over a whole grid.
+
+`by_answers`    among many directions: a short look at each, then `by_refusals` for the best few
+`by_refusals`   the gentlest coefficient at which greedy answers refuse
+`calibrate`     the coefficient that spends a given KL on harmless prompts (bisection)
+`grid`          layer x coefficient: refusal, KL and perplexity, for a curve to choose from
+"""
+
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from safesteer.directions import Direction, steer
+from safesteer.divergence import kl_divergence, logits_of
+from safesteer.errors import SafeSteerError
+from safesteer.generation import generate, generate_ids
+from safesteer.models import ChatModel, final_hidden, output_head
+from safesteer.perplexity import general_text, perplexity
+from safesteer.prompts import PromptBatch, batches
+from safesteer.refusal import refusal_scores
+
+LOOK_COEFF = 1.5  # the middle of the coefficients that `by_refusals` tries
+
+
+def by_refusals(
+    chat: ChatModel,
+    directions: Sequence[Direction],
+    prompts: list[str],
+    refuses: Callable[[str, str], bool],
+    *,
+    coeffs: tuple[float, ...] = (1.2, 1.4, 1.6, 1.8),
+    target: float = 0.95,
+    max_new_tokens: int = 20,
+) -> tuple[Direction, pd.DataFrame]:
+    """Choose among a few directions by what counts: greedy answers that refuse.
+
+    Coefficients are tried from the smallest; the first at which some direction refuses `target` of
+    `prompts` wins, else the highest rate, the gentler coefficient and the earlier direction. A first
+    token alone misleads: a layer can raise "I" and still answer the request. Returns the direction
+    at that strength and the table of rates (layer, coeff, refusal_rate).
+    """
+    rows, best = [], (-1.0, directions[0])
+    for coeff in coeffs:
+        for direction in directions:
+            with steer(chat, direction, coeff):
+                answers = generate(chat, prompts, max_new_tokens=max_new_tokens)
+            rate = sum(map(refuses, prompts, answers)) / len(prompts)
+            rows.append({"layer": direction.layer, "coeff": coeff, "refusal_rate": rate})
+            if rate > best[0]:
+                best = (rate, direction.with_coeff(coeff))
+        if best[0] >= target:
+            break
+    return best[1], pd.DataFrame(rows)
+
+
+def by_answers(
+    chat: ChatModel,
+    directions: Sequence[Direction],
+    prompts: list[str],
+    refuses: Callable[[str, str], bool],
+    *,
+    n_best: int = 3,
+    progress: Callable[[float], None] = lambda share: None,
+) -> tuple[Direction, pd.DataFrame]:
+    """Choose among many directions: a short look at each, then `by_refusals` for the best few.
+
+    The look is one middling coefficient, half the prompts and few tokens; directions that refuse
+    alike keep the order they came in. Returns what `by_refusals` returns.
+    """
+    few = prompts[: max(1, len(prompts) // 2)]
+    rates = []
+    for done, direction in enumerate(directions):
+        _, table = by_refusals(chat, [direction], few, refuses, coeffs=(LOOK_COEFF,), max_new_tokens=12)
+        rates.append(float(table.refusal_rate[0]))
+        progress(0.5 * (done + 1) / len(directions))
+    best = sorted(range(len(directions)), key=lambda i: -rates[i])[:n_best]
+    found = by_refusals(chat, [directions[i] for i in best], prompts, refuses)
+    progress(1.0)
+    return found
+
+
+@torch.no_grad()
+def drift(
+    chat: ChatModel,
+    direction: Direction,
+    prompts: Sequence[str],
+    coeff: float,
+    *,
+    n_tokens: int = 3,
+    batch_size: int = 32,
+) -> Float[Tensor, " n_prompts"]:
+    """KL(base || steered) in nats a token, over the base's first greedy tokens after each prompt."""
+    found = torch.zeros(len(prompts), dtype=torch.float64)
+    head = output_head(chat.model)
+    for rows in batches(chat.tokenizer, prompts, batch_size):
+        batch = PromptBatch.of(chat.tokenizer, [prompts[i] for i in rows], device=chat.device)
+        if n_tokens > 1:
+            batch = batch.extended(generate_ids(chat, batch, max_new_tokens=n_tokens - 1))
+        base = logits_of(final_hidden(chat.model, batch)[:, -n_tokens:], *head)
+        with steer(chat, direction, coeff):
+            steered = logits_of(final_hidden(chat.model, batch)[:, -n_tokens:], *head)
+        found[rows] = kl_divergence(base, steered).mean(-1).double().cpu()
+    return found
+
+
+def calibrate(
+    chat: ChatModel,
+    direction: Direction,
+    prompts: Sequence[str],
+    *,
+    target_kl: float,
+    max_coeff: float = 16.0,
+    tolerance: float = 0.02,
+    n_tokens: int = 3,
+) -> Direction:
+    """The direction at the coefficient whose mean KL on `prompts` (harmless ones) is `target_kl`.
+
+    KL is in nats a token, as in `drift`; it is met within `tolerance`, relative. Bracketed from
+    small coefficients upwards, so the gentlest solution is found; then bisection. Raises
+    SafeSteerError if even `max_coeff` stays below the target.
+    """
+    if not target_kl > 0:
+        raise SafeSteerError("target_kl must be positive: at 0 nothing is steered.")
+
+    def kl(coeff: float) -> float:
+        return float(drift(chat, direction, prompts, coeff, n_tokens=n_tokens).mean())
+
+    low, high = 0.0, min(0.25, max_coeff)
+    while kl(high) < target_kl:
+        if high >= max_coeff:
+            raise SafeSteerError(
+                f"Even coefficient {max_coeff:g} moves the model by less than {target_kl:g} nats: this"
+                " direction hardly acts, or the target is too high."
+            )
+        low, high = high, min(2 * high, max_coeff)
+    for _ in range(40):
+        coeff = (low + high) / 2
+        found = kl(coeff)
+        if abs(found - target_kl) <= tolerance * target_kl:
+            return direction.with_coeff(coeff)
+        low, high = (coeff, high) if found < target_kl else (low, coeff)
+    raise SafeSteerError(f"The KL jumps across {target_kl:g} nats near coefficient {low:g}.")
+
+
+def grid(
+    chat: ChatModel,
+    directions: Sequence[Direction],
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    refusal_ids: Int[Tensor, " n_refusal"],
+    *,
+    coeffs: Sequence[float] = (0.0, 0.5, 1.0, 1.5, 2.0),
+    refuses: Callable[[str, str], bool] | None = None,
+    text: str | None = None,
+    perplexity_tokens: int = 1024,
+    max_new_tokens: int = 20,
+    progress: Callable[[float], None] = lambda share: None,
+) -> pd.DataFrame:
+    """A row for each direction and coefficient, to see what strength costs.
+
+    Columns: layer, position, coeff, refusal_score (mean on harmful prompts, nats), kl_harmless
+    (nats a token), perplexity (of `text`, by default the project's own prose), and with a judge
+    refusal_rate_harmful and refusal_rate_harmless of greedy answers.
+    """
+    rows, text = [], general_text() if text is None else text
+    for done, (direction, coeff) in enumerate((d, c) for d in directions for c in coeffs):
+        row = {"layer": direction.layer, "position": direction.position, "coeff": coeff}
+        row["kl_harmless"] = float(drift(chat, direction, harmless, coeff).mean())
+        with steer(chat, direction, coeff):
+            row["refusal_score"] = float(refusal_scores(chat, list(harmful), refusal_ids).mean())
+            row["perplexity"] = perplexity(chat, text, max_tokens=perplexity_tokens)
+            for name, prompts in (("harmful", harmful), ("harmless", harmless)) if refuses else ():
+                answers = generate(chat, prompts, max_new_tokens=max_new_tokens)
+                row[f"refusal_rate_{name}"] = sum(map(refuses, prompts, answers)) / len(prompts)  # type: ignore[arg-type]
+        rows.append(row)
+        progress((done + 1) / (len(directions) * len(coeffs)))
+    return pd.DataFrame(rows)

@@ -1,0 +1,102 @@
+"""Refusal tokens are learnt where the model refuses, and scores keep their order."""
+
+import pytest
+import torch
+from conftest import PROMPTS, assert_near, batch_of, naive_logits, plainly_padded
+
+from safesteer.divergence import refusal_score
+from safesteer.errors import SafeSteerError
+from safesteer.generation import cut_at_eos
+from safesteer.judges import refuses
+from safesteer.refusal import (
+    REFUSALS,
+    last_logits,
+    learn_refusal_tokens,
+    refusal_scores,
+    refusal_token_ids,
+)
+
+
+def test_refusal_tokens_are_first_tokens_of_refusals_only(tiny_llama):
+    tokenizer = tiny_llama.tokenizer
+    found = refusal_token_ids(tokenizer).tolist()
+    starts = [tokenizer.decode([i]) for i in found]
+    assert all(any(t.startswith(s) for t in REFUSALS) for s in starts)
+    shared = refusal_token_ids(tokenizer, ("Sorry", "Xylophone"), ("Sorry", "Yes")).tolist()
+    assert shared == [tokenizer("Xylophone", add_special_tokens=False).input_ids[0]]
+    with pytest.raises(SafeSteerError, match="same tokens"):
+        refusal_token_ids(tokenizer, ("Sorry",), ("Sorry",))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_refusal_scores_keep_the_order_of_prompts(chat, batch_size):
+    ids = torch.tensor([7, 40, 90])
+    want = [float(refusal_score(naive_logits(chat, batch_of(chat, [p]))[0, -1], ids)) for p in PROMPTS]
+    assert_near(refusal_scores(chat, list(PROMPTS), ids, batch_size=batch_size), want)
+
+
+def test_last_logits_equal_the_models_own(chat):
+    want = naive_logits(chat, plainly_padded(chat))[:, -3:]
+    assert_near(last_logits(chat, batch_of(chat), 3), want)
+
+
+def test_tokens_are_learnt_by_judging_what_follows_them(chat, few):
+    """A judge that calls one start a refusal finds exactly that token."""
+    texts = learn_refusal_tokens(chat, few.harmful, few.harmless, lambda prompt, answer: False).table.text
+    start = next(
+        t for t in texts if t.isalnum() and t.isascii() and not any(o.startswith(t) for o in texts if o != t)
+    )
+    found = learn_refusal_tokens(chat, few.harmful, few.harmless, lambda _, answer: answer.startswith(start))
+    assert found.learnt
+    kept = found.table[found.table.refusal]
+    assert start in kept.text.tolist()
+    assert all(start.startswith(t.strip()) for t in kept.text)
+    assert found.table.iloc[0].refused == found.table.iloc[0].n
+    assert sorted(found.ids.tolist()) == sorted(kept.token_id)
+    assert "learnt from the model" in repr(found)
+
+
+def test_the_answer_judged_is_the_models_own_continuation(tiny_llama, few):
+    judged = {}
+
+    def judge(prompt, answer):
+        judged.setdefault(prompt, []).append(answer)
+        return False
+
+    table = learn_refusal_tokens(
+        tiny_llama, few.harmful[:2], few.harmless, judge, max_new_tokens=4, system=None
+    ).table
+    i = int(table.token_id[0])
+    head = batch_of(tiny_llama, [few.harmful[0]]).prompt_ids
+    out = tiny_llama.model.generate(
+        torch.cat([head, torch.tensor([[i]])], 1), max_new_tokens=4, do_sample=False
+    )
+    new = cut_at_eos(out[0, head.shape[1] :].tolist(), tiny_llama.eos_ids, keep_eos=False)
+    want = tiny_llama.tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert want in judged[few.harmful[0]]
+    first = naive_logits(tiny_llama, plainly_padded(tiny_llama, few.harmful[:2]))[:, -1].softmax(-1).mean(0)
+    assert table.p_harmful[0] == pytest.approx(float(first[i]), abs=1e-5)
+
+
+def test_a_model_that_never_refuses_falls_back_on_written_refusals(tiny_llama, few):
+    found = learn_refusal_tokens(tiny_llama, few.harmful, few.harmless, refuses)
+    assert not found.learnt
+    assert sorted(found.ids.tolist()) == refusal_token_ids(tiny_llama.tokenizer).tolist()
+    assert "written refusals" in repr(found)
+
+
+def test_learnt_tokens_save_and_show(tiny_llama, few, tmp_path):
+    found = learn_refusal_tokens(tiny_llama, few.harmful, few.harmless, refuses)
+    found.save(tmp_path / "refusal_tokens.csv")
+    assert (tmp_path / "refusal_tokens.csv").read_text().startswith("token_id,text,p_harmful")
+    assert "<table" in found._repr_html_()
+    with pytest.raises(SafeSteerError, match="needs harmful"):
+        learn_refusal_tokens(tiny_llama, [], few.harmless, refuses)
+
+
+@pytest.mark.model
+def test_smollm2_starts_its_refusals_with_i(smollm2, pairs):
+    val = pairs.split("val")
+    found = learn_refusal_tokens(smollm2, val.harmful, val.harmless, refuses)
+    assert found.learnt
+    assert "I" in found.table.text[found.table.refusal].tolist()
