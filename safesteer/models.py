@@ -277,6 +277,7 @@ def bridge(chat: ChatModel) -> ChatModel:
     from transformer_lens import TransformerBridge  # slow to import, and only needed here
 
     source, tokenizer = copy.deepcopy(hf_model(chat.model)), copy.deepcopy(chat.tokenizer)
+    source.config.architectures = source.config.architectures or [type(source).__name__]
     # TransformerLens gives a tokenizer a BOS, and loads it again by name unless told it adds one.
     tokenizer.init_kwargs |= {"name_or_path": chat.name, "add_bos_token": True}  # type: ignore[attr-defined]
     with quiet_transformers():

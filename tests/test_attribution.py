@@ -12,7 +12,7 @@ from conftest import PROMPTS, assert_near, batch_of, naive_logits, random_vector
 from rich.console import Console
 
 from safesteer import attribution
-from safesteer.attribution import figures
+from safesteer.attribution import direction_figures, figures
 from safesteer.attribution.coverage import (
     Totals,
     matched_sets,
@@ -511,8 +511,8 @@ def test_figures_hold_plain_numbers(theme, tmp_path, chosen, story):
     one = table[table.position == "-1"]
     rows = [asdict(t) for t in hostile_tokens(chosen).tokens]
     made = [
-        figures.sweep_figure(table, theme, chosen=("-1", 3)),
-        figures.sweep_figure(one, theme, chosen=("-1", 3)),
+        direction_figures.sweep_figure(table, theme, chosen=("-1", 3)),
+        direction_figures.sweep_figure(one, theme, chosen=("-1", 3)),
         figures.votes_figure(rows, theme),
         figures.coverage_figure(story.coverage.sources[0], theme),
         figures.steps_figure(story.coverage, theme),

@@ -72,7 +72,7 @@ def safe(text: str, width: int = 0) -> str:
     return html.escape(text, quote=False)
 
 
-def _figure(
+def figure_of(
     traces: Sequence[Any], x: str, y: str, theme: Theme, *, height: int = 300, **layout: Any
 ) -> go.Figure:
     figure = go.Figure(list(traces))
@@ -85,92 +85,9 @@ def _rgba(colour: str, alpha: float) -> str:
     return f"rgba({r},{g},{b},{alpha})"
 
 
-def sweep_figure(
-    table: pd.DataFrame,
-    theme: Theme = "light",
-    *,
-    score: str = "",
-    chosen: tuple[str, int] | None = None,
-) -> go.Figure:
-    """A candidate for each position x layer: a heatmap, or a line where there is one position.
-
-    `score` is a column of the sweep table; by default the one that selection ranks by. Hover shows
-    all scores and why the candidate was kept or dropped. `chosen` is the (position, layer) to ring.
-    """
-    ranked_by = "ablation_refusal" if "instruction" in set(table.extraction) else "steering_refusal"
-    score = score or ranked_by
-    facts = [_sweep_hover(row) for row in table.to_dict("records")]
-    positions = list(dict.fromkeys(table.position.astype(str)))
-    name = {"ablation_refusal": "ablation", "steering_refusal": "steering"}.get(score, score)
-    label = f"refusal score, {name} (nats)" if score != "kl_harmless" else "KL on harmless (nats)"
-    if len(positions) == 1:
-        marks = go.Scatter(
-            x=table.layer.tolist(),
-            y=_numbers(table[score]),
-            text=facts,
-            hovertemplate="%{text}<extra></extra>",
-            mode="lines+markers",
-            line={"color": COLOURS["teacher"], "width": 2},
-            marker={"size": 8, "symbol": ["circle" if k else "circle-open" for k in table.kept]},
-            name="candidate (filled: passes every threshold)",
-        )
-        level = table.loc[table.layer == chosen[1], score] if chosen else []
-        marks = [marks, *_ring([chosen[1]], list(level))] if chosen and len(level) else [marks]
-        return _figure(marks, "layer (steering is added to its input)", label, theme)
-    shape = (len(positions), table.layer.nunique())
-    if len(table) != shape[0] * shape[1]:
-        return _figure([], "layer", label, theme)
-    table = table.assign(facts=facts, at=table.position.astype(str))
-    values = table.pivot(index="at", columns="layer", values=score).loc[positions]
-    hover = table.pivot(index="at", columns="layer", values="facts").loc[positions]
-    heat = go.Heatmap(
-        z=[_numbers(row) for _, row in values.iterrows()],
-        x=[int(layer) for layer in values.columns],
-        y=[safe(p) for p in positions],
-        text=hover.to_numpy().tolist(),
-        hovertemplate="%{text}<extra></extra>",
-        colorscale=[list(c) for c in DIVERGING],
-        zmid=0,
-        xgap=1,
-        ygap=1,
-        colorbar={"title": {"text": label, "side": "right"}, "thickness": 10, "outlinewidth": 0},
-    )
-    height = 140 + 30 * len(positions)
-    kept = table[table.kept]
-    dots = go.Scatter(
-        x=kept.layer.tolist(),
-        y=[safe(p) for p in kept["at"]],
-        mode="markers",
-        marker={"size": 4, "color": "#1f2933"},
-        hoverinfo="skip",
-        name="passes every threshold",
-    )
-    ring = _ring([chosen[1]], [safe(chosen[0])]) if chosen else []
-    figure = _figure([heat, dots, *ring], "layer", "position after the instruction", theme, height=height)
-    return figure.update_yaxes(type="category")
-
-
-def _ring(x: list[Any], y: list[Any]) -> list[go.Scatter]:
-    style = {"size": 16, "symbol": "circle-open", "color": COLOURS["student"], "line": {"width": 2.5}}
-    return [go.Scatter(x=x, y=y, mode="markers", marker=style, name="chosen", hoverinfo="skip")]
-
-
-def _numbers(values: Any) -> list[float | None]:
+def numbers(values: Any) -> list[float | None]:
     """NaN becomes None: a gap in the figure, and valid JSON."""
     return [None if pd.isna(v) else float(v) for v in values]
-
-
-def _sweep_hover(row: Mapping[Any, Any]) -> str:
-    def number(name: str) -> str:
-        return "not run" if pd.isna(row[name]) else f"{row[name]:.3f}"
-
-    return (
-        f"<b>position {safe(str(row['position']))}, layer {row['layer']}</b>"
-        f"<br>refusal score, harmful, ablated: {number('ablation_refusal')}"
-        f"<br>refusal score, harmless, steered: {number('steering_refusal')}"
-        f"<br>KL on harmless, ablated: {number('kl_harmless')}"
-        f"<br>{'kept' if row['kept'] else 'dropped'}: {safe(str(row['reason']), 90)}"
-    )
 
 
 def votes_figure(tokens: Sequence[Mapping[str, Any]], theme: Theme = "light", n: int = 20) -> go.Figure:
@@ -195,7 +112,7 @@ def votes_figure(tokens: Sequence[Mapping[str, Any]], theme: Theme = "light", n:
                 hovertemplate=f"step {j + 1}: %{{x}} votes<extra></extra>",
             )
         )
-    figure = _figure(bars, "votes", "", theme, height=90 + 22 * len(tokens), barmode="stack")
+    figure = figure_of(bars, "votes", "", theme, height=90 + 22 * len(tokens), barmode="stack")
     return figure.update_yaxes(autorange="reversed", tickfont={"family": "monospace"})
 
 
@@ -244,7 +161,7 @@ def coverage_figure(source: Source, theme: Theme = "light") -> go.Figure:
     for curve in source.curves:
         dash = "dot" if curve.name == "best possible" else "solid"
         traces += _lines(curve.name, source.ks, curve.kl_share, dash=dash)
-    figure = _figure(traces, "K, tokens in the set", "share of KL(teacher || base)", theme, height=340)
+    figure = figure_of(traces, "K, tokens in the set", "share of KL(teacher || base)", theme, height=340)
     figure.add_vline(x=source.k, line={"color": "rgba(128,128,128,.6)", "dash": "dash", "width": 1})
     note = {"text": f"|S| = {source.k}", "x": source.k, "y": 0, "xanchor": "left", "showarrow": False}
     figure.add_annotation(yref="paper", yanchor="bottom", **note)
@@ -265,7 +182,7 @@ def steps_figure(coverage: Coverage, theme: Theme = "light") -> go.Figure:
         )
         for i, source in enumerate(coverage.sources)
     ]
-    figure = _figure(traces, "step of the answer", "share of KL on S", theme)
+    figure = figure_of(traces, "step of the answer", "share of KL on S", theme)
     return figure.update_yaxes(tickformat=".0%", range=[0, 1.02]).update_xaxes(type="category")
 
 
@@ -282,7 +199,7 @@ def stability_figure(stable: Stability, theme: Theme = "light") -> go.Figure:
         traces += _lines(name, stable.ks, curve.jaccard, **style)
     chance = Band(stable.chance, stable.chance, stable.chance)
     traces += _lines("chance", stable.ks, chance, colour=COLOURS["base"], dash="dash")
-    figure = _figure(traces, "K, tokens in S", "Jaccard similarity", theme, height=340)
+    figure = figure_of(traces, "K, tokens in S", "Jaccard similarity", theme, height=340)
     return figure.update_yaxes(range=[0, 1.02])
 
 
@@ -293,7 +210,7 @@ def training_figure(history: Sequence[Mapping[str, Any]], theme: Theme = "light"
     def line(key: str, name: str, colour: str, **more: Any) -> go.Scatter:
         return go.Scatter(
             x=steps,
-            y=_numbers(r.get(key) for r in history),
+            y=numbers(r.get(key) for r in history),
             name=name,
             mode="lines",
             line={"color": colour, "width": 2, **more.pop("line", {})},
@@ -308,7 +225,7 @@ def training_figure(history: Sequence[Mapping[str, Any]], theme: Theme = "light"
         line("mass_on_s_teacher", "mass on S, teacher", COLOURS["teacher"], **right),
         line("mass_on_s_anchor", "mass on S, harmless", COLOURS["anchor"], **right, line={"dash": "dot"}),
     ]
-    figure = _figure(traces, "step", "loss (nats)", theme, height=340)
+    figure = figure_of(traces, "step", "loss (nats)", theme, height=340)
     second = {"overlaying": "y", "side": "right", "showgrid": False, "rangemode": "tozero"}
     return figure.update_layout(
         yaxis2={**second, "tickformat": ".0%", "title": {"text": "probability mass on S"}},
@@ -339,5 +256,5 @@ def evaluation_figure(scores: Mapping[str, Mapping[str, Any]], theme: Theme = "l
                 hovertemplate=f"{safe(name)}<br>%{{x}}: %{{y:.1%}} refused<extra></extra>",
             )
         )
-    figure = _figure(bars, "", "refused", theme, barmode="group", bargroupgap=0.08)
+    figure = figure_of(bars, "", "refused", theme, barmode="group", bargroupgap=0.08)
     return figure.update_yaxes(tickformat=".0%", range=[0, 1.04])

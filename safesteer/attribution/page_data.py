@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from safesteer.attribution import figures
+from safesteer.attribution import direction_figures, figures
 from safesteer.attribution.explain import Attribution
 from safesteer.attribution.text import readable, running, visible
 from safesteer.attribution.trace import Alternative, Trace, TraceToken
@@ -284,7 +284,7 @@ def _figures(found: Mapping[str, Any]) -> dict[str, Any]:
     if found["sweep"] is not None:
         chosen = found["direction"]
         at = (chosen.position, chosen.layer) if chosen else None
-        made["sweep"] = figures.sweep_figure(found["sweep"], chosen=at)
+        made["sweep"] = direction_figures.sweep_figure(found["sweep"], chosen=at)
     story: Attribution | None = found["attribution"]
     if found["tokens"]:
         rows = [

@@ -1,0 +1,93 @@
+"""Pictures of directions hold the numbers of their tables, escaped, in both looks."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from conftest import random_vector
+
+from safesteer.attribution.direction_figures import (
+    cosine_figure,
+    plane_figure,
+    strength_figure,
+    sweep_figure,
+    writers_figure,
+)
+from safesteer.calibration import grid
+from safesteer.directions import Direction
+from safesteer.extraction import Candidates
+from safesteer.reading import cosines, residual_pca, writers
+from safesteer.sweep import SweepConfig, sweep
+
+REFUSAL_IDS = torch.tensor([7, 40, 90])
+
+
+@pytest.fixture(params=["light", "dark"])
+def theme(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_llama, candidates, few):
+    cut = Candidates(
+        candidates.vectors[-2:], candidates.positions[-2:], "instruction", candidates.shuffled[-2:]
+    )
+    config = SweepConfig(n_prompts=2, rank_by="steering", n_held_out=1)
+    return sweep(tiny_llama, cut, few, REFUSAL_IDS, config, held_out=few.tail(2))
+
+
+def test_sweep_hover_tells_scores_controls_and_reason(scored, theme):
+    figure = sweep_figure(scored.table, theme, score="steering_refusal")
+    heat = figure.data[0]
+    at = heat.y.index(str(scored.best.position)), heat.x.index(int(scored.best.layer))
+    assert heat.z[at[0]][at[1]] == pytest.approx(scored.best.steering_refusal)
+    text = heat.text[at[0]][at[1]]
+    for part in ("random", "shuffled", "held out", "passes every threshold", "KL on harmless"):
+        assert part in text
+    assert f"{scored.best.steering_refusal:.3f} ({scored.best.steering_refusal_low:.2f}" in text
+    json.loads(figure.to_json())
+
+
+def test_strength_curves_have_a_line_a_layer(tiny_llama, direction, few, theme):
+    table = grid(
+        tiny_llama,
+        [direction],
+        few.harmful[:2],
+        few.harmless[:2],
+        REFUSAL_IDS,
+        coeffs=(0.0, 1.0),
+        text="So it is.",
+    )
+    figure = strength_figure(table, theme)
+    (line,) = figure.data
+    assert list(line.y) == pytest.approx(table.kl_harmless.tolist())
+    assert "perplexity" in line.text[0]
+    assert "refused" not in line.text[0]  # no judge, no rate
+
+
+def test_writers_are_sorted_by_what_they_write(tiny_llama, few, theme):
+    table = writers(tiny_llama, Direction(random_vector(32), 1, "-1", "given"), few)
+    figure = writers_figure(table, theme, n=6)
+    shown = [name for bar in figure.data for name in bar.y]
+    assert len(shown) == 6
+    biggest = table.loc[table.difference.abs().idxmax()].component
+    assert figure.layout.yaxis.categoryarray[0] == biggest
+
+
+def test_the_plane_has_a_slider_over_layers(tiny_llama, few, theme):
+    table = residual_pca(tiny_llama, few, Direction(random_vector(32), 1, "-1", "given"))
+    table["text"] = "<b>bold</b>"
+    figure = plane_figure(table, theme, layer=1)
+    steps = figure.layout.sliders[0].steps
+    assert [s.label for s in steps] == ["0", "1", "2"]
+    assert sum(bool(t.visible) for t in figure.data) == 3  # harmful, harmless, direction of one layer
+    assert [bool(t.visible) for t in figure.data] == list(steps[1].args[0]["visible"])
+    assert "<b>" not in figure.data[0].text[0]
+    assert "&lt;b&gt;" in figure.data[0].text[0]
+
+
+def test_cosines_are_drawn_as_they_are(candidates, theme):
+    table = cosines(candidates)
+    figure = cosine_figure(table, theme)
+    assert pd.DataFrame(figure.data[0].z).to_numpy() == pytest.approx(table.to_numpy())

@@ -1,0 +1,151 @@
+"""Formats of other tools, read back with their own libraries where there is one."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import gguf
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from conftest import assert_near, batch_of, naive_logits, random_vector
+
+from safesteer.directions import Direction, steer
+from safesteer.errors import SafeSteerError
+from safesteer.interop import (
+    from_block_outputs,
+    from_repeng,
+    from_steering_vectors,
+    push_to_hub,
+    read_gguf,
+    write_gguf,
+)
+from safesteer.models import blocks
+
+
+def test_gguf_is_what_llama_cpp_reads(direction, tmp_path):
+    """Architecture, keys, tensor name and values, by the gguf package."""
+    path = tmp_path / "control.gguf"
+    write_gguf(replace(direction, layer=2, coeff=1.5), path, 3, "llama")
+    reader = gguf.GGUFReader(str(path))
+
+    def text(key):
+        field = reader.get_field(key)
+        return bytes(field.parts[field.data[0]]).decode()
+
+    assert text("general.architecture") == "controlvector"
+    assert text("controlvector.model_hint") == "llama"
+    count = reader.get_field("controlvector.layer_count")
+    assert int(count.parts[count.data[0]][0]) == 3
+    (tensor,) = reader.tensors
+    assert tensor.name == "direction.1"
+    assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
+    assert np.allclose(tensor.data, 1.5 * direction.vector.numpy())
+
+
+def test_gguf_round_trip_steers_alike(tiny_llama, direction, tmp_path):
+    direction = replace(direction, layer=2, coeff=1.5)
+    write_gguf(direction, tmp_path / "c.gguf", 3)
+    found = from_block_outputs(tiny_llama, read_gguf(tmp_path / "c.gguf"))
+    again = Direction.of(tiny_llama, found, "given", 2)
+    with steer(tiny_llama, direction):
+        want = naive_logits(tiny_llama, batch_of(tiny_llama, ["Hi"]))
+    with steer(tiny_llama, again):
+        assert_near(naive_logits(tiny_llama, batch_of(tiny_llama, ["Hi"])), want)
+
+
+def test_gguf_refuses_what_llama_cpp_cannot_do(direction, tmp_path):
+    path = tmp_path / "c.gguf"
+    for changed, message in (
+        ({"layer": 1}, "layers 2 to 3"),
+        ({"layer": 4}, "layers 2 to 3"),
+        ({"layer": 2, "operation": "ablate"}, "only add"),
+    ):
+        with pytest.raises(SafeSteerError, match=message):
+            write_gguf(replace(direction, **changed), path, 3)
+    assert list(tmp_path.iterdir()) == []
+    path.write_bytes(b"not gguf")
+    with pytest.raises(SafeSteerError, match="not a GGUF file"):
+        read_gguf(path)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((2, 2), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(SafeSteerError, match="of 'llama', not a control vector"):
+        read_gguf(tmp_path / "model.gguf")
+
+
+def block_output_logits(chat, vectors: dict[int, torch.Tensor]) -> torch.Tensor:
+    """What repeng and steering-vectors do: add to the output of each block."""
+    handles = [
+        blocks(chat.model)[block].register_forward_hook(lambda m, a, out, v=v: out + v)
+        for block, v in vectors.items()
+    ]
+    found = naive_logits(chat, batch_of(chat, ["Hi"]))
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda chat, v: from_repeng(chat, SimpleNamespace(directions={k: x.numpy() for k, x in v.items()})),
+        lambda chat, v: from_repeng(chat, v),
+        lambda chat, v: from_steering_vectors(
+            chat, SimpleNamespace(layer_activations=v, layer_type="decoder_block")
+        ),
+        lambda chat, v: from_steering_vectors(chat, v),
+    ],
+)
+def test_foreign_vectors_act_where_they_were_made_for(tiny_llama, read):
+    vector = 3 * random_vector(32)
+    want = block_output_logits(tiny_llama, {0: vector})
+    found = read(tiny_llama, {0: vector})
+    with steer(tiny_llama, Direction.of(tiny_llama, found, "given", 1)):
+        assert_near(naive_logits(tiny_llama, batch_of(tiny_llama, ["Hi"])), want)
+    assert found.vectors[0, [0, 2]].abs().max() == 0
+
+
+def test_foreign_vectors_that_do_not_fit_are_refused(tiny_llama):
+    last = from_block_outputs(tiny_llama, {-2: torch.ones(32)})
+    assert last.vectors[0, 2, 0] == 1.0  # of three blocks the last but one feeds block 2
+    for vectors, message in (({0: torch.ones(31)}, "width 31"), ({3: torch.ones(32)}, "name block 3")):
+        with pytest.raises(SafeSteerError, match=message):
+            from_block_outputs(tiny_llama, vectors)
+    with pytest.raises(SafeSteerError, match="'mlp'"):
+        from_steering_vectors(tiny_llama, SimpleNamespace(layer_activations={}, layer_type="mlp"))
+
+
+def test_push_uploads_the_file_and_a_card(tiny_llama, direction, monkeypatch):
+    seen = {}
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, repo_type, private, exist_ok):
+            seen.update(private=private)
+            return f"https://huggingface.co/{repo_id}"
+
+        def upload_folder(self, repo_id, folder_path, repo_type):
+            seen.update(
+                files=sorted(p.name for p in folder_path.iterdir()),
+                again=Direction.load(folder_path / "direction.safetensors", tiny_llama),
+                card=(folder_path / "README.md").read_text(),
+            )
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert push_to_hub(direction, "me/refusal") == "https://huggingface.co/me/refusal"
+    assert seen["files"] == ["README.md", "direction.safetensors"]
+    assert torch.equal(seen["again"].vector, direction.vector)
+    assert seen["private"]
+    assert "resid_pre" in seen["card"]
+
+
+def test_push_without_a_network_is_one_sentence(direction, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SafeSteerError, match="Cannot upload to 'me/refusal'"):
+        push_to_hub(direction, "me/refusal")
