@@ -79,6 +79,7 @@ def main() -> None:
     started = time.perf_counter()
     table = ss.sweep(chat, candidates, val, refusal_ids, ss.SweepConfig(controls=())).table
     ours = time.perf_counter() - started
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(f"ours: {n_pos} positions x {n_layers} layers, {options.pairs} pairs: {ours:.1f} s", flush=True)
 
     harmful, harmless = padded(chat, val.harmful), padded(chat, val.harmless)
@@ -108,7 +109,7 @@ def main() -> None:
         "candidates": n_pos * n_layers,
         "pairs": options.pairs,
         "max_abs_difference": float(f"{worst:.2g}"),
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "ours_peak_mb": peak_mb,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "machine": platform.machine(),

@@ -165,3 +165,31 @@ def test_a_vector_of_ones_own(tiny_llama):
 def test_no_prompts_is_an_error(tiny_llama):
     with pytest.raises(SafeSteerError, match="no prompts"):
         mean_difference(tiny_llama, PromptSet(()))
+
+
+@pytest.mark.model
+def test_smollm2_directions_equal_a_reference_with_plain_hooks(smollm2, pairs):
+    """One prompt at a time, torch hooks, float64 means: every position and layer."""
+    prompts, n_pos = pairs.split("train").head(8), suffix_length(smollm2.tokenizer)
+
+    def mean(texts):
+        total = 0
+        for text in texts:
+            rows = []
+            handles = [
+                layer.register_forward_pre_hook(lambda m, args, rows=rows: rows.append(args[0][0, -n_pos:]))
+                for layer in smollm2.model.model.layers
+            ]
+            with torch.no_grad():
+                smollm2.model(torch.tensor([ids_of(smollm2, text)]), use_cache=False)
+            for handle in handles:
+                handle.remove()
+            total = total + torch.stack(rows, 1).double()
+        return total / len(texts)
+
+    want = mean(prompts.harmful) - mean(prompts.harmless)
+    got = mean_difference(smollm2, prompts, batch_size=5).vectors.double()
+    assert got.shape == want.shape == (n_pos, 30, 576)
+    here = want.norm(dim=-1) > 1e-2  # layer 0 embeds the template alike: there is no direction
+    assert here.sum() >= n_pos * 29
+    assert float(torch.cosine_similarity(got, want, dim=-1)[here].min()) > 0.9999

@@ -13,6 +13,7 @@ from safesteer.errors import SafeSteerError
 from safesteer.extraction import Candidates, mean_difference, prefill_contrast
 from safesteer.generation import generate_ids
 from safesteer.models import blocks, output_head
+from safesteer.refusal import refusal_token_ids
 from safesteer.sweep import COLUMNS, Sweep, SweepConfig, sweep
 
 REFUSAL_IDS = torch.tensor([7, 40, 90])
@@ -31,12 +32,12 @@ def scored(tiny_llama, candidates, few) -> Sweep:
     return sweep(tiny_llama, candidates, few, REFUSAL_IDS)
 
 
-def naive_scores(chat, vector, layer: int, prompts, n_kl_tokens: int) -> list[float]:
+def naive_scores(chat, vector, layer, prompts, n_kl_tokens, refusal_ids=REFUSAL_IDS) -> list[float]:
     def mean(values):
         return float(sum(values)) / len(values)
 
     def score(text):
-        return refusal_score(naive_logits(chat, batch_of(chat, [text]))[0, -1], REFUSAL_IDS)
+        return refusal_score(naive_logits(chat, batch_of(chat, [text]))[0, -1], refusal_ids)
 
     def kl(text):
         batch = batch_of(chat, [text])
@@ -243,3 +244,15 @@ def test_candidates_that_are_not_finite_are_dropped(tiny_llama, candidates, few)
     table = sweep(tiny_llama, found, few, REFUSAL_IDS, SweepConfig(n_prompts=2)).table
     row = table[(table.position == "-1") & (table.layer == 1)].iloc[0]
     assert (row.kept, row.reason) == (False, "a score is not finite")
+
+
+@pytest.mark.model
+def test_smollm2_scores_equal_one_candidate_at_a_time(smollm2, pairs):
+    few = pairs.split("val").head(3)
+    found = mean_difference(smollm2, pairs.split("train").head(8))
+    cut = Candidates(found.vectors[-1:], found.positions[-1:], "instruction")
+    refusal_ids = refusal_token_ids(smollm2.tokenizer)
+    table = sweep(smollm2, cut, few, refusal_ids, SweepConfig(batch_size=2)).table
+    for layer in (3, 11, 20):
+        want = naive_scores(smollm2, cut.vectors[0, layer], layer, few, 3, refusal_ids)
+        assert table.loc[layer, SCORES].tolist() == pytest.approx(want, abs=1e-3)

@@ -1,0 +1,76 @@
+"""How the extractions differ on one model: which one finds a direction that makes it refuse?
+
+    python analysis/extractions.py [--model smollm2-135m] [--pairs 16] [--out analysis/results]
+
+Directions are read from the train split and scored on the first pairs of val, beside a random
+direction of the same length and one from shuffled labels; the best few are scored again on the other
+pairs of val. The best by steering score is then looked at by what counts, greedy answers to harmful
+prompts that it never saw. Writes `extractions.csv` (all candidates) and `extractions.md` (the table).
+"""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+import safesteer as ss
+
+EXTRACTIONS = {
+    "prefill contrast": ss.prefill_contrast,
+    "difference of means": ss.mean_difference,
+    "system prompts": ss.system_contrast,
+    "PCA of pairs": ss.pca_difference,
+    "logistic probe": ss.logistic_probe,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=Path("analysis/results"))
+    options = parser.parse_args()
+    console, chat, prompts = Console(), ss.load_model(options.model), ss.load_prompts()
+    train, val = prompts.split("train").head(64), prompts.split("val")
+    refusal = ss.learn_refusal_tokens(chat, val.harmful, val.harmless, ss.refuses)
+    console.print(refusal)
+    config = ss.SweepConfig(rank_by="steering", n_prompts=options.pairs)
+    held_out = val.tail(options.pairs)
+    assert held_out is not None
+    tables, rows = [], []
+    for name, extract in EXTRACTIONS.items():
+        found = ss.sweep(chat, extract(chat, train), val, refusal.ids, config, held_out=held_out)
+        tables.append(found.table.assign(extraction=name))
+        best = found.best
+        direction = ss.Direction.of(chat, found.candidates, best.position, int(best.layer))
+        direction, rates = ss.by_refusals(
+            chat, [direction], held_out.harmful, ss.refuses, coeffs=(0.5, 1.0, 1.4, 1.8, 2.5, 3.5)
+        )
+        ablated = found.table.ablation_refusal.min()
+        rows.append(
+            {
+                "extraction": name,
+                "position": best.position,
+                "layer": best.layer,
+                "steering": f"{best.steering_refusal:.2f} ({best.steering_refusal_low:.2f} to"
+                f" {best.steering_refusal_high:.2f})",
+                "held out": f"{best.steering_refusal_held_out:.2f}",
+                "random": f"{best.steering_refusal_random:.2f}",
+                "shuffled": f"{best.steering_refusal_shuffled:.2f}",
+                "lowest ablation": f"{ablated:.2f}",
+                "KL of ablation": f"{best.kl_harmless:.3f}",
+                "answers that refuse": f"{rates.refusal_rate.max():.0%} at {direction.coeff:g}",
+            }
+        )
+        console.print(rows[-1])
+        options.out.mkdir(parents=True, exist_ok=True)
+        pd.concat(tables).to_csv(options.out / "extractions.csv", index=False)
+        table = pd.DataFrame(rows)
+        lines = ["| " + " | ".join(map(str, r)) + " |" for r in (table.columns, *table.to_numpy())]
+        lines.insert(1, "|" + "---|" * len(table.columns))
+        (options.out / "extractions.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
