@@ -20,6 +20,8 @@ from typing import Literal
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from safesteer.directions import Direction, steer
@@ -119,6 +121,15 @@ class TokenSet:
     def _repr_html_(self) -> str:
         frame = self.to_frame().assign(text=[repr(t.text) for t in self.tokens])
         return frame.to_html(escape=True, index=False, float_format="{:.3g}".format)
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{len(self)} safety tokens from {self.n_positions} positions")
+        for name in ("token", "votes", "mean lift, nats", "p base", "p steered", "votes by step"):
+            table.add_column(name, justify="left" if name == "token" else "right")
+        for t in self.tokens:
+            numbers = str(t.votes), f"{t.mean_delta:+.2f}", f"{t.p_base:.2g}", f"{t.p_steered:.2g}"
+            table.add_row(Text(repr(t.text)), *numbers, " ".join(map(str, t.votes_by_position)))
+        return table
 
     def save(self, path: str | Path) -> None:
         write_json(Path(path), asdict(self))

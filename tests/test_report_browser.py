@@ -330,6 +330,14 @@ def test_a_phone_needs_no_sideways_scrolling(page, width):
     )
 
 
+def test_the_evaluation_table_is_whole_on_a_laptop(page):
+    """Its last column, perplexity, was cut off at 1280 pixels."""
+    screen(page, 1280, dark=False)
+    box = "document.querySelector('#evaluation-table .scroll')"
+    needed, there = page.execute_script(f"return [{box}.scrollWidth, {box}.clientWidth]")
+    assert 0 < needed <= there
+
+
 def test_hostile_text_is_only_text(driver, tmp_path, tokens, story):
     texts = {t.id: HOSTILE[i % len(HOSTILE)] for i, t in enumerate(tokens.tokens)}
     why = {

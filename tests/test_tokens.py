@@ -1,17 +1,22 @@
 """Safety tokens against full tensors and plain loops."""
 
 import copy
+import io
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import PROMPTS, assert_near, batch_of, copy_of, naive_logits
+from rich.console import Console
 
 from safesteer import generation, models, tokens
-from safesteer.directions import steer
+from safesteer.directions import Direction, steer
+from safesteer.divergence import logits_of
 from safesteer.errors import SafeSteerError
-from safesteer.models import ChatModel
+from safesteer.extraction import prefill_contrast
+from safesteer.models import ChatModel, output_head
 from safesteer.prompts import PromptBatch
 from safesteer.tokens import Rollouts, TokenConfig, TokenSet, banned_ids, rollouts, select_tokens
 
@@ -122,6 +127,28 @@ def test_selection_equals_naive(ender, direction, sampled, method, min_steered_p
         assert token.text == ender.tokenizer.decode([token.id])
     assert got.n_positions == int(sampled.valid.sum())
     assert got.settings == settings
+
+
+@pytest.mark.model
+def test_smollm2_selection_equals_a_full_tensor_reference(smollm2, pairs):
+    """Same ids and votes as with every (row x step x vocabulary) number in memory at once."""
+    found = prefill_contrast(smollm2, pairs.split("train").head(4))
+    direction = Direction.of(smollm2, found, "mean", 11, coeff=1.8)
+    config = TokenConfig(horizon=4, n_samples=2, min_steered_prob=1e-3, k_vote=30)
+    texts = pairs.split("val").harmless[:4]
+    sampled = rollouts(smollm2, direction, texts, config)
+    got = select_tokens(smollm2, direction, texts, config, sampled=sampled)
+    head = output_head(smollm2.model)
+    teacher, base = (logits_of(h, *head).log_softmax(-1) for h in (sampled.teacher, sampled.base))
+    delta, valid = teacher - base, sampled.valid
+    banned = banned_ids(smollm2) | (teacher[valid].exp().double().mean(0) < config.min_steered_prob)
+    votes = Counter()
+    for row, step in valid.nonzero().tolist():
+        votes.update(delta[row, step].masked_fill(banned, -torch.inf).topk(30).indices.tolist())
+    mean = delta[valid].double().mean(0)
+    want = sorted(votes, key=lambda v: (-votes[v], -float(mean[v]), v))[: config.k]
+    assert got.ids.tolist() == want
+    assert [t.votes for t in got.tokens] == [votes[v] for v in want]
 
 
 def test_coverage_equals_naive(ender, direction, sampled, found):
@@ -259,6 +286,15 @@ def test_damaged_token_files_are_refused(tmp_path, content):
     (tmp_path / "tokens.json").write_text(content)
     with pytest.raises(SafeSteerError, match=r"tokens\.json is not a"):
         TokenSet.load(tmp_path / "tokens.json")
+
+
+def test_a_token_set_is_a_table_in_a_terminal(found):
+    console = Console(width=120, record=True, file=io.StringIO())
+    hostile = replace(found.tokens[0], text="[bold]x")
+    console.print(replace(found, tokens=(hostile, *found.tokens[1:])))
+    text = console.export_text()
+    assert "'[bold]x'" in text
+    assert str(found.tokens[1].votes) in text
 
 
 def test_tables_are_escaped(found):
