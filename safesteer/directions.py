@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -77,10 +78,14 @@ class Direction:
     def with_coeff(self, coeff: float) -> "Direction":
         return replace(self, coeff=coeff)
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Everything but the vector."""
+        return {k: v for k, v in asdict(self).items() if k != "vector"}
+
     def save(self, path: str | Path) -> None:
         """One safetensors file; its header holds the metadata as JSON."""
-        meta = {k: v for k, v in asdict(self).items() if k != "vector"}
-        write_tensors(Path(path), {"vector": self.vector.contiguous()}, meta)
+        write_tensors(Path(path), {"vector": self.vector.contiguous()}, self.metadata)
 
     @classmethod
     def load(cls, path: str | Path, chat: ChatModel | None = None) -> "Direction":

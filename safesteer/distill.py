@@ -15,31 +15,24 @@ Everything random depends on (seed, step) alone, so a resumed run repeats an uni
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from safesteer.directions import Direction
-from safesteer.divergence import (
-    Divergence,
-    Normalizer,
-    full_divergence,
-    localized_divergence,
-    logits_of,
-    logps_on,
-)
+from safesteer.divergence import Divergence, Normalizer, logps_on
 from safesteer.errors import SafeSteerError
 from safesteer.files import read_tensors, write_tensors
+from safesteer.lora import as_base, shares_weights, with_adapter
 from safesteer.models import ChatModel, blocks, final_hidden, hf_model, output_head
+from safesteer.objective import Support, loss_part, off_set, topk_ids
 from safesteer.onpolicy import answer, counting, draw, teacher_hidden
 from safesteer.tokens import TokenSet
-
-OFF_SET_POSITIONS = 128  # positions a step on which the divergence outside S is measured
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class DistillConfig:
 
     divergence: Divergence = "symmetric"
     normalizer: Normalizer = "generalized"
-    support: Literal["safety", "topk", "full"] = "safety"
+    support: Support = "safety"
     teacher: Literal["steered", "prompt"] = "steered"
     train: Literal["all", "above"] = "above"  # "above": only blocks from the steered layer up
     n_steps: int = 55
@@ -59,6 +52,11 @@ class DistillConfig:
     anchor_weight: float = 2.0
     rollouts: Literal["student", "mixed"] = "mixed"  # "mixed": half are the steered teacher's
     decay: float = 0.75  # weight of an answer's next position to the one before; 1: all alike, as published
+    lora_rank: int = 0  # above 0: an adapter of this rank, and one copy of the weights
+    lora_alpha: int = 32
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the forward passes; weights stay
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    refresh_every: int = 0  # steps after which direction and S are found again; 0: never
     lr: float = 2e-4
     warmup: float = 0.1
     weight_decay: float = 0.0
@@ -77,11 +75,13 @@ class DistillConfig:
             "teacher": ("steered", "prompt"),
             "train": ("all", "above"),
             "rollouts": ("student", "mixed"),
+            "precision": ("float32", "bfloat16"),
         }
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
                 raise SafeSteerError(f"distill.{name} must be one of {allowed}, not '{getattr(self, name)}'.")
         at_least = {"n_steps": 1, "harmful_per_step": 1, "harmless_per_step": 0, "n_rollouts": 1}
+        at_least |= {"lora_rank": 0, "refresh_every": 0}
         at_least |= {"max_new_tokens": 1, "micro_batch": 1, "checkpoint_every": 1, "n_topk": 1}
         for name, low in at_least.items():
             if getattr(self, name) < low:
@@ -116,6 +116,18 @@ class StepRecord:
     student_s: float
 
 
+@dataclass(frozen=True, eq=False)
+class Refreshed:
+    """Direction and S as they were found again before step `step` + 1."""
+
+    step: int
+    direction: Direction
+    tokens: TokenSet
+
+
+Refresh = Callable[[ChatModel], tuple[Direction, TokenSet]]
+
+
 @dataclass
 class DistillState:
     """The student with its optimizer and the number of finished steps: all that a resume needs."""
@@ -123,24 +135,29 @@ class DistillState:
     student: ChatModel
     optimizer: torch.optim.Optimizer
     step: int = 0
+    refreshed: Refreshed | None = None
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.student.model.named_parameters() if p.requires_grad}
 
     def save(self, path: Path, stamp: dict) -> None:
-        """Weights that train, both Adam moments and the step, as one safetensors file."""
-        tensors = {}
+        """Weights that train, both Adam moments, the step and what was refreshed, as one file."""
+        tensors, found = {}, None
         for name, p in self.trained.items():
             tensors[f"param.{name}"] = p.detach()
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"{key}.{name}"] = value
-        write_tensors(path, tensors, {**stamp, "step": self.step})
+        if self.refreshed is not None:
+            direction, tokens = self.refreshed.direction, self.refreshed.tokens
+            tensors["refreshed"] = direction.vector.contiguous()
+            found = {"step": self.refreshed.step, "direction": direction.metadata, "tokens": asdict(tokens)}
+        write_tensors(path, tensors, {"stamp": stamp, "step": self.step, "refreshed": found})
 
     def load(self, path: Path, stamp: dict) -> None:
         """Continue from a saved state; raises SafeSteerError if it is of another run."""
         tensors, meta = read_tensors(path)
-        if {**meta, "step": 0} != {**stamp, "step": 0}:
+        if meta.get("stamp") != stamp:
             raise SafeSteerError(f"{path} is the checkpoint of a run with other settings.")
         with torch.no_grad():
             for name, p in self.trained.items():
@@ -149,30 +166,50 @@ class DistillState:
                 self.optimizer.state[p] = {
                     k: tensors[f"{k}.{name}"].to("cpu" if k == "step" else p.device) for k in keys
                 }
-        self.step = meta["step"]
+        self.step, found = meta["step"], meta["refreshed"]
+        if found is not None:
+            direction = Direction(vector=tensors["refreshed"], **found["direction"])
+            self.refreshed = Refreshed(found["step"], direction, TokenSet.of(found["tokens"]))
 
 
 def begin(student: ChatModel, direction: Direction, config: DistillConfig) -> DistillState:
     """Choose what trains and make the optimizer. `student` must be a plain Hugging Face model.
 
-    The embedding (and a head tied to it) stays frozen with train="above": then the loss never
-    touches the vocabulary in its backward pass. bfloat16 weights are refused, because AdamW steps
-    of this size round away in them.
+    The embedding (and a head tied to it) stays frozen with train="above" or an adapter: then the
+    loss never touches the vocabulary in its backward pass. With `lora_rank` pass the base itself:
+    its weights carry the adapter, and `distill` reads it with the adapter off. Training weights in
+    half precision are refused, because AdamW steps of this size round away in them.
     """
-    model = student.model
-    if next(model.parameters()).dtype in (torch.bfloat16, torch.float16):
+    first = direction.layer if config.train == "above" else 0
+    student.model.requires_grad_(config.train == "all" and not config.lora_rank)
+    if config.lora_rank:
+        student = with_adapter(student, config.lora_rank, config.lora_alpha, first, config.seed)
+    elif config.train == "above":
+        for block in blocks(student.model)[first:]:
+            block.requires_grad_(True)
+        hf_model(student.model).get_decoder().norm.requires_grad_(True)  # type: ignore[union-attr]
+    params = [p for p in student.model.parameters() if p.requires_grad]
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in params):
         raise SafeSteerError(
             "The student is in half precision, where steps this small round to nothing: load it with"
-            " dtype='float32'."
+            " dtype='float32', or train an adapter (lora_rank)."
         )
-    model.requires_grad_(config.train == "all")
-    if config.train == "above":
-        for block in blocks(model)[direction.layer :]:
-            block.requires_grad_(True)
-        hf_model(model).get_decoder().norm.requires_grad_(True)  # type: ignore[union-attr]
-    params = [p for p in model.parameters() if p.requires_grad]
+    if config.checkpointing:
+        inner = hf_model(student.model)
+        enable = getattr(inner, "activation_checkpointing_enable", inner.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(params, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     return DistillState(student, optimizer)
+
+
+@contextmanager
+def _recomputing(student: ChatModel, wanted: bool) -> Iterator[None]:
+    """transformers recomputes in training mode only; answers are sampled outside of it."""
+    student.model.train(wanted)
+    try:
+        yield
+    finally:
+        student.model.eval()
 
 
 def learning_rate(step: int, config: DistillConfig) -> float:
@@ -192,17 +229,32 @@ def distill(
     harmful: Sequence[str],
     harmless: Sequence[str],
     config: DistillConfig,
+    *,
+    refresh: Refresh | None = None,
 ) -> Iterator[StepRecord]:
     """Train `state.student` towards the teacher on S; yields a record after each optimizer step.
 
-    `base` is the frozen original model. Stop whenever you like: `state` is always between steps.
-    Raises SafeSteerError naming step and prompts if a loss or gradient is not finite.
+    `base` is the frozen original model, or with an adapter the model that carries it. Every
+    `refresh_every` steps `refresh(student)` gives a new direction and S. Stop whenever you like:
+    `state` is always between steps. Raises SafeSteerError naming step and prompts if a loss or
+    gradient is not finite.
     """
     student, base_head = state.student, output_head(base.model)
-    ids = tokens.ids.to(student.device)
+    if config.lora_rank and not shares_weights(base, student):
+        raise SafeSteerError("With lora_rank the base must be the model that `begin` put the adapter on.")
+    if config.refresh_every and refresh is None:
+        raise SafeSteerError("distill.refresh_every needs a function that finds direction and S again.")
     params = list(state.trained.values())
+    how = config.support, config.divergence, config.normalizer, config.beta
+    narrow = torch.autocast(student.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
     while state.step < config.n_steps:
         step, clock = state.step, time.perf_counter()
+        due = config.refresh_every and step and step % config.refresh_every == 0
+        if refresh and due and (state.refreshed is None or state.refreshed.step != step):
+            state.refreshed = Refreshed(step, *refresh(student))
+        if state.refreshed is not None:
+            direction, tokens = state.refreshed.direction, state.refreshed.tokens
+        ids = tokens.ids.to(student.device)
         lr = learning_rate(step, config)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
@@ -213,14 +265,16 @@ def distill(
             good = [harmless[i] for i in drawn]
         torch.manual_seed(config.seed * 1_000_003 + step)
         teacher = (base, direction) if config.rollouts == "mixed" else None
-        answers = answer(student, bad, good, config.n_rollouts, config.max_new_tokens, teacher)
+        with narrow:
+            answers = answer(student, bad, good, config.n_rollouts, config.max_new_tokens, teacher)
         rollout_s, clock = time.perf_counter() - clock, time.perf_counter()
 
-        h_teacher = teacher_hidden(base, direction, answers, config.teacher, config.micro_batch)
+        with as_base(base, student), narrow:
+            h_teacher = teacher_hidden(base, direction, answers, config.teacher, config.micro_batch)
         on_s = logps_on(h_teacher, base_head[0], ids, bias=base_head[1], softcap=base_head[2])
         set_ids: Tensor = ids
         if config.support == "topk":
-            set_ids = _topk_ids(h_teacher, base_head, config.n_topk)
+            set_ids = topk_ids(h_teacher, base_head, config.n_topk)
         teacher_s, clock = time.perf_counter() - clock, time.perf_counter()
 
         # Mean over an answer's positions, then over answers; the anchor counts by its weight.
@@ -236,10 +290,14 @@ def distill(
         for at in torch.arange(len(answers.mask)).split(config.micro_batch):
             first = int(starts[at[0]])
             span = slice(first, first + int(answers.mask[at].sum()))
-            hidden = counting(final_hidden(student.model, answers.batch.rows(at)), answers.mask[at])
-            part, mass = _loss_part(
-                hidden, h_teacher[span], student.model, base_head, ids, set_ids, span, config
-            )
+            rows = answers.batch.rows(at)
+            if config.checkpointing:  # recomputing has no use for a cache of the shared columns
+                rows = replace(rows, n_shared=0)
+            with narrow, _recomputing(student, config.checkpointing):
+                states = final_hidden(student.model, rows)
+            hidden = counting(states, answers.mask[at])
+            here = set_ids[span] if set_ids.dim() == 2 else set_ids
+            part, mass = loss_part(hidden, h_teacher[span], student.model, base_head, ids, here, *how)
             objective = (part * w[span]).sum()
             if not torch.isfinite(objective):
                 worst = (~part.detach().isfinite()).int().argmax()  # the first, if only their sum overflows
@@ -257,7 +315,7 @@ def distill(
                 f"The gradient is not finite at step {step + 1}; the last checkpoint is kept."
             )
         # Before the weights move: a trained head must be the one that these states came from.
-        off_s = _off_set(h_student, h_teacher, student.model, base_head, ids)
+        off_s = off_set(h_student, h_teacher, student.model, base_head, ids)
         state.optimizer.step()
         state.step += 1
         yield StepRecord(
@@ -274,37 +332,3 @@ def distill(
             teacher_s=teacher_s,
             student_s=time.perf_counter() - clock,
         )
-
-
-def _loss_part(hidden, h_teacher, model, base_head, ids, set_ids, span, config):
-    """Divergence at each position, and the student's mass on S (detached)."""
-    head = output_head(model)
-    if config.support == "full":
-        part = full_divergence(hidden, h_teacher, head, base_head, config.divergence, config.beta)
-    else:
-        here = set_ids[span] if set_ids.dim() == 2 else set_ids
-        p = logps_on(hidden, head[0], here, bias=head[1], softcap=head[2])
-        with torch.no_grad():
-            q = logps_on(h_teacher, base_head[0], here, bias=base_head[1], softcap=base_head[2])
-        part = localized_divergence(p, q, config.divergence, config.normalizer, config.beta)
-    with torch.no_grad():
-        if config.support != "safety":
-            p = logps_on(hidden, head[0], ids, bias=head[1], softcap=head[2])
-        return part, p.exp().sum(-1)
-
-
-@torch.no_grad()
-def _topk_ids(h_teacher: Tensor, head: tuple, k: int, chunk: int = 256) -> Int[Tensor, "n k"]:
-    """The teacher's top-k ids at each position (the "teacher top-k" support)."""
-    return torch.cat([logits_of(h, *head).topk(k, -1).indices for h in h_teacher.split(chunk)])
-
-
-@torch.no_grad()
-def _off_set(hidden: Tensor, h_teacher: Tensor, model: nn.Module, base_head: tuple, ids: Tensor) -> float:
-    """Generalized KL(student || teacher) outside S, in nats a position, on a spread of positions."""
-    at = torch.linspace(0, len(hidden) - 1, min(OFF_SET_POSITIONS, len(hidden))).long()
-    p = logits_of(hidden[at], *output_head(model)).log_softmax(-1)
-    q = logits_of(h_teacher[at], *base_head).log_softmax(-1)
-    terms = p.exp() * (p - q) - p.exp() + q.exp()
-    terms[:, ids] = 0
-    return float(terms.sum(-1).mean())

@@ -6,8 +6,8 @@
    ones. What it returns is a few numbers a position, never a (position x vocabulary) tensor.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from safesteer.directions import Direction, steer
 from safesteer.generation import generate_ids
+from safesteer.lora import as_base
 from safesteer.models import ChatModel, final_hidden
 from safesteer.prompts import PromptBatch, batches
 from safesteer.refusal import REFUSING_SYSTEM
@@ -72,7 +73,7 @@ def answer(
     for steered in by_teacher.unique().tolist():
         at = by_teacher == steered
         author = teacher[0] if steered and teacher else student
-        with steer(*teacher) if steered and teacher else nullcontext():
+        with _as_teacher(teacher, student) if steered and teacher else nullcontext():
             new = generate_ids(
                 author,
                 batch.rows(at),
@@ -91,6 +92,12 @@ def answer(
         (place < len(harmful)).repeat_interleave(n_rollouts),
         tuple(texts),
     )
+
+
+@contextmanager
+def _as_teacher(teacher: tuple[ChatModel, Direction], student: ChatModel) -> Iterator[None]:
+    with as_base(teacher[0], student), steer(*teacher):
+        yield
 
 
 def counting(hidden: Float[Tensor, "rows rest d_model"], mask: Bool[Tensor, "rows new_pos"]) -> Tensor:

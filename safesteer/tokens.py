@@ -136,21 +136,25 @@ class TokenSet:
 
     @classmethod
     def load(cls, path: str | Path) -> "TokenSet":
-        raw = read_json(Path(path))
         try:
-            tokens = tuple(
-                SafetyToken(
-                    **{
-                        **t,
-                        "votes_by_position": tuple(t["votes_by_position"]),
-                        "contexts": tuple(Context(**c) for c in t["contexts"]),
-                    }
-                )
-                for t in raw["tokens"]
-            )
-            return cls(tokens, raw["settings"], raw["coverage"], raw["n_positions"])
+            return cls.of(read_json(Path(path)))
         except (KeyError, TypeError) as error:
             raise SafeSteerError(f"{path} is not a token file of this version.") from error
+
+    @classmethod
+    def of(cls, raw: dict) -> "TokenSet":
+        """From the plain values that `save` writes."""
+        tokens = tuple(
+            SafetyToken(
+                **{
+                    **t,
+                    "votes_by_position": tuple(t["votes_by_position"]),
+                    "contexts": tuple(Context(**c) for c in t["contexts"]),
+                }
+            )
+            for t in raw["tokens"]
+        )
+        return cls(tokens, raw["settings"], raw["coverage"], raw["n_positions"])
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,6 +26,8 @@ for below, above in [
     ("sweep", "scoring"),
     ("calibration", "directions"),
     ("tokens", "directions"),
+    ("lora", "models"),
+    ("objective", "models"),
     ("onpolicy", "directions"),
     ("distill", "tokens"),
 ]:
@@ -34,7 +36,8 @@ for room in ("extraction", "directions", "scoring", "sweep", "calibration", "tok
     MAY_IMPORT[room] |= {"hooks", "steering"}
 MAY_IMPORT["sweep"] |= {"stats"}
 MAY_IMPORT["calibration"] |= {"perplexity"}
-MAY_IMPORT["distill"] |= {"onpolicy"}
+MAY_IMPORT["onpolicy"] |= {"lora"}
+MAY_IMPORT["distill"] |= {"onpolicy", "lora", "objective"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

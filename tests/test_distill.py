@@ -1,12 +1,14 @@
 """A step against a naive one in float64, and runs that repeat, resume and learn."""
 
+import copy
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import assert_near, copy_of, naive_logits, reference_divergence
+from conftest import assert_near, batch_of, copy_of, naive_logits, reference_divergence
 
+from safesteer import onpolicy
 from safesteer.directions import Direction, steer
 from safesteer.distill import (
     DistillConfig,
@@ -16,7 +18,8 @@ from safesteer.distill import (
     learning_rate,
 )
 from safesteer.errors import SafeSteerError
-from safesteer.models import ChatModel
+from safesteer.lora import as_base, merged, shares_weights, without_adapter
+from safesteer.models import ChatModel, blocks
 from safesteer.onpolicy import answer, draw
 from safesteer.prompts import PromptBatch
 from safesteer.refusal import REFUSING_SYSTEM
@@ -407,3 +410,188 @@ def test_the_anchor_holds_harmless_prompts_back(run):
         history, _ = run(n_steps=15, lr=1e-2, harmful_per_step=4, harmless_per_step=4, **options)
         masses.append(history[-1]["mass_on_s_anchor"])
     assert masses[1] < 0.7 * masses[0]
+
+
+# --- an adapter: teacher and student in one copy of the weights ---
+
+
+@pytest.fixture
+def shared(tiny_llama, direction, tokens, few):
+    """shared(options...) -> (base, state, history) with the adapter on the base's own modules."""
+    pytest.importorskip("peft", reason="peft is not installed (pip install 'safesteer[lora]')")
+
+    def start(*, steps=None, state=None, base=None, **options):
+        config = DistillConfig(**{**SMALL, "lora_rank": 4, "lr": 1e-2, **options})
+        base = base or copy_of(tiny_llama)
+        state = state or begin(base, direction, config)
+        history = []
+        for record in distill(state, base, direction, tokens, few.harmful, few.harmless, config):
+            history.append(record)
+            if record.step == steps:
+                break
+        return base, state, history
+
+    return start
+
+
+def test_an_adapter_learns_next_to_frozen_weights(shared, tiny_llama):
+    base, state, history = shared(n_steps=12, harmless_per_step=0)
+    assert history[-1].mass_on_s_student > 2 * history[0].mass_on_s_student
+    assert all("lora_" in name for name in state.trained)
+    assert all(".layers.0." not in name for name in state.trained)  # the direction is of layer 1
+    inside = dict(base.model.named_parameters())
+    frozen = [n for n, p in inside.items() if "lora_" not in n]
+    before = dict(tiny_llama.model.named_parameters())
+    assert len(frozen) == len(before)
+    assert all(torch.equal(inside[n], before[n.replace(".base_layer", "")]) for n in frozen)
+    moved = naive_logits(state.student, batch_of(tiny_llama)) - naive_logits(tiny_llama, batch_of(tiny_llama))
+    assert moved.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("rollouts", ["student", "mixed"])
+def test_the_teacher_is_the_same_weights_with_the_adapter_off(
+    shared, tiny_llama, direction, tokens, few, rollouts
+):
+    """The same records as with a base of its own, step for step."""
+    _, _, history = shared(rollouts=rollouts)
+    config = DistillConfig(**{**SMALL, "lora_rank": 4, "lr": 1e-2, "rollouts": rollouts})
+    carrier = copy_of(tiny_llama)
+    apart = begin(carrier, direction, config)
+    monkey = distill(apart, carrier, direction, tokens, few.harmful, few.harmless, config)
+    first = next(monkey)
+    assert first.loss == history[0].loss
+    with as_base(carrier, apart.student):
+        off = naive_logits(carrier, batch_of(tiny_llama))
+    assert_near(off, naive_logits(tiny_llama, batch_of(tiny_llama)), 1e-5)
+    assert shares_weights(carrier, apart.student)
+    assert not shares_weights(tiny_llama, apart.student)
+    # With the adapter at its start (zero), a student of its own weights has the very same first step.
+    plain = DistillConfig(**{**SMALL, "rollouts": rollouts})
+    alone = begin(copy_of(tiny_llama), direction, plain)
+    record = next(distill(alone, tiny_llama, direction, tokens, few.harmful, few.harmless, plain))
+    assert first.loss == pytest.approx(record.loss, rel=1e-5)
+    assert first.mass_on_s_teacher == pytest.approx(record.mass_on_s_teacher, rel=1e-5)
+
+
+def test_merging_keeps_the_answers_and_unloading_gives_the_base_back(shared, tiny_llama):
+    base, state, _ = shared()
+    want = naive_logits(state.student, batch_of(tiny_llama))
+    plain = merged(ChatModel(copy.deepcopy(state.student.model), base.tokenizer, base.name))
+    assert_near(naive_logits(plain, batch_of(tiny_llama)), want, 1e-5)
+    assert plain.model.state_dict().keys() == tiny_llama.model.state_dict().keys()
+    again = without_adapter(state.student)
+    assert torch.equal(
+        naive_logits(again, batch_of(tiny_llama)), naive_logits(tiny_llama, batch_of(tiny_llama))
+    )
+
+
+def test_an_adapter_resumes(shared, direction, tiny_llama, tmp_path):
+    _, whole, history = shared()
+    _, part, first = shared(steps=2)
+    part.save(tmp_path / "s.safetensors", STAMP)
+    assert (tmp_path / "s.safetensors").stat().st_size < 100_000  # the adapter, not the model
+    carrier = copy_of(tiny_llama)
+    fresh = begin(carrier, direction, DistillConfig(**{**SMALL, "lora_rank": 4, "lr": 1e-2}))
+    fresh.load(tmp_path / "s.safetensors", STAMP)
+    _, resumed, rest = shared(state=fresh, base=carrier)
+    assert [r.loss for r in first + rest] == [r.loss for r in history]
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.trained.values(), resumed.trained.values(), strict=True)
+    )
+
+
+def test_an_adapter_needs_its_own_base(shared, tiny_llama, direction, tokens, few):
+    config = DistillConfig(**{**SMALL, "lora_rank": 4})
+    state = begin(copy_of(tiny_llama), direction, config)
+    with pytest.raises(SafeSteerError, match="put the adapter on"):
+        next(distill(state, tiny_llama, direction, tokens, few.harmful, few.harmless, config))
+
+
+def test_half_precision_weights_carry_an_adapter(shared, tiny_llama, direction):
+    narrow = copy_of(tiny_llama)
+    narrow.model.to(torch.bfloat16)
+    _, state, history = shared(base=narrow, steps=1)
+    assert all(p.dtype == torch.float32 for p in state.trained.values())
+    assert math.isfinite(history[0].loss)
+
+
+# --- precision, recomputation, refreshing ---
+
+
+def test_bfloat16_passes_are_near_and_weights_stay_wide(run):
+    wide, _ = run(steps=1, rollouts="student")
+    narrow, state = run(steps=1, rollouts="student", precision="bfloat16")
+    assert narrow[0]["mass_on_s_teacher"] == pytest.approx(wide[0]["mass_on_s_teacher"], rel=0.5)
+    assert narrow[0]["loss"] != wide[0]["loss"]
+    assert all(p.dtype == torch.float32 for p in state.trained.values())
+
+
+def test_recomputing_activations_changes_nothing_but_the_work(run, tiny_llama):
+    def ran(**options):
+        student, passes = copy_of(tiny_llama), []
+        attention = blocks(student.model)[2].self_attn
+        attention.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+        history, state = run(steps=2, student=student, **options)
+        return history, sum(passes), state
+
+    kept, n_kept, _ = ran()
+    recomputed, n_recomputed, state = ran(checkpointing=True)
+    assert [r["loss"] for r in recomputed] == pytest.approx([r["loss"] for r in kept], rel=1e-5)
+    assert [r["grad_norm"] for r in recomputed] == pytest.approx([r["grad_norm"] for r in kept], rel=1e-4)
+    assert n_kept == 2 * 2  # shared columns, then the rest: twice a step
+    assert n_recomputed == 2 * 2  # whole rows, then again in the backward pass
+    assert not state.student.model.training
+
+
+@pytest.fixture
+def refreshing(tiny_llama, direction, tokens, few):
+    """refreshing(state, seen) runs to the end; every second step the direction moves up a layer."""
+    config = DistillConfig(**{**SMALL, "refresh_every": 2, "n_steps": 5, "train": "all"})
+
+    def refresh(student):
+        seen = torch.nn.functional.normalize(student.model.lm_head.weight[7].detach(), dim=0)
+        return replace(direction, layer=2, vector=20 * seen), replace(tokens, tokens=tokens.tokens[:3])
+
+    def start(state=None, steps=None):
+        state = state or begin(copy_of(tiny_llama), direction, config)
+        history = []
+        sets = few.harmful, few.harmless
+        for record in distill(state, tiny_llama, direction, tokens, *sets, config, refresh=refresh):
+            history.append(record)
+            if record.step == steps:
+                break
+        return state, history
+
+    return start
+
+
+def test_a_refreshed_direction_acts_at_its_own_layer(refreshing, tiny_llama, monkeypatch):
+    """A hook that stayed on the first layer would still steer layer 1."""
+    used = []
+    real = onpolicy.steer
+    monkeypatch.setattr(
+        onpolicy, "steer", lambda chat, d: used.append((d.layer, len(d.vector))) or real(chat, d)
+    )
+    state, _ = refreshing()
+    layers = [layer for layer, _ in used]
+    assert set(layers) == {1, 2}
+    assert layers == sorted(layers)
+    assert state.refreshed.step == 4
+    assert len(state.refreshed.tokens) == 3
+
+
+def test_a_refreshed_run_resumes(refreshing, tiny_llama, direction, tmp_path):
+    whole, history = refreshing()
+    part, first = refreshing(steps=3)
+    part.save(tmp_path / "s.safetensors", STAMP)
+    fresh = begin(copy_of(tiny_llama), direction, DistillConfig(**{**SMALL, "train": "all"}))
+    fresh.load(tmp_path / "s.safetensors", STAMP)
+    assert fresh.refreshed.step == 2
+    resumed, rest = refreshing(state=fresh)
+    assert [r.loss for r in first + rest] == [r.loss for r in history]
+    assert same(weights(whole), weights(resumed))
+
+
+def test_refreshing_needs_a_function(run):
+    with pytest.raises(SafeSteerError, match="refresh_every needs"):
+        run(refresh_every=2)
