@@ -18,6 +18,7 @@ from safesteer.errors import SafeSteerError
 from safesteer.files import read_json, write_json
 from safesteer.generation import generate
 from safesteer.judges import refuses
+from safesteer.lora import as_base
 from safesteer.models import ChatModel, final_hidden, output_head
 from safesteer.perplexity import general_text, perplexity
 from safesteer.prompts import PromptBatch, PromptSet, batches
@@ -102,7 +103,9 @@ def kl_on_answers(
         batch = PromptBatch.of(
             tokenizer, [prompts[i] for i in rows], [tails[i] for i in rows], device=chat.device
         )
-        h_base, h_chat = final_hidden(base.model, batch), final_hidden(chat.model, batch)
+        with as_base(base, chat):
+            h_base = final_hidden(base.model, batch)
+        h_chat = final_hidden(chat.model, batch)
         for row, i in enumerate(rows):
             steps = slice(-len(tails[i]) - 1, None)  # the prompt's last position predicts the first
             found[i] = float(_kl(h_base[row, steps], h_chat[row, steps], base, chat).mean())
@@ -158,3 +161,18 @@ def evaluate(
         n=len(harmful),
     )
     return scores, answers
+
+
+def held_out_check(
+    student: ChatModel, base: ChatModel, prompts: PromptSet, judge: Judge = refuses, *, n_tokens: int = 16
+) -> tuple[float, float]:
+    """(refusal rate on harmful prompts, KL to the base on harmless ones, nats a token): the two
+    numbers that early stopping looks at. The base may carry the student's adapter.
+    """
+    config = EvalConfig(n_kl_tokens=n_tokens)
+    answers = generate(student, prompts.harmful, max_new_tokens=n_tokens)
+    with as_base(base, student):
+        said = generate(base, prompts.harmless, max_new_tokens=n_tokens)
+    drift = kl_on_answers(base, student, prompts.harmless, said, config)
+    refused = sum(map(judge, prompts.harmful, answers))
+    return refused / len(prompts.harmful), float(np.mean(drift))

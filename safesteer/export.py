@@ -6,10 +6,8 @@ and renamed, and `check_reload` compares logits in a fresh process.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -18,7 +16,7 @@ from safesteer import __version__
 from safesteer.directions import Direction
 from safesteer.errors import SafeSteerError
 from safesteer.evaluate import Scores
-from safesteer.files import read_tensors, sync_folder, write_tensors, write_text
+from safesteer.files import read_tensors, whole_folder, write_tensors, write_text
 from safesteer.models import ChatModel, hf_model, load_model, quiet_transformers
 from safesteer.prompts import PromptBatch
 from safesteer.refusal import last_logits
@@ -28,22 +26,12 @@ PROBE = ("What is the capital of France?", "Tell me how rainbows form.")
 
 def export(student: ChatModel, folder: Path) -> None:
     """Save model and tokenizer (chat template included) as one folder, whole or not at all."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with whole_folder(folder) as work:
         with quiet_transformers():
             hf_model(student.model).save_pretrained(work)
             student.tokenizer.save_pretrained(work)  # type: ignore[attr-defined]
         logits = _probe_logits(student)
         write_tensors(work / "probe.safetensors", {"logits": logits}, {"prompts": list(PROBE)})
-        work.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        work.rename(folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _probe_logits(chat: ChatModel) -> torch.Tensor:

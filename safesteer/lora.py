@@ -7,10 +7,13 @@ inside the blocks get adapters, from `first_layer` up; embedding and head stay a
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
+import torch
 from torch import nn
 
 from safesteer.errors import SafeSteerError
+from safesteer.files import whole_folder
 from safesteer.models import ChatModel, blocks, hf_model
 
 
@@ -24,8 +27,6 @@ def with_adapter(chat: ChatModel, rank: int, alpha: int, first_layer: int = 0, s
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise SafeSteerError("lora_rank needs the peft package: pip install 'safesteer[lora]'.") from error
-    import torch
-
     names = {module: name for name, module in chat.model.named_modules()}
     targets = [
         names[module]
@@ -59,3 +60,9 @@ def merged(student: ChatModel) -> ChatModel:
 def without_adapter(student: ChatModel) -> ChatModel:
     """The base again: the adapter is taken out of its modules."""
     return replace(student, model=student.model.unload())  # type: ignore[operator]
+
+
+def write_adapter(student: ChatModel, folder: Path) -> None:
+    """The adapter alone, as peft loads it: PeftModel.from_pretrained(base, folder)."""
+    with whole_folder(folder) as work:
+        student.model.save_pretrained(work)  # type: ignore[operator]

@@ -14,6 +14,7 @@ import copy
 import json
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -24,7 +25,7 @@ from safesteer.calibration import by_answers
 from safesteer.directions import Direction, steer
 from safesteer.distill import StepRecord, begin, distill
 from safesteer.errors import SafeSteerError
-from safesteer.evaluate import Evaluation, Judge, evaluate
+from safesteer.evaluate import Evaluation, Judge, evaluate, held_out_check
 from safesteer.export import check_reload, export, write_card
 from safesteer.extraction import (
     logistic_probe,
@@ -35,6 +36,7 @@ from safesteer.extraction import (
 )
 from safesteer.files import write_text
 from safesteer.judges import refuses
+from safesteer.lora import merged, without_adapter, write_adapter
 from safesteer.models import ChatModel, bridge, load_model
 from safesteer.prompts import Prompt, PromptSet, load_prompts
 from safesteer.recipes import Recipe, quick
@@ -42,6 +44,14 @@ from safesteer.refusal import learn_refusal_tokens, refusal_scores
 from safesteer.run import STAGES, Run, digest, finished, locked, open_run, record
 from safesteer.sweep import sweep
 from safesteer.tokens import TokenSet, select_tokens
+
+EXTRACTIONS = {
+    "instruction": mean_difference,
+    "prefill": prefill_contrast,
+    "system": system_contrast,
+    "pca": pca_difference,
+    "probe": logistic_probe,
+}
 
 
 def align(
@@ -103,15 +113,7 @@ def find_direction(run: Run, base: ChatModel) -> list[str]:
     prompts, selection, held_out = train.head(recipe.n_direction), val.head(n), val.tail(n)
     if chosen == "instruction":
         prompts, selection = (_as_expected(base, p, refusal.ids) for p in (prompts, selection))
-    extract = {
-        "instruction": mean_difference,
-        "prefill": prefill_contrast,
-        "system": system_contrast,
-        "pca": pca_difference,
-        "probe": logistic_probe,
-    }[chosen]
-    lens = bridge(base)
-    candidates = extract(lens, prompts, seed=recipe.seed)
+    candidates = EXTRACTIONS[chosen](bridge(base), prompts, seed=recipe.seed)
     with run.progress("scoring candidates") as progress:
         found = sweep(
             base, candidates, selection, refusal.ids, recipe.sweep, held_out=held_out, progress=progress
@@ -177,36 +179,66 @@ def find_tokens(run: Run, base: ChatModel) -> list[str]:
 
 def train(run: Run, base: ChatModel) -> list[str]:
     """Stage 3: history.jsonl and the trained weights, checkpointed every few steps."""
-    config = run.recipe.distill
+    recipe, config = run.recipe, run.recipe.distill
     direction = Direction.load(run.path / "direction.safetensors", base)
     tokens = TokenSet.load(run.path / "tokens.json")
-    student = load_model(run.model, dtype="float32")
+    # An adapter sits on the base itself; full fine-tuning needs weights of its own.
+    student = base if config.lora_rank else load_model(run.model, dtype="float32")
     state = begin(student, direction, config)
-    stamp = {"recipe": run.recipe.hash, "tokens": digest(run.path / "tokens.json")}
+    stamp = {"recipe": recipe.hash, "tokens": digest(run.path / "tokens.json")}
     checkpoint, history = run.path / "checkpoint.safetensors", run.path / "history.jsonl"
     records: list[dict] = []
     if checkpoint.exists():
         state.load(checkpoint, stamp)
         records = [json.loads(line) for line in history.read_text().splitlines()][: state.step]
         run.say(f"  continuing after step {state.step}")
-    names = ("distil", "train", "val") if run.recipe.pairs == "all" else ("distil",)
+    names = ("distil", "train", "val") if recipe.pairs == "all" else ("distil",)
     harmful = [text for name in names for text in run.prompts.split(name).harmful]
     harmless = [text for name in names for text in run.prompts.split(name).harmless]
-    with run.progress("distilling", total=float(config.n_steps)) as progress:
-        progress(state.step)
-        for step in distill(state, base, direction, tokens, harmful, harmless, config):
-            records.append(asdict(step))
-            progress(step.step)
-            if step.step % config.checkpoint_every == 0 or step.step == config.n_steps:
-                # History first: it may run ahead of the checkpoint, never behind it.
-                write_text(history, "".join(json.dumps(r) + "\n" for r in records))
-                state.save(checkpoint, stamp)
+    refresh = partial(_found_again, run, direction) if config.refresh_every else None
+    steps = distill(state, base, direction, tokens, harmful, harmless, config, refresh=refresh)
+    try:
+        with run.progress("distilling", total=float(config.n_steps)) as progress:
+            progress(state.step)
+            for step in steps:
+                records.append(asdict(step))
+                progress(step.step)
+                enough = _good_enough(run, base, state.student, step.step)
+                if enough or step.step % config.checkpoint_every == 0 or step.step == config.n_steps:
+                    # History first: it may run ahead of the checkpoint, never behind it.
+                    write_text(history, "".join(json.dumps(r) + "\n" for r in records))
+                    state.save(checkpoint, stamp)
+                if enough:
+                    break
+    finally:
+        if config.lora_rank:
+            without_adapter(state.student)
     last = StepRecord(**records[-1])
     run.say(
         f"  {last.step} steps: loss {records[0]['loss']:.4f} -> {last.loss:.4f}, mass on S"
         f" {last.mass_on_s_student:.3f} (teacher {last.mass_on_s_teacher:.3f})"
     )
     return ["history.jsonl", "checkpoint.safetensors"]
+
+
+def _found_again(run: Run, direction: Direction, student: ChatModel) -> tuple[Direction, TokenSet]:
+    """The direction at the same position and layer, and S, read from the student as it is now."""
+    train, val = run.prompts.split("train").head(run.recipe.n_direction), run.prompts.split("val")
+    candidates = EXTRACTIONS[direction.extraction](student, train, seed=run.recipe.seed)
+    vector = candidates.vectors[candidates.positions.index(direction.position), direction.layer].cpu()
+    again = replace(direction, vector=vector)
+    texts = val.harmless if run.recipe.tokens.prompts == "harmless" else val.harmful
+    return again, select_tokens(student, again, texts, run.recipe.tokens)
+
+
+def _good_enough(run: Run, base: ChatModel, student: ChatModel, step: int) -> bool:
+    """Early stopping: enough harmful prompts of val refused, at little drift on its harmless ones."""
+    recipe = run.recipe
+    if not recipe.check_every or step % recipe.check_every:
+        return False
+    refused, drift = held_out_check(student, base, run.prompts.split("val"), run.judge)
+    run.say(f"  step {step}: refuses {refused:.0%} of val, KL on its harmless prompts {drift:.3f}")
+    return refused >= recipe.stop_refusal and drift <= recipe.stop_kl
 
 
 def _student(run: Run) -> ChatModel:
@@ -219,10 +251,16 @@ def write_model(run: Run, base: ChatModel) -> list[str]:
     state = begin(load_model(run.model, dtype="float32"), direction, run.recipe.distill)
     stamp = {"recipe": run.recipe.hash, "tokens": digest(run.path / "tokens.json")}
     state.load(run.path / "checkpoint.safetensors", stamp)
-    export(state.student, run.path / "model")
+    student, written = state.student, []
+    if run.recipe.distill.lora_rank:
+        if run.recipe.keep_adapter:
+            write_adapter(student, run.path / "adapter")
+            written = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
+        student = merged(student)
+    export(student, run.path / "model")
     difference = check_reload(run.path / "model")
     run.say(f"  reloaded in a fresh process: logits differ by at most {difference:.1g}")
-    return ["model/model.safetensors", "model/config.json", "model/tokenizer.json"]
+    return ["model/model.safetensors", "model/config.json", "model/tokenizer.json", *written]
 
 
 def measure(run: Run, base: ChatModel) -> list[str]:

@@ -32,6 +32,10 @@ class Recipe:
     coeff: float | None = None
     native_share: float = 0.25  # harmful prompts that must refuse natively for "instruction"
     pairs: Literal["all", "distil"] = "all"  # prompts distilled on; "all": those of train and val too
+    check_every: int = 0  # steps after which early stopping looks at val; 0: never
+    stop_refusal: float = 0.95  # share of its harmful prompts refused, and
+    stop_kl: float = 0.1  # KL on its harmless ones, nats a token, at which training stops
+    keep_adapter: bool = False  # with distill.lora_rank: write adapter/ beside the merged model
     sweep: SweepConfig = field(default_factory=SweepConfig)
     tokens: TokenConfig = field(default_factory=TokenConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -131,6 +135,12 @@ def _typed(owner: Any, name: str, value: Any, key: str) -> Any:
     hint = get_type_hints(type(owner))[name]
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise SafeSteerError(f"The setting {key} must be one of {get_args(hint)}, not '{value}'.")
+    if hint is bool:
+        if value.lower() not in ("true", "false"):
+            raise SafeSteerError(f"The setting {key} must be true or false, not '{value}'.")
+        return value.lower() == "true"
+    if get_origin(hint) is tuple:
+        return tuple(part.strip() for part in value.split(",") if part.strip())
     kinds = [k for k in getattr(hint, "__args__", (hint,)) if k in (int, float)]
     if value.lower() == "none" and type(None) in getattr(hint, "__args__", ()):
         return None

@@ -35,7 +35,6 @@ from safesteer.prompts import PromptSet
 from safesteer.scoring import SCORES, runnable, score
 from safesteer.stats import bootstrap_means
 
-Control = Literal["random", "shuffled"]
 ZERO = 1e-5  # length below which a vector is rounding, in lengths of the longest
 COLUMNS = ["extraction", "position", "layer", *SCORES, "kept", "reason"]
 
@@ -50,7 +49,7 @@ class SweepConfig:
     min_steering: float = 0.0
     n_kl_tokens: int = 3
     n_prompts: int | None = None
-    controls: tuple[Control, ...] = ("random", "shuffled")
+    controls: tuple[str, ...] = ("random", "shuffled")
     n_held_out: int = 5  # best candidates that are scored again on the held-out prompts
     n_answer_tokens: int = 0  # above 0: refusal rate of real steered answers, for kept candidates
     n_answered: int = 3  # prefill candidates that are calibrated, after a first look at all answers

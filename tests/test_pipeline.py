@@ -6,16 +6,20 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+from conftest import assert_near
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safesteer import distill as _  # noqa: F401  (the import hook sees the package first)
+from safesteer import pipeline
 from safesteer.directions import Direction
 from safesteer.errors import SafeSteerError
 from safesteer.evaluate import Evaluation
+from safesteer.judges import refuses
 from safesteer.pipeline import align
+from safesteer.prompts import load_prompts
 from safesteer.recipes import recipe
-from safesteer.run import STAGES
+from safesteer.run import STAGES, Run, finished
 from safesteer.tokens import TokenSet
 
 QUIET = Console(quiet=True)
@@ -115,12 +119,10 @@ def test_finished_run_does_nothing_again(run, model_folder):
 
 
 def test_interrupted_training_continues_to_the_same_weights(run, model_folder, tmp_path, monkeypatch):
-    from safesteer import pipeline
-
     real = pipeline.distill
 
-    def stops_at_three(*args):
-        for record in real(*args):
+    def stops_at_three(*args, **options):
+        for record in real(*args, **options):
             yield record
             if record.step == 3:
                 raise KeyboardInterrupt
@@ -225,3 +227,60 @@ def test_spine_on_the_real_model(tmp_path):
     assert json.loads((out / "manifest.json").read_text())["stages"].keys() == set(STAGES)
     assert len(TokenSet.load(out / "tokens.json")) == 50
     assert (out / "report.html").stat().st_size > 1_000_000
+
+
+def test_an_adapter_run_exports_a_merged_model_and_its_adapter(model_folder, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'safesteer[lora]')")
+    settings = {**SMALL, "distill.lora_rank": 4, "keep_adapter": "true", "distill.lr": 1e-2}
+    run = align(str(model_folder), tmp_path / "run", recipe(**settings), console=QUIET)
+    merged = AutoModelForCausalLM.from_pretrained(run / "model")
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    adapted = peft.PeftModel.from_pretrained(base, run / "adapter")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        want, got = adapted(ids).logits, merged(ids).logits
+        with adapted.disable_adapter():
+            plain = adapted(ids).logits
+    assert_near(got, want, 1e-5)
+    assert (got - plain).abs().max() > 1e-3
+    scores = Evaluation.load(run / "evaluation.json").scores
+    assert scores["base"].kl_harmless == 0
+    assert scores["student"].kl_harmless > 0
+
+
+def test_training_stops_early_on_what_val_says(model_folder, tmp_path):
+    """A judge that is always content stops at the first look; one that never is runs to the end."""
+    settings = {**SMALL, "check_every": 3, "stop_kl": 100.0}
+    stages = ("direction", "tokens", "distill")
+    for name, verdict, steps in (("content", True, 3), ("never", False, 4)):
+        options = {"judge": lambda prompt, answer, v=verdict: v, "stages": stages, "console": QUIET}
+        run = align(str(model_folder), tmp_path / name, recipe(**settings), **options)
+        assert len((run / "history.jsonl").read_text().splitlines()) == steps
+        value = Run(run, str(model_folder), recipe(**settings), load_prompts(), refuses, QUIET)
+        assert finished(value, "distill")
+
+
+def test_a_refreshing_run_reads_the_student_again(model_folder, tmp_path, monkeypatch):
+    read = []
+    real = pipeline.EXTRACTIONS["prefill"]
+    monkeypatch.setitem(
+        pipeline.EXTRACTIONS, "prefill", lambda chat, *a, **k: read.append(chat.model) or real(chat, *a, **k)
+    )
+    settings = {**SMALL, "distill.refresh_every": 2}
+    options = {"stages": ("direction", "tokens", "distill"), "console": QUIET}
+    align(str(model_folder), tmp_path / "run", recipe(**settings), **options)
+    assert len(read) == 2  # the sweep's, and one of the student before step 3
+    assert any(p.requires_grad for p in read[1].parameters())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("keep_adapter", True), ("sweep.controls", ("random",)), ("distill.lora_rank", 8)]
+)
+def test_words_of_the_command_line_become_values(setting, value):
+    stage, name = setting.rpartition(".")[::2]
+    text = "random" if isinstance(value, tuple) else str(value).lower()
+    made = recipe(**{setting: text})
+    assert getattr(getattr(made, stage) if stage else made, name) == value
+    with pytest.raises(SafeSteerError):
+        recipe(**{setting: "perhaps"})
