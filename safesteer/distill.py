@@ -44,20 +44,21 @@ class DistillConfig:
     support: Support = "safety"
     teacher: Literal["steered", "prompt"] = "steered"
     train: Literal["all", "above"] = "above"  # "above": only blocks from the steered layer up
-    n_steps: int = 55
+    n_steps: int = 54
     harmful_per_step: int = 10
     harmless_per_step: int = 18  # 0: no anchor, as published
     n_rollouts: int = 1
-    max_new_tokens: int = 6
-    anchor_weight: float = 2.0
+    max_new_tokens: int = 8
+    anchor_weight: float = 2.0  # of a harmless answer, in harmful ones
+    late_anchor_weight: float = 6.0  # the same in the last third of the steps
     rollouts: Literal["student", "mixed"] = "mixed"  # "mixed": half are the steered teacher's
-    decay: float = 0.75  # weight of an answer's next position to the one before; 1: all alike, as published
+    decay: float = 0.8  # weight of an answer's next position to the one before; 1: all alike, as published
     lora_rank: int = 0  # above 0: an adapter of this rank, and one copy of the weights
     lora_alpha: int = 32
     precision: Literal["float32", "bfloat16"] = "float32"  # of the forward passes; weights stay
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     refresh_every: int = 0  # steps after which direction and S are found again; 0: never
-    lr: float = 2e-4
+    lr: float = 3e-4
     warmup: float = 0.1
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -278,7 +279,9 @@ def distill(
         teacher_s, clock = time.perf_counter() - clock, time.perf_counter()
 
         # Mean over an answer's positions, then over answers; the anchor counts by its weight.
-        weight = torch.where(answers.harmful, 1.0, config.anchor_weight)
+        late = step >= 2 * config.n_steps / 3
+        anchor = config.late_anchor_weight if late else config.anchor_weight
+        weight = torch.where(answers.harmful, 1.0, anchor)
         early = config.decay ** torch.arange(answers.mask.shape[1], device=answers.mask.device)
         per_token = answers.mask * early
         per_token = per_token / per_token.sum(1, keepdim=True) * (weight / weight.sum())[:, None]

@@ -162,6 +162,16 @@ def test_first_step_equals_naive(tiny_llama, direction, tokens, few, run, option
     assert history[0]["grad_norm"] > 1e-4
 
 
+def test_the_anchor_weighs_more_in_the_last_third(run):
+    """Of six steps the fifth is the first late one; until then nothing differs."""
+    plain = {"n_steps": 6, "anchor_weight": 1.0}
+    same_weight, _ = run(**plain, late_anchor_weight=1.0)
+    heavier, _ = run(**plain, late_anchor_weight=50.0)
+    losses = [[r["loss"] for r in history] for history in (same_weight, heavier)]
+    assert losses[0][:4] == losses[1][:4]
+    assert losses[0][4] != losses[1][4]
+
+
 def test_answers_count_up_to_their_end(tiny_llama, few):
     ender = copy_of(tiny_llama)
     torch.manual_seed(0)
