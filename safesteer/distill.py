@@ -44,7 +44,7 @@ class DistillConfig:
     support: Support = "safety"
     teacher: Literal["steered", "prompt"] = "steered"
     train: Literal["all", "above"] = "above"  # "above": only blocks from the steered layer up
-    n_steps: int = 54
+    n_steps: int = 50
     harmful_per_step: int = 10
     harmless_per_step: int = 18  # 0: no anchor, as published
     n_rollouts: int = 1

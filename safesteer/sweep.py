@@ -50,6 +50,7 @@ class SweepConfig:
     n_kl_tokens: int = 3
     n_prompts: int | None = None
     controls: tuple[str, ...] = ("random", "shuffled")
+    n_controls: int | None = None  # best candidates that get controls; None: all
     n_held_out: int = 5  # best candidates that are scored again on the held-out prompts
     n_answer_tokens: int = 0  # above 0: refusal rate of real steered answers, for kept candidates
     n_answered: int = 3  # prefill candidates that are calibrated, after a first look at all answers
@@ -139,33 +140,51 @@ def sweep(
     config = config or SweepConfig()
     prompts = prompts.head(config.n_prompts)
     todo = runnable(candidates, config.max_layer_share)
-    layers = [layer for _, layer in todo]
-    real = torch.stack([candidates.vectors[at] for at in todo])
-    kinds: list[tuple[str, Tensor, bool]] = [("", real, False)]
-    if "random" in config.controls:
-        kinds.append(("_random", real, True))
-    if "shuffled" in config.controls and candidates.shuffled is not None:
-        kinds.append(("_shuffled", torch.stack([candidates.shuffled[at] for at in todo]), False))
     limits: dict[str, Any] = {"n_kl_tokens": config.n_kl_tokens, "tokens_a_pass": config.tokens_a_pass}
     limits |= {"batch_size": config.batch_size, "seed": config.seed}
+    whole = config.n_controls is None
+    kinds = [k for k in config.controls if k == "random" or candidates.shuffled is not None]
+    share = 1 / (1 + len(kinds)) if whole else 1.0
+
+    real = torch.stack([candidates.vectors[at] for at in todo])
+    layers = [layer for _, layer in todo]
+    scores = score(
+        chat, real, layers, prompts, refusal_ids, progress=lambda done: progress(share * done), **limits
+    )
     found: dict[str, Tensor] = {}
-    for done, (kind, vectors, placebo) in enumerate(kinds):
-
-        def part(share: float, done: int = done) -> None:
-            progress((done + share) / len(kinds))
-
-        scores = score(chat, vectors, layers, prompts, refusal_ids, placebo=placebo, progress=part, **limits)
-        for name, per_prompt in scores.items():
-            found[name + kind] = per_prompt.mean(1)
-            if not kind:
-                low, high = bootstrap_means(per_prompt.numpy(), config.seed)
-                found[f"{name}_low"], found[f"{name}_high"] = torch.from_numpy(low), torch.from_numpy(high)
-
+    for name, per_prompt in scores.items():
+        low, high = bootstrap_means(per_prompt.numpy(), config.seed)
+        found[name] = per_prompt.mean(1)
+        found[f"{name}_low"], found[f"{name}_high"] = torch.from_numpy(low), torch.from_numpy(high)
     rank_by = config.rank_by
     if rank_by == "auto":
         rank_by = "steering" if candidates.extraction in ("prefill", "given") else "ablation"
     table = _table(candidates, todo, found, rank_by, config)
     result = Sweep(candidates, table, rank_by)
+
+    scored = table.dropna(subset=["steering_refusal"])
+    if not whole:
+        ranked = (
+            result.ranking if table.kept.any() else scored.sort_values("steering_refusal", ascending=False)
+        )
+        scored = ranked.head(config.n_controls)
+    for n, kind in enumerate(kinds):
+        source = candidates.vectors if kind == "random" else candidates.shuffled
+        assert source is not None
+        where = [(candidates.positions.index(r.position), int(r.layer)) for r in scored.itertuples()]
+        vectors = torch.stack([source[at] for at in where])
+        control = score(
+            chat,
+            vectors,
+            [layer for _, layer in where],
+            prompts,
+            refusal_ids,
+            placebo=kind == "random",
+            progress=lambda done, n=n: progress(share * (1 + n + done) if whole else 1.0),
+            **limits,
+        )
+        for name, per_prompt in control.items():
+            table.loc[scored.index, f"{name}_{kind}"] = per_prompt.mean(1).numpy()
     if not table.kept.any():
         return result
     if held_out is not None and config.n_held_out:

@@ -103,6 +103,22 @@ def test_intervals_hold_the_score_and_controls_are_seeded(scored, tiny_llama, ca
     assert (other.steering_refusal_random != scored.table.steering_refusal_random).any()
 
 
+def test_controls_can_be_kept_to_the_best_few(tiny_llama, candidates, few, scored):
+    """The same numbers as with controls for all, for the first of the ranking alone."""
+    config = SweepConfig(rank_by="steering", n_controls=1)
+    found = sweep(tiny_llama, candidates, few, REFUSAL_IDS, config)
+    one = found.table.dropna(subset=["steering_refusal_random", "steering_refusal_shuffled"])
+    assert one.index.tolist() == [found.best.name]
+    for name in SCORES:
+        assert one.iloc[0][f"{name}_shuffled"] == pytest.approx(
+            scored.table.loc[one.index[0], f"{name}_shuffled"], abs=1e-4
+        )
+    nothing = SweepConfig(max_kl=-1.0, n_controls=1)
+    missed = sweep(tiny_llama, candidates, few, REFUSAL_IDS, nothing)
+    assert missed.table.steering_refusal_random.notna().sum() == 1
+    assert pd.notna(missed.nearest_miss.steering_refusal_random)
+
+
 def test_held_out_scores_are_those_of_other_prompts(tiny_llama, candidates, few):
     config = SweepConfig(n_prompts=2, n_held_out=1, rank_by="steering", controls=())
     found = sweep(tiny_llama, candidates, few, REFUSAL_IDS, config, held_out=few.tail(2))

@@ -1,0 +1,133 @@
+"""One optimizer step (rollout, teacher, student) against a naive one, in one run.
+
+    python benchmarks/trainer.py [--sequences 32] [--new-tokens 64] [--steps 1]
+
+Each path runs in a process of its own: models are loaded, one warm-up step of two short answers is
+run, then the steps are timed and peak resident memory above the loaded models is read.
+
+    ours      distill as it is, blocks from the steered layer up
+    adapter   distill with a rank-16 adapter: one copy of the weights
+    naive     a second whole model as teacher, prompts padded to the longest and read again for every
+              answer, logits of all answer positions, log-softmax over the vocabulary, autograd
+"""
+
+import argparse
+import copy
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+
+import safesteer as ss
+from safesteer.prompts import PromptBatch
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def set_up():
+    chat, prompts = ss.load_model("smollm2-135m"), ss.load_prompts()
+    candidates = ss.prefill_contrast(chat, prompts.split("train").head(8))
+    direction = ss.Direction.of(chat, candidates, "mean", 11, coeff=1.8)
+    config = ss.TokenConfig(horizon=3, n_samples=1, min_steered_prob=1e-4, k_vote=30)
+    tokens = ss.select_tokens(chat, direction, prompts.split("val").harmless[:8], config)
+    return chat, direction, tokens, prompts.split("distil").harmful
+
+
+def ours(options, adapter: bool):
+    chat, direction, tokens, harmful = set_up()
+    settings = {"harmless_per_step": 0, "rollouts": "student", "lora_rank": 16 if adapter else 0}
+    few = ss.DistillConfig(n_steps=1, harmful_per_step=2, max_new_tokens=4, **settings)
+    student = chat if adapter else ss.load_model("smollm2-135m")
+    state = ss.begin(student, direction, few)
+    for _ in ss.distill(state, chat, direction, tokens, harmful, [], few):
+        pass
+    config = ss.DistillConfig(
+        n_steps=1 + options.steps,
+        harmful_per_step=options.sequences,
+        max_new_tokens=options.new_tokens,
+        **settings,
+    )
+    before, started = peak_mb(), time.perf_counter()
+    records = list(ss.distill(state, chat, direction, tokens, harmful, [], config))
+    seconds = (time.perf_counter() - started) / options.steps
+    parts = {
+        f"{k}_s": round(sum(getattr(r, f"{k}_s") for r in records) / len(records), 1)
+        for k in ("rollout", "teacher", "student")
+    }
+    return seconds, peak_mb() - before, parts
+
+
+def naive(options):
+    chat, direction, tokens, harmful = set_up()
+    student = ss.load_model("smollm2-135m").model
+    teacher = copy.deepcopy(chat)
+    student.requires_grad_(False)
+    for block in student.model.layers[direction.layer :]:
+        block.requires_grad_(True)
+    params = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-5)
+
+    def step(texts, n_new):
+        singles = [PromptBatch.of(chat.tokenizer, [t]).prompt_ids[0].tolist() for t in texts]
+        batch = PromptBatch.from_ids(singles, [[] for _ in singles], share=False)
+        sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        ids, mask = batch.prompt_ids, batch.attention_mask
+        out = student.generate(ids, attention_mask=mask, max_new_tokens=n_new, **sampling)
+        mask = torch.cat([mask, torch.ones_like(out[:, ids.shape[1] :])], 1)
+        inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        answer = slice(ids.shape[1] - 1, -1)
+        with torch.no_grad(), ss.steer(teacher, direction):
+            q = teacher.model(out, use_cache=False, **inputs).logits[:, answer].float().log_softmax(-1)
+        p = student(out, use_cache=False, **inputs).logits[:, answer].float().log_softmax(-1)
+        p, q = p[..., tokens.ids], q[..., tokens.ids]
+        loss = (0.5 * (p.exp() * (p - q)) + 0.5 * (q.exp() * (q - p))).sum(-1).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(harmful[:2], 4)
+    before, started = peak_mb(), time.perf_counter()
+    for _ in range(options.steps):
+        step(harmful[: options.sequences], options.new_tokens)
+    return (time.perf_counter() - started) / options.steps, peak_mb() - before, {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--path", choices=["all", "ours", "adapter", "naive"], default="all")
+    options = parser.parse_args()
+    if options.path != "all":
+        made = naive(options) if options.path == "naive" else ours(options, options.path == "adapter")
+        print(json.dumps({"seconds": round(made[0], 1), "extra_mb": round(made[1]), **made[2]}))
+        return
+    results = {}
+    for path in ("ours", "adapter", "naive"):
+        command = [sys.executable, __file__, "--path", path]
+        for name in ("sequences", "new_tokens", "steps"):
+            command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        results[path] = json.loads(done.stdout.splitlines()[-1])
+        print(path, results[path], flush=True)
+    ratios = {
+        f"{what}_naive_over_{path}": round(results["naive"][key] / max(1e-9, results[path][key]), 2)
+        for path in ("ours", "adapter")
+        for what, key in (("time", "seconds"), ("memory", "extra_mb"))
+    }
+    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
+    print(json.dumps({**ratios, "results": results, **machine}))
+
+
+if __name__ == "__main__":
+    main()
