@@ -1,11 +1,12 @@
 """How the extractions differ on one model: which one finds a direction that makes it refuse?
 
-    python analysis/extractions.py [--model smollm2-135m] [--pairs 16] [--out analysis/results]
+    python analysis/extractions.py [--model smollm2-135m] [--pairs 8] [--out analysis/results]
 
-Directions are read from the train split and scored on the first pairs of val, beside a random
-direction of the same length and one from shuffled labels; the best few are scored again on the other
-pairs of val. The best by steering score is then looked at by what counts, greedy answers to harmful
-prompts that it never saw. Writes `extractions.csv` (all candidates) and `extractions.md` (the table).
+Directions are read from the train split, at the first and the last template position, and scored on
+the first pairs of val; the best few are scored beside a random direction of the same length and one
+from shuffled labels, and again on the other pairs of val. The best by steering score is then looked at
+by what counts, greedy answers to harmful prompts that it never saw. Writes `extractions.csv` (all
+candidates) and `extractions.md` (the table).
 """
 
 import argparse
@@ -28,24 +29,29 @@ EXTRACTIONS = {
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("analysis/results"))
     options = parser.parse_args()
     console, chat, prompts = Console(), ss.load_model(options.model), ss.load_prompts()
     train, val = prompts.split("train").head(64), prompts.split("val")
     refusal = ss.learn_refusal_tokens(chat, val.harmful, val.harmless, ss.refuses)
     console.print(refusal)
-    config = ss.SweepConfig(rank_by="steering", n_prompts=options.pairs)
+    config = ss.SweepConfig(rank_by="steering", n_prompts=options.pairs, n_controls=2, n_held_out=1)
     held_out = val.tail(options.pairs)
     assert held_out is not None
     tables, rows = [], []
     for name, extract in EXTRACTIONS.items():
-        found = ss.sweep(chat, extract(chat, train), val, refusal.ids, config, held_out=held_out)
+        read = extract(chat, train)
+        ends = sorted({0, len(read.positions) - 1})
+        shuffled = None if read.shuffled is None else read.shuffled[ends]
+        names = tuple(read.positions[i] for i in ends)
+        cut = ss.Candidates(read.vectors[ends], names, read.extraction, shuffled)
+        found = ss.sweep(chat, cut, val, refusal.ids, config, held_out=held_out)
         tables.append(found.table.assign(extraction=name))
         best = found.best
         direction = ss.Direction.of(chat, found.candidates, best.position, int(best.layer))
         direction, rates = ss.by_refusals(
-            chat, [direction], held_out.harmful, ss.refuses, coeffs=(0.5, 1.0, 1.4, 1.8, 2.5, 3.5)
+            chat, [direction], held_out.harmful[:16], ss.refuses, coeffs=(1.0, 1.8, 3.0)
         )
         ablated = found.table.ablation_refusal.min()
         rows.append(

@@ -1,11 +1,12 @@
 """The position x layer sweep against a naive one-candidate-at-a-time reference, in one run.
 
-    python benchmarks/sweep.py [--pairs 32] [--stride 8]
+    python benchmarks/sweep.py [--pairs 32] [--every 6] [--timed 8]
 
 The reference is what a script with hooks does: for each candidate three whole passes of all prompts,
 padded to the longest, logits at every position, all layers run and the last fifth dropped
-afterwards. It is timed on every `stride`-th candidate and its time multiplied; `--stride 1` times
-them all. Scores of the candidates that both computed are compared.
+afterwards. Both sweep all positions of every `every`-th layer (1: all layers); the reference is timed
+on `timed` of those candidates, spread evenly, and its time multiplied. Scores that both computed are
+compared.
 """
 
 import argparse
@@ -20,8 +21,7 @@ import safesteer as ss
 from safesteer.divergence import kl_divergence, refusal_score
 from safesteer.generation import generate_ids
 from safesteer.prompts import PromptBatch
-
-SCORES = ["ablation_refusal", "steering_refusal", "kl_harmless"]
+from safesteer.scoring import SCORES, score
 
 
 def padded(chat, texts):
@@ -68,7 +68,8 @@ def naive_scores(chat, vector, layer, harmful, harmless, answered, base, refusal
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--stride", type=int, default=8)
+    parser.add_argument("--every", type=int, default=6)
+    parser.add_argument("--timed", type=int, default=8)
     options = parser.parse_args()
     chat, prompts = ss.load_model("smollm2-135m"), ss.load_prompts()
     val = prompts.split("val").head(options.pairs)
@@ -76,37 +77,40 @@ def main() -> None:
     refusal_ids = ss.refusal_token_ids(chat.tokenizer)
     n_pos, n_layers, _ = candidates.vectors.shape
 
+    layers = list(range(options.every // 2, n_layers, options.every))
+    run = [(i, layer) for layer in layers if layer < 0.8 * n_layers for i in range(n_pos)]
+    vectors = torch.stack([candidates.vectors[at] for at in run])
+
     started = time.perf_counter()
-    table = ss.sweep(chat, candidates, val, refusal_ids, ss.SweepConfig(controls=())).table
+    found = score(chat, vectors, [layer for _, layer in run], val, refusal_ids)
     ours = time.perf_counter() - started
+    scores = {at: [float(found[name][n].mean()) for name in SCORES] for n, at in enumerate(run)}
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(f"ours: {n_pos} positions x {n_layers} layers, {options.pairs} pairs: {ours:.1f} s", flush=True)
+    print(f"ours: {n_pos} positions x layers {layers}, {options.pairs} pairs: {ours:.1f} s", flush=True)
 
     harmful, harmless = padded(chat, val.harmful), padded(chat, val.harmless)
     answered = harmless.extended(generate_ids(chat, harmless, max_new_tokens=2))
     inputs = {"attention_mask": answered.attention_mask, "position_ids": answered.position_ids}
     with torch.no_grad():
         base = chat.model(answered.prompt_ids, use_cache=False, **inputs).logits[:, -3:]
-    cells = [(i, layer) for layer in range(n_layers) for i in range(n_pos)][
-        options.stride // 2 :: options.stride
-    ]
+    cells = [(i, layer) for layer in layers for i in range(n_pos)]
+    timed = [cells[n * len(cells) // options.timed] for n in range(options.timed)]
     seconds, worst = 0.0, 0.0
-    for i, layer in cells:
+    for i, layer in timed:
         started = time.perf_counter()
         vector = candidates.vectors[i, layer]
         want = naive_scores(chat, vector, layer, harmful, harmless, answered, base, refusal_ids)
         seconds += time.perf_counter() - started
-        row = table[(table.position == candidates.positions[i]) & (table.layer == layer)].iloc[0]
-        if layer < 0.8 * n_layers and vector.norm() > 1e-3:
-            worst = max(worst, *(abs(row[name] - w) for name, w in zip(SCORES, want, strict=True)))
-    naive = seconds / len(cells) * n_pos * n_layers
-    print(f"naive: {len(cells)} candidates in {seconds:.1f} s, so {naive:.1f} s for all")
+        if (i, layer) in scores and vector.norm() > 1e-3:
+            worst = max(worst, *(abs(a - b) for a, b in zip(scores[i, layer], want, strict=True)))
+    naive = seconds / len(timed) * len(cells)
+    print(f"naive: {len(timed)} candidates in {seconds:.1f} s, so {naive:.1f} s for {len(cells)}")
     result = {
         "ratio": round(naive / ours, 2),
         "ours_s": round(ours, 1),
         "naive_s": round(naive, 1),
-        "naive_timed": len(cells),
-        "candidates": n_pos * n_layers,
+        "naive_timed": len(timed),
+        "candidates": len(cells),
         "pairs": options.pairs,
         "max_abs_difference": float(f"{worst:.2g}"),
         "ours_peak_mb": peak_mb,

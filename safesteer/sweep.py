@@ -163,11 +163,10 @@ def sweep(
     result = Sweep(candidates, table, rank_by)
 
     scored = table.dropna(subset=["steering_refusal"])
-    if not whole:
-        ranked = (
-            result.ranking if table.kept.any() else scored.sort_values("steering_refusal", ascending=False)
-        )
-        scored = ranked.head(config.n_controls)
+    n_controls = config.n_controls
+    if n_controls is not None:
+        by_steering = scored.sort_values("steering_refusal", ascending=False)
+        scored = (result.ranking if table.kept.any() else by_steering).head(n_controls)
     for n, kind in enumerate(kinds):
         source = candidates.vectors if kind == "random" else candidates.shuffled
         assert source is not None
