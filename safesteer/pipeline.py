@@ -129,7 +129,7 @@ def find_direction(run: Run, base: ChatModel) -> list[str]:
             direction, rates = by_answers(
                 base,
                 several,
-                selection.harmful,
+                val.harmful[: recipe.sweep.n_answer_prompts],
                 run.judge,
                 n_best=recipe.sweep.n_answered,
                 progress=progress,

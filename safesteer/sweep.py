@@ -54,6 +54,7 @@ class SweepConfig:
     n_held_out: int = 5  # best candidates that are scored again on the held-out prompts
     n_answer_tokens: int = 0  # above 0: refusal rate of real steered answers, for kept candidates
     n_answered: int = 3  # prefill candidates that are calibrated, after a first look at all answers
+    n_answer_prompts: int = 16  # harmful prompts whose answers are looked at for that
     batch_size: int = 8
     tokens_a_pass: int = 2048  # candidates are packed into one pass up to this many tokens
     seed: int = 0
