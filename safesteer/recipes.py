@@ -64,7 +64,7 @@ def quick(seed: int = 0) -> Recipe:
         seed=seed,
         n_direction=64,
         sweep=SweepConfig(n_prompts=8, n_controls=2, n_held_out=2),
-        tokens=TokenConfig(min_steered_prob=1e-3, k_vote=30, n_samples=4, seed=seed),
+        tokens=TokenConfig(min_steered_prob=1e-3, k_vote=30, n_samples=4, batch_size=32, seed=seed),
         distill=DistillConfig(seed=seed),
         evaluation=EvalConfig(),
     )

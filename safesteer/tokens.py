@@ -32,7 +32,7 @@ from safesteer.generation import generate_ids
 from safesteer.models import ChatModel, final_hidden, output_head, prefill
 from safesteer.prompts import PromptBatch, batches
 
-ROWS = 256  # rows of (row x vocabulary) log-probabilities alive at once
+ROWS = 64  # rows of (row x vocabulary) log-probabilities alive at once
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TokenConfig:
     rollouts: Literal["teacher", "base"] = "teacher"
     prompts: Literal["harmless", "harmful"] = "harmless"
     seed: int = 0
-    batch_size: int = 32
+    batch_size: int = 4  # prompts sampled at once: n_samples caches each
     n_contexts: int = 3
 
     def __post_init__(self) -> None:
