@@ -14,13 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from safesteer.directions import Direction, steer
-from safesteer.divergence import kl_divergence, logits_of
+from safesteer.divergence import kl_divergence
 from safesteer.errors import SafeSteerError
 from safesteer.generation import generate, generate_ids
-from safesteer.models import ChatModel, final_hidden, output_head
+from safesteer.models import ChatModel
 from safesteer.perplexity import general_text, perplexity
 from safesteer.prompts import PromptBatch, batches
-from safesteer.refusal import refusal_scores
+from safesteer.refusal import last_logits, refusal_scores
 
 LOOK_COEFF = 1.5  # the middle of the coefficients that `by_refusals` tries
 
@@ -94,14 +94,13 @@ def drift(
 ) -> Float[Tensor, " n_prompts"]:
     """KL(base || steered) in nats a token, over the base's first greedy tokens after each prompt."""
     found = torch.zeros(len(prompts), dtype=torch.float64)
-    head = output_head(chat.model)
     for rows in batches(chat.tokenizer, prompts, batch_size):
         batch = PromptBatch.of(chat.tokenizer, [prompts[i] for i in rows], device=chat.device)
         if n_tokens > 1:
             batch = batch.extended(generate_ids(chat, batch, max_new_tokens=n_tokens - 1))
-        base = logits_of(final_hidden(chat.model, batch)[:, -n_tokens:], *head)
+        base = last_logits(chat, batch, n_tokens)
         with steer(chat, direction, coeff):
-            steered = logits_of(final_hidden(chat.model, batch)[:, -n_tokens:], *head)
+            steered = last_logits(chat, batch, n_tokens)
         found[rows] = kl_divergence(base, steered).mean(-1).double().cpu()
     return found
 

@@ -141,13 +141,13 @@ def steer(
     direction's own. Works alike on a plain model and on a bridge; for `scope` see `steering`.
     """
     strength = direction.coeff if coeff is None else coeff
-    vector, where = direction.vector.to(chat.device), (scope, n_last, prompt_width)
-    with _operation(chat.model, direction, vector, strength, *where):
+    where = {"scope": scope, "n_last": n_last, "prompt_width": prompt_width}
+    with _operation(chat, direction, strength, where):
         yield
 
 
-def _operation(model, direction, vector, strength, scope, n_last, prompt_width):
-    where = {"scope": scope, "n_last": n_last, "prompt_width": prompt_width}
+def _operation(chat: ChatModel, direction: Direction, strength: float, where: dict[str, Any]):
+    model, vector = chat.model, direction.vector.to(chat.device)
     if direction.operation == "add":
         return steering.add(model, vector, direction.layer, strength, **where)
     if direction.operation == "clamp":

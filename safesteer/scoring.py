@@ -25,6 +25,7 @@ from safesteer.generation import generate_ids
 from safesteer.hooks import record, starting_at
 from safesteer.models import ChatModel, final_hidden, hf_model, output_head, prefill
 from safesteer.prompts import PromptBatch, PromptSet, batches
+from safesteer.refusal import last_logits
 
 SCORES = ["ablation_refusal", "steering_refusal", "kl_harmless"]
 
@@ -76,8 +77,7 @@ def score(
                 found["steering_refusal"][at[:, None], rows] = values.cpu()
             if n_kl_tokens > 1:  # the base's own first tokens: one token alone is often structural
                 batch = batch.extended(generate_ids(chat, batch, max_new_tokens=n_kl_tokens - 1))
-            head = output_head(chat.model)
-            base = logits_of(final_hidden(chat.model, batch)[:, -n_kl_tokens:], *head)
+            base = last_logits(chat, batch, n_kl_tokens)
             for at, logits in _ablated(chat, batch, vectors, ablate, n_kl_tokens, tokens_a_pass):
                 values = kl_divergence(base[None].expand_as(logits), logits).mean(-1)
                 found["kl_harmless"][at[:, None], rows] = values.double().cpu()

@@ -143,7 +143,8 @@ def sweep(
     todo = runnable(candidates, config.max_layer_share)
     limits: dict[str, Any] = {"n_kl_tokens": config.n_kl_tokens, "tokens_a_pass": config.tokens_a_pass}
     limits |= {"batch_size": config.batch_size, "seed": config.seed}
-    whole = config.n_controls is None
+    n_controls = config.n_controls
+    whole = n_controls is None
     kinds = [k for k in config.controls if k == "random" or candidates.shuffled is not None]
     share = 1 / (1 + len(kinds)) if whole else 1.0
 
@@ -164,14 +165,13 @@ def sweep(
     result = Sweep(candidates, table, rank_by)
 
     scored = table.dropna(subset=["steering_refusal"])
-    n_controls = config.n_controls
     if n_controls is not None:
         by_steering = scored.sort_values("steering_refusal", ascending=False)
         scored = (result.ranking if table.kept.any() else by_steering).head(n_controls)
+    where = [(candidates.positions.index(r.position), int(r.layer)) for r in scored.itertuples()]
     for n, kind in enumerate(kinds):
         source = candidates.vectors if kind == "random" else candidates.shuffled
         assert source is not None
-        where = [(candidates.positions.index(r.position), int(r.layer)) for r in scored.itertuples()]
         vectors = torch.stack([source[at] for at in where])
         control = score(
             chat,
