@@ -27,8 +27,10 @@ def peak_mb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
+@torch.no_grad()
 def set_up(options):
     chat, prompts = ss.load_model("smollm2-135m"), ss.load_prompts()
+    chat.model(torch.tensor([[1]]))  # weights lie on disk until first read: that is not extra memory
     candidates = ss.prefill_contrast(chat, prompts.split("train").head(16))
     direction = ss.Direction.of(chat, candidates, "mean", 11, coeff=1.8)
     config = TokenConfig(horizon=options.horizon, n_samples=options.samples, min_steered_prob=1e-3, k_vote=30)

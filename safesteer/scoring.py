@@ -1,17 +1,18 @@
 """The three scores of a sweep, for many candidates at once.
 
 Naively every candidate costs three whole passes. Here:
-- prompts go in small batches of like length, and candidates are packed beside each other into one
-  pass, each with a vector of its own rows;
-- the columns that all prompts share (the system turn) are read once a candidate, not once a prompt;
+- candidates are packed beside each other into one pass, each with a vector of its own rows;
+- the columns that all prompts share (the system turn) are read once a candidate, not once a prompt,
+  and their keys and values kept while its group is scored;
 - addition starts at the steered layer, from residuals recorded in one pass of the base;
 - the output head reads the last positions only.
-Batches are the outer loop: memory does not grow with the number of prompts.
+Memory holds one group of candidates and one batch of prompts: it does not grow with either's number.
 """
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +24,7 @@ from safesteer.divergence import kl_divergence, logits_of, refusal_score
 from safesteer.extraction import Candidates
 from safesteer.generation import generate_ids
 from safesteer.hooks import record, starting_at
-from safesteer.models import ChatModel, final_hidden, hf_model, output_head, prefill
+from safesteer.models import ChatModel, final_hidden, hf_model, output_head
 from safesteer.prompts import PromptBatch, PromptSet, batches
 from safesteer.refusal import last_logits
 
@@ -48,7 +49,8 @@ def score(
     placebo: bool = False,
     n_kl_tokens: int = 3,
     batch_size: int = 8,
-    tokens_a_pass: int = 2048,
+    tokens_a_pass: int = 1536,
+    candidates_a_group: int = 32,
     seed: int = 0,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Float[Tensor, "n n_prompts"]]:
@@ -59,31 +61,42 @@ def score(
     shape = {"ablation_refusal": len(prompts.harmful), "steering_refusal": len(prompts.harmless)}
     shape["kl_harmless"] = len(prompts.harmless)
     found = {k: torch.zeros((len(vectors), n), dtype=torch.float64) for k, n in shape.items()}
-    work = [(True, r) for r in batches(chat.tokenizer, prompts.harmful, batch_size)]
-    work += [(False, r) for r in batches(chat.tokenizer, prompts.harmless, batch_size)]
-    total, done = sum(len(rows) for _, rows in work), 0
     ablate = _ablate_placebo(seed) if placebo else steering.ablate
     shifts = _random_like(vectors, seed) if placebo else vectors
-    for is_harmful, rows in work:
-        texts = [(prompts.harmful if is_harmful else prompts.harmless)[i] for i in rows]
-        batch = PromptBatch.of(chat.tokenizer, texts, device=chat.device)
-        if is_harmful:
-            for at, logits in _ablated(chat, batch, vectors, ablate, 1, tokens_a_pass):
+
+    # One layout for all prompts, so that the columns that they share are the same in every batch.
+    whole = PromptBatch.of(chat.tokenizer, [*prompts.harmful, *prompts.harmless], device=chat.device)
+    harmful, harmless = (batches(chat.tokenizer, p, batch_size) for p in (prompts.harmful, prompts.harmless))
+    asked = [whole.rows(len(prompts.harmful) + torch.tensor(rows)) for rows in harmless]
+    # KL over the base's own first tokens: one token alone is often structural.
+    answered = [_answered(chat, batch, n_kl_tokens - 1) for batch in asked]
+
+    by_layer = torch.tensor(sorted(range(len(layers)), key=layers.__getitem__))
+    total, done = len(vectors) * (len(prompts.harmful) + len(prompts.harmless)), 0
+    for group in by_layer.split(candidates_a_group):
+        ablated = _ablation(chat, whole, vectors[group], ablate, tokens_a_pass)
+        added = _addition(chat, whole, shifts[group], [layers[i] for i in group], tokens_a_pass)
+        for rows in harmful:
+            for at, logits in ablated(whole.rows(torch.tensor(rows)), 1):
                 values = refusal_score(logits[:, :, 0], refusal_ids)
-                found["ablation_refusal"][at[:, None], rows] = values.cpu()
-        else:
-            for at, logits in _added(chat, batch, shifts, layers, tokens_a_pass):
+                found["ablation_refusal"][group[at][:, None], rows] = values.cpu()
+            done += len(group) * len(rows)
+            progress(done / total)
+        for rows, prompt, answer in zip(harmless, asked, answered, strict=True):
+            for at, logits in added(prompt):
                 values = refusal_score(logits, refusal_ids)
-                found["steering_refusal"][at[:, None], rows] = values.cpu()
-            if n_kl_tokens > 1:  # the base's own first tokens: one token alone is often structural
-                batch = batch.extended(generate_ids(chat, batch, max_new_tokens=n_kl_tokens - 1))
-            base = last_logits(chat, batch, n_kl_tokens)
-            for at, logits in _ablated(chat, batch, vectors, ablate, n_kl_tokens, tokens_a_pass):
+                found["steering_refusal"][group[at][:, None], rows] = values.cpu()
+            base = last_logits(chat, answer, n_kl_tokens)
+            for at, logits in ablated(answer, n_kl_tokens):
                 values = kl_divergence(base[None].expand_as(logits), logits).mean(-1)
-                found["kl_harmless"][at[:, None], rows] = values.double().cpu()
-        done += len(rows)
-        progress(done / total)
+                found["kl_harmless"][group[at][:, None], rows] = values.double().cpu()
+            done += len(group) * len(rows)
+            progress(done / total)
     return found
+
+
+def _answered(chat: ChatModel, batch: PromptBatch, n_tokens: int) -> PromptBatch:
+    return batch.extended(generate_ids(chat, batch, max_new_tokens=n_tokens)) if n_tokens > 0 else batch
 
 
 def _ablate_placebo(seed: int):
@@ -98,11 +111,11 @@ def _random_like(vectors: Tensor, seed: int) -> Tensor:
     return torch.stack(axes).to(vectors) * vectors.norm(dim=-1, keepdim=True)
 
 
-def _chunks(items: list[int], batch: PromptBatch, tokens_a_pass: int) -> Iterator[Tensor]:
-    """Candidates in groups whose rows fill a pass."""
+def _chunks(items: list[int], batch: PromptBatch, tokens_a_pass: int) -> tuple[Tensor, ...]:
+    """Candidates in even groups whose rows fill a pass."""
     rest = batch.prompt_ids.shape[1] - batch.n_shared
-    size = max(1, tokens_a_pass // (len(batch.prompt_ids) * rest))
-    yield from torch.tensor(items).split(size)
+    n = math.ceil(len(items) * len(batch.prompt_ids) * rest / tokens_a_pass)
+    return torch.tensor(items).tensor_split(max(1, min(n, len(items))))
 
 
 def _repeated(batch: PromptBatch, times: int) -> PromptBatch:
@@ -111,70 +124,80 @@ def _repeated(batch: PromptBatch, times: int) -> PromptBatch:
     return PromptBatch(*(p.repeat(times, 1) for p in parts), batch.n_shared)
 
 
-def _shared_cache(chat: ChatModel, batch: PromptBatch, vectors: Tensor, how) -> Cache | None:
-    """Keys and values of the shared columns, one row a candidate, then repeated for its prompts."""
-    if not batch.n_shared:
+def _rows_of(cache: Cache | None, at: Tensor, times: int) -> Cache | None:
+    """Some rows of a cache, each `times` times; the cache itself stays as it was."""
+    if cache is None:
         return None
-    ids = batch.prompt_ids[:1, : batch.n_shared].expand(len(vectors), -1)
+    taken, device = copy.copy(cache), cache.layers[0].keys.device  # type: ignore[union-attr]
+    taken.layers = [copy.copy(layer) for layer in cache.layers]
+    taken.batch_select_indices(at.repeat_interleave(times).to(device))
+    return taken
+
+
+def _shared_cache(chat: ChatModel, whole: PromptBatch, n_rows: int) -> Cache:
+    """Keys and values of the shared columns, under whatever hooks are set; one row a candidate."""
     cache: Cache = DynamicCache(config=chat.config)
-    with how(vectors):
-        hf_model(chat.model).get_decoder()(ids, past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(len(batch.prompt_ids))
+    ids = whole.prompt_ids[:1, : whole.n_shared].expand(n_rows, -1)
+    hf_model(chat.model).get_decoder()(ids, past_key_values=cache, use_cache=True)
     return cache
 
 
-def _ablated(chat, batch, vectors, ablate, n_last, tokens_a_pass):
-    """(candidates, logits [candidate, prompt, n_last, d_vocab]) with each projected out everywhere."""
+def _ablation(chat, whole, vectors, ablate, tokens_a_pass):
+    """A pass over a batch with each candidate projected out of all that is written.
 
-    def how(vectors: Tensor):
-        return ablate(chat.model, vectors)
-
-    for at in _chunks(list(range(len(vectors))), batch, tokens_a_pass):
-        chosen = vectors[at]
-        cache = _shared_cache(chat, batch, chosen, how)
-        with how(chosen.repeat_interleave(len(batch.prompt_ids), 0)):
-            hidden = final_hidden(chat.model, _repeated(batch, len(at)), cache)[:, -n_last:]
-        logits = logits_of(hidden, *output_head(chat.model))
-        yield at, logits.unflatten(0, (len(at), -1))
-
-
-def _added(chat, batch, vectors, layers, tokens_a_pass):
-    """(candidates, logits [candidate, prompt, d_vocab]) with each added at its layer.
-
-    Below the steered layer nothing changes: residuals, keys and values there are the base's.
+    The pass yields (candidates, logits [candidate, prompt, n_last, d_vocab]).
     """
-    todo = sorted(set(layers))
-    n, base_cache, shared = batch.n_shared, None, {}
-    if n:
-        with record(chat.model, todo, lambda h: h) as shared:
-            base_cache = prefill(chat.model, _repeated(batch.rows(torch.tensor([0])), 1), n)
-    keep = copy.deepcopy(base_cache)  # reading on extends a cache in place
-    if keep is not None:
-        keep.batch_repeat_interleave(len(batch.prompt_ids))
-    with record(chat.model, todo, lambda h: h) as rest:
-        final_hidden(chat.model, batch, keep)
-    for layer in todo:
-        of_layer = [i for i, at in enumerate(layers) if at == layer]
-        for at in _chunks(of_layer, batch, tokens_a_pass):
-            chosen, size = vectors[at][:, None], len(batch.prompt_ids)
-            cache = _steered_cache(chat, batch, base_cache, shared.get(layer), chosen, layer)
-            resid = rest[layer].repeat(len(at), 1, 1) + chosen.repeat_interleave(size, 0)
-            with starting_at(chat.model, layer, resid):
-                hidden = final_hidden(chat.model, _repeated(batch, len(at)), cache)[:, -1]
+    shared = None
+    if whole.n_shared:
+        with ablate(chat.model, vectors):
+            shared = _shared_cache(chat, whole, len(vectors))
+
+    def run(batch: PromptBatch, n_last: int):
+        size = len(batch.prompt_ids)
+        for at in _chunks(list(range(len(vectors))), batch, tokens_a_pass):
+            cache = _rows_of(shared, at, size)
+            with ablate(chat.model, vectors[at].repeat_interleave(size, 0)):
+                hidden = final_hidden(chat.model, _repeated(batch, len(at)), cache)[:, -n_last:]
             yield at, logits_of(hidden, *output_head(chat.model)).unflatten(0, (len(at), -1))
 
+    return run
 
-def _steered_cache(chat, batch, base_cache, shared, chosen, layer):
-    """The shared columns' cache with each candidate added at `layer`; below it, the base's."""
-    if base_cache is None:
-        return None
-    ids = batch.prompt_ids[:1, : batch.n_shared].expand(len(chosen), -1)
-    cache: Cache = DynamicCache(config=chat.config)
-    with starting_at(chat.model, layer, shared + chosen):
-        hf_model(chat.model).get_decoder()(ids, past_key_values=cache, use_cache=True)
-    for i in range(layer):
-        below = base_cache.layers[i]
-        keys, values = (t.expand(len(chosen), -1, -1, -1) for t in (below.keys, below.values))
-        cache.update(keys, values, i)
-    cache.batch_repeat_interleave(len(batch.prompt_ids))
+
+def _addition(chat, whole, vectors, layers, tokens_a_pass):
+    """A pass over a batch with each candidate added at its layer.
+
+    The pass yields (candidates, logits [candidate, prompt, d_vocab]). Below the steered layer nothing
+    changes: residuals, keys and values there are the base's.
+    """
+    of_layer = {at: [i for i, layer in enumerate(layers) if layer == at] for at in sorted(set(layers))}
+    base, shared = None, dict.fromkeys(of_layer)
+    if whole.n_shared:
+        with record(chat.model, list(of_layer), lambda h: h) as resid:
+            base = _shared_cache(chat, whole, 1)
+        for layer, items in of_layer.items():
+            steered = resid[layer] + vectors[items][:, None]
+            shared[layer] = _steered_cache(chat, whole, base, steered, layer)
+
+    def run(batch: PromptBatch):
+        size = len(batch.prompt_ids)
+        with record(chat.model, list(of_layer), lambda h: h) as resid:
+            final_hidden(chat.model, batch, _rows_of(base, torch.tensor([0]), size))
+        for layer, items in of_layer.items():
+            for part in _chunks(list(range(len(items))), batch, tokens_a_pass):
+                at, cache = torch.tensor(items)[part], _rows_of(shared[layer], part, size)
+                steered = resid[layer] + vectors[at][:, None, None]
+                with starting_at(chat.model, layer, steered.flatten(0, 1)):
+                    hidden = final_hidden(chat.model, _repeated(batch, len(at)), cache)[:, -1]
+                yield at, logits_of(hidden, *output_head(chat.model)).unflatten(0, (len(at), -1))
+
+    return run
+
+
+def _steered_cache(chat: ChatModel, whole: PromptBatch, base: Cache, resid: Tensor, layer: int) -> Cache:
+    """The shared columns' cache with `resid` at the input of `layer`; below it, the base's."""
+    with starting_at(chat.model, layer, resid):
+        cache = _shared_cache(chat, whole, len(resid))
+    for i, below in enumerate(base.layers[:layer]):
+        parts: Any = (below.keys, below.values)
+        cache.update(*(part.expand(len(resid), -1, -1, -1) for part in parts), i)
     return cache

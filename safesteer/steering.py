@@ -123,7 +123,7 @@ def _unit(vector: Tensor) -> Tensor:
 
 def _along(x: Tensor, unit: Tensor) -> Float[Tensor, "batch pos 1"]:
     """Projection of every position on a unit vector, or on one a row."""
-    return (x @ unit)[..., None] if unit.dim() == 1 else x @ unit.transpose(1, 2)
+    return (x @ unit)[..., None] if unit.dim() == 1 else torch.linalg.vecdot(x, unit)[..., None]
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class SweepConfig:
     n_answered: int = 3  # prefill candidates that are calibrated, after a first look at all answers
     n_answer_prompts: int = 16  # harmful prompts whose answers are looked at for that
     batch_size: int = 8
-    tokens_a_pass: int = 2048  # candidates are packed into one pass up to this many tokens
+    tokens_a_pass: int = 1536  # candidates are packed into one pass up to this many tokens
     seed: int = 0
 
     def __post_init__(self) -> None:
