@@ -12,22 +12,16 @@ gradient, which every path must hold when the head is trained, is taken off.
 """
 
 import argparse
-import gc
+import importlib.util
 import json
-import platform
-import resource
-import subprocess
 import sys
 import time
 
 import torch
+from measure import extra_mb, in_process, machine, start_memory
 
-SIZES = [(8192, 49152, 576), (2048, 151936, 1024)]
+SIZES = [(8192, 49152, 576), (2048, 151936, 1024)]  # positions, vocabulary, width
 N_SET = 50
-
-
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def ours(hidden, weight, h_teacher, w_teacher, ids):
@@ -72,24 +66,18 @@ def child(path: str, n: int, d_vocab: int, d_model: int, trained: bool, repeats:
     PATHS[path](
         hidden[small].detach().requires_grad_(), weight.detach(), h_teacher[small], w_teacher, ids
     ).backward()
-    gc.collect()
-    before, seconds = peak_mb(), []
+    before, seconds = start_memory(), []
     for _ in range(repeats):
         hidden.grad = weight.grad = None
         started = time.perf_counter()
         PATHS[path](hidden, weight, h_teacher, w_teacher, ids).backward()
         seconds.append(time.perf_counter() - started)
     own = weight.numel() * 4 / 2**20 if trained else 0.0
-    print(json.dumps({"mb": round(peak_mb() - before - own), "seconds": round(min(seconds), 2)}))
+    print(json.dumps({"mb": round(extra_mb(before) - own), "seconds": round(min(seconds), 2)}))
 
 
-def measured(path: str, n: int, d_vocab: int, d_model: int, trained: bool, repeats: int = 2) -> dict | None:
-    arguments = [path, str(n), str(d_vocab), str(d_model), str(int(trained)), str(repeats)]
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
-    if done.returncode:
-        print(f"  {path}: {done.stderr.strip().splitlines()[-1] if done.stderr else 'failed'}", flush=True)
-        return None
-    found = json.loads(done.stdout.splitlines()[-1])
+def measured(path: str, n: int, d_vocab: int, d_model: int, trained: bool, repeats: int = 2) -> dict:
+    found = in_process(__file__, path, n, d_vocab, d_model, int(trained), repeats)
     print(f"  {path:6} {n:6} positions: {found['mb']:6} MB, {found['seconds']:6.2f} s", flush=True)
     return found
 
@@ -98,16 +86,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="the first size only, head frozen")
     options = parser.parse_args()
-    summary = []
+    summary, has_liger = [], importlib.util.find_spec("liger_kernel") is not None
     for n, d_vocab, d_model in SIZES[:1] if options.quick else SIZES:
         for trained in (False,) if options.quick else (False, True):
             print(f"V {d_vocab}, d {d_model}, head {'trained' if trained else 'frozen'}", flush=True)
-            mine = measured("ours", n, d_vocab, d_model, trained)
-            theirs = measured("naive", n, d_vocab, d_model, trained)
-            fused = measured("liger", n, d_vocab, d_model, trained, 1)
-            short, long = (measured("ours", k, d_vocab, d_model, trained, 1) for k in (2048, 16384))
-            if not (mine and theirs and short and long):
-                raise SystemExit("a measurement failed")
+            size = (d_vocab, d_model, trained)
+            mine, theirs = measured("ours", n, *size), measured("naive", n, *size)
+            fused = measured("liger", n, *size, 1) if has_liger else None
+            short, long = (measured("ours", k, *size, 1) for k in (2048, 16384))
+            hidden = [k * d_model * 4 / 2**20 for k in (2048, 16384)]  # the gradient that is returned
+            own = [max(1, found["mb"] - h) for found, h in zip((short, long), hidden, strict=True)]
             summary.append(
                 {
                     "V": d_vocab,
@@ -117,11 +105,12 @@ def main() -> None:
                     "memory_naive_over_ours": round(theirs["mb"] / max(1, mine["mb"]), 1),
                     "time_naive_over_ours": round(theirs["seconds"] / mine["seconds"], 2),
                     "memory_liger_over_ours": round(fused["mb"] / max(1, mine["mb"]), 1) if fused else None,
+                    "time_liger_over_ours": round(fused["seconds"] / mine["seconds"], 2) if fused else None,
                     "memory_16384_over_2048": round(long["mb"] / max(1, short["mb"]), 2),
+                    "the_same_beyond_the_hidden_gradient": round(own[1] / own[0], 2),
                 }
             )
-    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
-    print(json.dumps({"ratios": summary, **machine}))
+    print(json.dumps({"ratios": summary, **machine()}))
 
 
 if __name__ == "__main__":

@@ -10,21 +10,14 @@ same votes from the same samples (the reference is given ours for that compariso
 
 import argparse
 import json
-import platform
-import resource
-import subprocess
-import sys
 import time
 
 import torch
+from measure import extra_mb, in_process, machine, start_memory
 
 import safesteer as ss
 from safesteer.prompts import PromptBatch
 from safesteer.tokens import TokenConfig, banned_ids, rollouts, select_tokens
-
-
-def peak_mb() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 @torch.no_grad()
@@ -82,14 +75,14 @@ def naive_select(chat, direction, ids, mask, new, config):
 
 def child(options) -> None:
     chat, direction, texts, config = set_up(options)
-    before = peak_mb()
+    before = start_memory()
     started = time.perf_counter()
     if options.which == "ours":
         found = select_tokens(chat, direction, texts, config)
         ids, votes = found.ids.tolist(), [t.votes for t in found.tokens]
     else:
         ids, votes = naive_select(chat, direction, *naive_rollouts(chat, direction, texts, config), config)
-    seconds, extra = time.perf_counter() - started, peak_mb() - before
+    seconds, extra = time.perf_counter() - started, round(extra_mb(before))
     result = {"seconds": round(seconds, 2), "extra_mb": extra, "n": len(ids)}
     if options.which == "ours":  # afterwards, so that it does not count: the same samples, naively
         sampled = rollouts(chat, direction, texts, config)
@@ -118,19 +111,14 @@ def main() -> None:
         return
     results = {}
     for which in ("ours", "naive"):
-        command = [sys.executable, __file__, "--which", which]
-        for name in ("prompts", "samples", "horizon"):
-            command += [f"--{name}", str(getattr(options, name))]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        results[which] = json.loads(done.stdout.splitlines()[-1])
+        sizes = [f"--{name}={getattr(options, name)}" for name in ("prompts", "samples", "horizon")]
+        results[which] = in_process(__file__, "--which", which, *sizes)
         print(which, results[which], flush=True)
     ratio = {
         "speed_ratio": round(results["naive"]["seconds"] / results["ours"]["seconds"], 2),
         "memory_ratio": round(results["naive"]["extra_mb"] / max(1, results["ours"]["extra_mb"]), 1),
         **{f"{k}_{name}": v for name, r in results.items() for k, v in r.items()},
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
+        **machine(),
     }
     print(json.dumps(ratio))
 

@@ -11,11 +11,10 @@ and half after ours, because a shared machine's speed drifts. Scores that both c
 
 import argparse
 import json
-import platform
-import resource
 import time
 
 import torch
+from measure import extra_mb, machine, start_memory
 
 import safesteer as ss
 from safesteer.divergence import kl_divergence, refusal_score
@@ -65,10 +64,6 @@ def naive_scores(chat, vector, layer, harmful, harmless, answered, base, refusal
     return [float(ablated), float(steered), float(kl)]
 
 
-def peak_mb() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=32)
@@ -92,8 +87,9 @@ def main() -> None:
         return found, time.perf_counter() - started
 
     if options.only_ours:
+        before = start_memory()
         _, ours = time_ours()
-        print(f"ours: {ours:.1f} s, peak {peak_mb()} MB with {options.pairs} pairs")
+        print(f"ours: {ours:.1f} s, {extra_mb(before):.0f} MB above the model with {options.pairs} pairs")
         return
 
     harmful, harmless = padded(chat, val.harmful), padded(chat, val.harmless)
@@ -132,9 +128,7 @@ def main() -> None:
         "candidates": len(cells),
         "pairs": options.pairs,
         "max_abs_difference": float(f"{worst:.2g}"),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
+        **machine(),
     }
     print(json.dumps(result))
 

@@ -14,20 +14,13 @@ run, then the steps are timed and peak resident memory above the loaded models i
 import argparse
 import copy
 import json
-import platform
-import resource
-import subprocess
-import sys
 import time
 
 import torch
+from measure import extra_mb, in_process, machine, start_memory
 
 import safesteer as ss
 from safesteer.prompts import PromptBatch
-
-
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def set_up():
@@ -53,14 +46,14 @@ def ours(options, adapter: bool):
         max_new_tokens=options.new_tokens,
         **settings,
     )
-    before, started = peak_mb(), time.perf_counter()
+    before, started = start_memory(), time.perf_counter()
     records = list(ss.distill(state, chat, direction, tokens, harmful, [], config))
     seconds = (time.perf_counter() - started) / options.steps
     parts = {
         f"{k}_s": round(sum(getattr(r, f"{k}_s") for r in records) / len(records), 1)
         for k in ("rollout", "teacher", "student")
     }
-    return seconds, peak_mb() - before, parts
+    return seconds, extra_mb(before), parts
 
 
 def naive(options):
@@ -93,10 +86,10 @@ def naive(options):
         optimizer.zero_grad()
 
     step(harmful[:2], 4)
-    before, started = peak_mb(), time.perf_counter()
+    before, started = start_memory(), time.perf_counter()
     for _ in range(options.steps):
         step(harmful[: options.sequences], options.new_tokens)
-    return (time.perf_counter() - started) / options.steps, peak_mb() - before, {}
+    return (time.perf_counter() - started) / options.steps, extra_mb(before), {}
 
 
 def main() -> None:
@@ -112,21 +105,15 @@ def main() -> None:
         return
     results = {}
     for path in ("ours", "adapter", "naive"):
-        command = [sys.executable, __file__, "--path", path]
-        for name in ("sequences", "new_tokens", "steps"):
-            command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        results[path] = json.loads(done.stdout.splitlines()[-1])
+        sizes = (options.sequences, "--new-tokens", options.new_tokens, "--steps", options.steps)
+        results[path] = in_process(__file__, "--path", path, "--sequences", *sizes)
         print(path, results[path], flush=True)
     ratios = {
         f"{what}_naive_over_{path}": round(results["naive"][key] / max(1e-9, results[path][key]), 2)
         for path in ("ours", "adapter")
         for what, key in (("time", "seconds"), ("memory", "extra_mb"))
     }
-    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
-    print(json.dumps({**ratios, "results": results, **machine}))
+    print(json.dumps({**ratios, "results": results, **machine()}))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 from safesteer.calibration import by_answers, by_refusals, calibrate, grid
 from safesteer.directions import Direction, steer
-from safesteer.distill import DistillConfig, StepRecord, begin, distill
+from safesteer.distill import StepRecord, distill
 from safesteer.errors import SafeSteerError
 from safesteer.evaluate import EvalConfig, Evaluation, Scores, evaluate
 from safesteer.export import check_reload, export
@@ -30,6 +30,7 @@ from safesteer.prompts import PromptSet, load_prompts
 from safesteer.recipes import Recipe, recipe
 from safesteer.refusal import RefusalTokens, learn_refusal_tokens, refusal_scores, refusal_token_ids
 from safesteer.steering import ablate, add, clamp, gate
+from safesteer.student import DistillConfig, begin
 from safesteer.sweep import Sweep, SweepConfig, sweep
 from safesteer.tokens import TokenConfig, TokenSet, select_tokens
 

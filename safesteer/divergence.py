@@ -91,10 +91,10 @@ class _LogpsOn(torch.autograd.Function):
         grad_h = grad_w = grad_b = None
         if ctx.needs_input_grad[0]:
             if rows:
-                direct = torch.einsum("ns,nsd->nd", on_set.to(h.dtype), weight[ids])
+                grad_h = torch.einsum("ns,nsd->nd", on_set.to(h.dtype), weight[ids])
             else:
-                direct = on_set.to(h.dtype) @ weight[ids]
-            grad_h = direct - total[:, None].to(h.dtype) * mean_row
+                grad_h = on_set.to(h.dtype) @ weight[ids]
+            grad_h.addcmul_(mean_row, total[:, None].to(h.dtype), value=-1)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             grad_w, grad_b = _head_gradient(h, weight, bias, lse, total, softcap)
             flat_ids = ids.reshape(-1) if rows else ids

@@ -204,8 +204,8 @@ def load_model(
 
 
 def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
+    if torch.cuda.is_available():  # under torchrun each process has a device of its own
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 

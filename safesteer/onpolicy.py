@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from safesteer.directions import Direction, steer
-from safesteer.generation import generate_ids
+from safesteer.generation import generate_ids, uniforms
 from safesteer.lora import as_base
 from safesteer.models import ChatModel, final_hidden
 from safesteer.prompts import PromptBatch, batches
@@ -56,20 +56,29 @@ def answer(
     n_rollouts: int,
     max_new_tokens: int,
     teacher: tuple[ChatModel, Direction] | None = None,
+    *,
+    key: tuple[int, ...] = (0, 0),
+    part: tuple[int, int] = (0, 1),
 ) -> Answers:
     """On-policy rollouts: all prompts of the step in one call, M answers each.
+
+    An answer depends on `key` (seed and step) and its prompt's place in the step. `part` (i, n) takes
+    every n-th prompt from the i-th on: the share of process i.
 
     With `teacher` (base and direction) every second prompt is answered by the steered base instead.
     A student that seldom starts to refuse seldom visits what follows "I'm": there it would learn
     neither to go on refusing a harmful request nor to turn back on a harmless one.
     """
-    (order,) = batches(student.tokenizer, [*harmful, *harmless], len(harmful) + len(harmless))
-    texts = [[*harmful, *harmless][i] for i in order]
-    place = torch.tensor(order, device=student.device)
+    all_texts = [*harmful, *harmless]
+    mine = range(part[0], len(all_texts), part[1])
+    (order,) = batches(student.tokenizer, [all_texts[i] for i in mine], len(mine))
+    places = [mine[i] for i in order]
+    texts, place = [all_texts[i] for i in places], torch.tensor(places, device=student.device)
     by_teacher = (place % 2 == 0) & (teacher is not None)
     batch, eos = PromptBatch.of(student.tokenizer, texts, device=student.device), student.eos_ids
     shape = (len(texts), n_rollouts, max_new_tokens)
     ids = torch.full(shape, eos[0] if eos else 0, device=student.device)
+    drawn = torch.stack([uniforms((*key, i), n_rollouts, max_new_tokens) for i in places])
     for steered in by_teacher.unique().tolist():
         at = by_teacher == steered
         author = teacher[0] if steered and teacher else student
@@ -80,6 +89,7 @@ def answer(
                 max_new_tokens=max_new_tokens,
                 temperature=1.0,
                 n_samples=n_rollouts,
+                uniform=drawn[at.cpu()].flatten(0, 1),
             )
         ids[at, :, : new.shape[1]] = new.view(-1, n_rollouts, new.shape[1])
     ids = ids.flatten(0, 1)

@@ -23,7 +23,7 @@ from torch import Tensor
 from safesteer import attribution
 from safesteer.calibration import by_answers
 from safesteer.directions import Direction, steer
-from safesteer.distill import StepRecord, begin, distill
+from safesteer.distill import StepRecord, distill
 from safesteer.errors import SafeSteerError
 from safesteer.evaluate import Evaluation, Judge, evaluate, held_out_check
 from safesteer.export import check_reload, export, write_card
@@ -42,6 +42,7 @@ from safesteer.prompts import Prompt, PromptSet, load_prompts
 from safesteer.recipes import Recipe, quick
 from safesteer.refusal import learn_refusal_tokens, refusal_scores
 from safesteer.run import STAGES, Run, digest, finished, locked, open_run, record
+from safesteer.student import begin
 from safesteer.sweep import sweep
 from safesteer.tokens import TokenSet, select_tokens
 

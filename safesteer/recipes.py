@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from safesteer.attribution import ExplainConfig
-from safesteer.distill import DistillConfig
 from safesteer.errors import SafeSteerError
 from safesteer.evaluate import EvalConfig
+from safesteer.student import DistillConfig
 from safesteer.sweep import SweepConfig
 from safesteer.tokens import TokenConfig
 

@@ -28,11 +28,11 @@ from safesteer.directions import Direction, steer
 from safesteer.divergence import logits_of
 from safesteer.errors import SafeSteerError
 from safesteer.files import read_json, write_json
-from safesteer.generation import generate_ids
+from safesteer.generation import generate_ids, uniforms
 from safesteer.models import ChatModel, final_hidden, output_head, prefill
 from safesteer.prompts import PromptBatch, batches
 
-ROWS = 64  # rows of (row x vocabulary) log-probabilities alive at once
+ROWS = 32  # rows of (row x vocabulary) log-probabilities alive at once
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,12 @@ class Rollouts:
 @torch.no_grad()
 def rollouts(chat: ChatModel, direction: Direction, prompts: Sequence[str], config: TokenConfig) -> Rollouts:
     """Step 1 and 2: sample from teacher (or base), then read both on the same tokens."""
-    torch.manual_seed(config.seed)
     parts, owners = [], []
     eos = torch.tensor(chat.eos_ids, device=chat.device)
     source = (lambda: steer(chat, direction)) if config.rollouts == "teacher" else nullcontext
     for rows in batches(chat.tokenizer, prompts, config.batch_size):
         batch = PromptBatch.of(chat.tokenizer, [prompts[i] for i in rows], device=chat.device)
+        drawn = [uniforms((config.seed, i), config.n_samples, config.horizon) for i in rows]
         with source():
             ids = generate_ids(
                 chat,
@@ -184,6 +184,7 @@ def rollouts(chat: ChatModel, direction: Direction, prompts: Sequence[str], conf
                 max_new_tokens=config.horizon,
                 temperature=1.0,
                 n_samples=config.n_samples,
+                uniform=torch.cat(drawn),
             )
         if ids.shape[1] < config.horizon:  # every sample ended early
             missing = config.horizon - ids.shape[1]

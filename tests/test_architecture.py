@@ -29,14 +29,26 @@ for below, above in [
     ("lora", "models"),
     ("objective", "models"),
     ("onpolicy", "directions"),
-    ("distill", "tokens"),
+    ("student", "tokens"),
+    ("distill", "student"),
 ]:
     MAY_IMPORT[below] = {above} | MAY_IMPORT[above]
-for room in ("extraction", "directions", "scoring", "sweep", "calibration", "tokens", "onpolicy", "distill"):
+for room in (
+    "extraction",
+    "directions",
+    "scoring",
+    "sweep",
+    "calibration",
+    "tokens",
+    "onpolicy",
+    "student",
+    "distill",
+):
     MAY_IMPORT[room] |= {"hooks", "steering"}
 MAY_IMPORT["sweep"] |= {"stats"}
 MAY_IMPORT["calibration"] |= {"perplexity"}
 MAY_IMPORT["onpolicy"] |= {"lora"}
+MAY_IMPORT["student"] |= {"lora", "objective"}
 MAY_IMPORT["distill"] |= {"onpolicy", "lora", "objective"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -10,19 +10,14 @@ from conftest import assert_near, batch_of, copy_of, naive_logits, reference_div
 
 from safesteer import onpolicy
 from safesteer.directions import Direction, steer
-from safesteer.distill import (
-    DistillConfig,
-    DistillState,
-    begin,
-    distill,
-    learning_rate,
-)
+from safesteer.distill import distill, learning_rate
 from safesteer.errors import SafeSteerError
 from safesteer.lora import as_base, merged, shares_weights, without_adapter
 from safesteer.models import ChatModel, blocks
 from safesteer.onpolicy import answer, draw
 from safesteer.prompts import PromptBatch
 from safesteer.refusal import REFUSING_SYSTEM
+from safesteer.student import DistillConfig, DistillState, begin
 from safesteer.tokens import SafetyToken, TokenSet
 
 SMALL = {
@@ -84,9 +79,9 @@ def naive_step(chat: ChatModel, direction: Direction, tokens: TokenSet, few, con
     bad = [few.harmful[i] for i in draw(6, config.harmful_per_step, 0, config.seed)]
     n_good = config.harmless_per_step
     good = [few.harmless[i] for i in draw(6, n_good, 0, config.seed + 1)] if n_good else []
-    torch.manual_seed(config.seed * 1_000_003)
     teacher = (chat, direction) if config.rollouts == "mixed" else None
-    made = answer(chat, bad, good, config.n_rollouts, config.max_new_tokens, teacher)
+    key = (config.seed, 0)
+    made = answer(chat, bad, good, config.n_rollouts, config.max_new_tokens, teacher, key=key)
     width, ids = config.max_new_tokens, tokens.ids.tolist()
     values, weights, on_s = [], [], {True: [[], []], False: [[], []]}
     for row, new in enumerate(made.batch.prompt_ids[:, -width:].tolist()):

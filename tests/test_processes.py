@@ -1,0 +1,114 @@
+"""Two processes that share a step's answers take the step that one process takes."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from conftest import copy_of
+
+from safesteer.distill import distill
+from safesteer.errors import SafeSteerError
+from safesteer.files import read_tensors
+from safesteer.student import DistillConfig, begin
+from safesteer.tokens import SafetyToken, TokenSet
+
+SETTINGS = {
+    "n_steps": 3,
+    "harmful_per_step": 3,
+    "harmless_per_step": 2,
+    "n_rollouts": 2,
+    "max_new_tokens": 4,
+    "lr": 1e-3,
+}
+SCRIPT = """
+import json, sys
+from dataclasses import asdict
+from pathlib import Path
+from accelerate import PartialState
+import safesteer as ss
+
+folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+base, student = (ss.load_model(str(folder / "tiny"), device="cpu") for _ in range(2))
+student = base if settings.get("lora_rank") else student
+direction = ss.Direction.load(folder / "direction.safetensors", base)
+tokens = ss.TokenSet.load(folder / "tokens.json")
+config = ss.DistillConfig(**settings)
+state = ss.begin(student, direction, config)
+few = ss.load_prompts().split("val").head(6)
+records = [asdict(r) for r in ss.distill(state, base, direction, tokens, few.harmful, few.harmless, config)]
+rank = PartialState().process_index
+assert PartialState().num_processes == 2
+(folder / f"history{rank}.json").write_text(json.dumps(records))
+state.save(folder / f"end{rank}.safetensors", {})
+PartialState().destroy_process_group()
+"""
+
+
+def torchrun(folder: Path, settings: dict) -> None:
+    (folder / "train.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }
+    arguments = [str(folder / "train.py"), str(folder), json.dumps(settings)]
+    done = subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llama, direction, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("processes")
+    tiny_llama.model.save_pretrained(path / "tiny")
+    tiny_llama.tokenizer.save_pretrained(path / "tiny")
+    direction.save(path / "direction.safetensors")
+    chosen = tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in range(40, 48))
+    TokenSet(chosen, {}, {}, 1).save(path / "tokens.json")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"rollouts": "mixed"}, {"rollouts": "student", "lora_rank": 4}])
+def test_two_processes_take_the_steps_of_one(folder, tiny_llama, direction, few, tmp_path, settings):
+    settings = {**SETTINGS, **settings}
+    if "lora_rank" in settings:
+        pytest.importorskip("peft")
+    config, tokens = DistillConfig(**settings), TokenSet.load(folder / "tokens.json")
+    base = copy_of(tiny_llama)
+    state = begin(base if config.lora_rank else copy_of(tiny_llama), direction, config)
+    alone = [asdict(r) for r in distill(state, base, direction, tokens, few.harmful, few.harmless, config)]
+    state.save(tmp_path / "alone.safetensors", {})
+    want, _ = read_tensors(tmp_path / "alone.safetensors")
+    torchrun(folder, settings)
+    for rank in (0, 1):
+        got, _ = read_tensors(folder / f"end{rank}.safetensors")
+        assert got.keys() == want.keys()
+        worst = max(float((got[k] - want[k]).abs().max()) for k in want if k.startswith("param."))
+        # AdamW divides a gradient near zero by itself: rounding shows as a small share of a step.
+        assert worst < 0.02 * config.lr * config.n_steps
+        shared = json.loads((folder / f"history{rank}.json").read_text())
+        for a, b in zip(alone, shared, strict=True):
+            for name in ("loss", "grad_norm", "mass_on_s_student", "mass_on_s_teacher", "n_tokens"):
+                assert b[name] == pytest.approx(a[name], rel=1e-4), name
+
+
+def test_more_processes_than_prompts_is_one_sentence(tiny_llama, direction, few, folder, monkeypatch):
+    class Three:
+        num_processes, process_index = 3, 0
+
+        def __init__(self, cpu): ...
+
+    monkeypatch.setattr(sys.modules["safesteer.distill"], "PartialState", Three)
+    config = DistillConfig(harmful_per_step=1, harmless_per_step=1)
+    tokens = TokenSet.load(folder / "tokens.json")
+    steps = distill(
+        begin(copy_of(tiny_llama), direction, config), tiny_llama, direction, tokens, few.harmful, [], config
+    )
+    with pytest.raises(SafeSteerError, match="3 processes cannot share the 2 prompts"):
+        next(steps)
