@@ -34,9 +34,12 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="One setting, e.g. distill.divergence=reverse. May be repeated."),
 ]
+Track = Annotated[
+    str | None, typer.Option(help="Follow the distillation in a tracker: tensorboard, wandb, ...")
+]
 
 
-def _run(model, out, preset, seed, prompts, settings, stages=None) -> None:
+def _run(model, out, preset, seed, prompts, settings, track, stages=None) -> None:
     from safesteer import pipeline, recipes  # heavy imports, not for --help
     from safesteer.prompts import PromptSet
 
@@ -52,6 +55,7 @@ def _run(model, out, preset, seed, prompts, settings, stages=None) -> None:
         chosen,
         prompts=PromptSet.from_jsonl(prompts) if prompts else None,
         stages=stages or pipeline.STAGES,
+        track=track,
         console=console,
     )
     if (path / "report.html").exists() and (stages is None or "report" in stages):
@@ -66,9 +70,10 @@ def align(
     seed: Seed = None,
     prompts: Prompts = None,
     settings: Settings = None,
+    track: Track = None,
 ) -> None:
     """All stages: direction, tokens, distillation, export, evaluation, report."""
-    _run(model, out, preset, seed, prompts, settings)
+    _run(model, out, preset, seed, prompts, settings, track)
 
 
 def _stage(name: str, stages: tuple[str, ...], help_text: str) -> None:
@@ -79,8 +84,9 @@ def _stage(name: str, stages: tuple[str, ...], help_text: str) -> None:
         seed: Seed = None,
         prompts: Prompts = None,
         settings: Settings = None,
+        track: Track = None,
     ) -> None:
-        _run(model, out, preset, seed, prompts, settings, stages)
+        _run(model, out, preset, seed, prompts, settings, track, stages)
 
     app.command(name, help=help_text)(command)
 

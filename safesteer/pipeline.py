@@ -13,12 +13,13 @@ interrupted run continues. `manifest.json` names the files of every finished sta
 import copy
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+from accelerate import PartialState
 from rich.console import Console
-from torch import Tensor
 
 from safesteer import attribution
 from safesteer.calibration import by_answers
@@ -38,13 +39,14 @@ from safesteer.files import write_text
 from safesteer.judges import refuses
 from safesteer.lora import merged, without_adapter, write_adapter
 from safesteer.models import ChatModel, bridge, load_model
-from safesteer.prompts import Prompt, PromptSet, load_prompts
+from safesteer.prompts import PromptSet, load_prompts
 from safesteer.recipes import Recipe, quick
-from safesteer.refusal import learn_refusal_tokens, refusal_scores
+from safesteer.refusal import as_expected, learn_refusal_tokens, refusal_scores
 from safesteer.run import STAGES, Run, digest, finished, locked, open_run, record
 from safesteer.student import begin
 from safesteer.sweep import sweep
 from safesteer.tokens import TokenSet, select_tokens
+from safesteer.tracking import tracking
 
 EXTRACTIONS = {
     "instruction": mean_difference,
@@ -63,35 +65,42 @@ def align(
     prompts: PromptSet | None = None,
     judge: Judge = refuses,
     stages: tuple[str, ...] = STAGES,
+    track: str | None = None,
     console: Console | None = None,
 ) -> Path:
     """Align `model` and write the run folder `out`; returns its path.
 
+    `track` is a tracker of accelerate (tensorboard, wandb, ...) that follows the distillation.
+    Under torchrun or accelerate launch all processes distil and the first one does the rest.
     Continues an interrupted run of the same settings; raises SafeSteerError for a folder of other
-    settings, an unknown stage, or a second process at work in it.
+    settings, an unknown stage, or a second run at work in it.
     """
     for stage in stages:
         if stage not in STAGES:
             raise SafeSteerError(f"Unknown stage '{stage}': use some of {', '.join(STAGES)}.")
-    run = Run(
-        Path(out),
-        model,
-        recipe or quick(),
-        prompts or load_prompts(),
-        judge,
-        console or Console(),
-    )
+    chosen, pairs = recipe or quick(), prompts or load_prompts()
     for name in ("train", "val", "distil", "test"):
-        run.prompts.split(name)  # a missing split is reported before any work
-    base = load_model(model, dtype=run.recipe.dtype)
-    with locked(run.path):
-        open_run(run, base)
-        for stage in STAGES:
-            if stage in stages and not finished(run, stage):
-                run.say(f"[bold]{stage}[/bold]")
-                started = time.perf_counter()
-                written = _RUN[stage](run, base)
+        pairs.split(name)  # a missing split is reported before any work
+    base = load_model(model, dtype=chosen.dtype)
+    processes = PartialState(cpu=base.device.type == "cpu")
+    first = processes.is_main_process
+    console = (console or Console()) if first else Console(quiet=True)
+    run = Run(Path(out), model, chosen, pairs, judge, console, track)
+    with locked(run.path) if first else nullcontext():
+        if first:
+            open_run(run, base)
+        for stage in (s for s in STAGES if s in stages):
+            processes.wait_for_everyone()  # all see the same manifest
+            done = finished(run, stage)
+            processes.wait_for_everyone()
+            if done or not (first or stage == "distill"):
+                continue
+            run.say(f"[bold]{stage}[/bold]")
+            started = time.perf_counter()
+            written = _RUN[stage](run, base)
+            if first:
                 record(run, stage, written, time.perf_counter() - started)
+        processes.wait_for_everyone()
     return run.path
 
 
@@ -113,7 +122,7 @@ def find_direction(run: Run, base: ChatModel) -> list[str]:
     n = recipe.sweep.n_prompts
     prompts, selection, held_out = train.head(recipe.n_direction), val.head(n), val.tail(n)
     if chosen == "instruction":
-        prompts, selection = (_as_expected(base, p, refusal.ids) for p in (prompts, selection))
+        prompts, selection = (as_expected(base, p, refusal.ids) for p in (prompts, selection))
     candidates = EXTRACTIONS[chosen](bridge(base), prompts, seed=recipe.seed)
     with run.progress("scoring candidates") as progress:
         found = sweep(
@@ -150,23 +159,6 @@ def find_direction(run: Run, base: ChatModel) -> list[str]:
     return written
 
 
-def _as_expected(base: ChatModel, prompts: PromptSet, refusal_ids: Tensor) -> PromptSet:
-    """Keep harmful prompts that refuse and harmless ones that do not (Arditi et al. 2024)."""
-    kept: list[Prompt] = []
-    for label, sign in (("harmful", 1), ("harmless", -1)):
-        rows = [p for p in prompts.prompts if p.label == label]
-        scores = refusal_scores(base, [p.text for p in rows], refusal_ids)
-        kept += [p for p, s in zip(rows, scores.tolist(), strict=True) if s * sign > 0]
-    found = PromptSet(tuple(kept), prompts.name)
-    if not found.harmful or not found.harmless:
-        raise SafeSteerError(
-            f"Of {len(prompts.harmful)} harmful prompts {len(found.harmful)} start a refusal and of"
-            f" {len(prompts.harmless)} harmless ones {len(found.harmless)} do not: the difference of"
-            " means needs both. Use extraction='prefill' for a model that does not refuse."
-        )
-    return found
-
-
 def find_tokens(run: Run, base: ChatModel) -> list[str]:
     """Stage 2: tokens.json."""
     direction = Direction.load(run.path / "direction.safetensors", base)
@@ -198,14 +190,20 @@ def train(run: Run, base: ChatModel) -> list[str]:
     harmless = [text for name in names for text in run.prompts.split(name).harmless]
     refresh = partial(_found_again, run, direction) if config.refresh_every else None
     steps = distill(state, base, direction, tokens, harmful, harmless, config, refresh=refresh)
+    first, settings = PartialState().is_main_process, {"model": run.model, **asdict(config)}
     try:
-        with run.progress("distilling", total=float(config.n_steps)) as progress:
+        with (
+            run.progress("distilling", total=float(config.n_steps)) as progress,
+            tracking(run.track, run.path / "tracking", settings) as log,
+        ):
             progress(state.step)
             for step in steps:
                 records.append(asdict(step))
                 progress(step.step)
+                log(records[-1], step.step)
                 enough = _good_enough(run, base, state.student, step.step)
-                if enough or step.step % config.checkpoint_every == 0 or step.step == config.n_steps:
+                last_step = enough or step.step == config.n_steps
+                if first and (last_step or step.step % config.checkpoint_every == 0):
                     # History first: it may run ahead of the checkpoint, never behind it.
                     write_text(history, "".join(json.dumps(r) + "\n" for r in records))
                     state.save(checkpoint, stamp)

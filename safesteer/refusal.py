@@ -24,7 +24,7 @@ from safesteer.errors import SafeSteerError
 from safesteer.files import write_text
 from safesteer.generation import cut_at_eos, generate_ids
 from safesteer.models import ChatModel, final_hidden, output_head
-from safesteer.prompts import PromptBatch, batches
+from safesteer.prompts import Prompt, PromptBatch, PromptSet, batches
 
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
@@ -186,3 +186,23 @@ def learn_refusal_tokens(
     if not learnt:
         table["refusal"] = table.token_id.isin(refusal_token_ids(tokenizer).tolist())
     return RefusalTokens(table, learnt)
+
+
+def as_expected(chat: ChatModel, prompts: PromptSet, refusal_ids: Int[Tensor, " n_refusal"]) -> PromptSet:
+    """Keep harmful prompts that refuse and harmless ones that do not (Arditi et al. 2024).
+
+    Raises SafeSteerError where none is left of one kind.
+    """
+    kept: list[Prompt] = []
+    for label, sign in (("harmful", 1), ("harmless", -1)):
+        rows = [p for p in prompts.prompts if p.label == label]
+        scores = refusal_scores(chat, [p.text for p in rows], refusal_ids)
+        kept += [p for p, s in zip(rows, scores.tolist(), strict=True) if s * sign > 0]
+    found = PromptSet(tuple(kept), prompts.name)
+    if not found.harmful or not found.harmless:
+        raise SafeSteerError(
+            f"Of {len(prompts.harmful)} harmful prompts {len(found.harmful)} start a refusal and of"
+            f" {len(prompts.harmless)} harmless ones {len(found.harmless)} do not: the difference of"
+            " means needs both. Use extraction='prefill' for a model that does not refuse."
+        )
+    return found

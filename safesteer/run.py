@@ -49,6 +49,7 @@ class Run:
     prompts: PromptSet
     judge: Judge
     console: Console
+    track: str | None = None
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False)

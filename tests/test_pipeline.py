@@ -261,6 +261,26 @@ def test_training_stops_early_on_what_val_says(model_folder, tmp_path):
         assert finished(value, "distill")
 
 
+def test_a_tracker_follows_the_distillation(model_folder, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    stages = ("direction", "tokens", "distill")
+    options = {"stages": stages, "track": "tensorboard", "console": QUIET}
+    run = align(str(model_folder), tmp_path / "run", recipe(**SMALL), **options)
+    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(run / "tracking" / "safesteer")).Reload()
+    got = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert [step for step, value in got] == [1, 2, 3, 4]
+    assert [value for step, value in got] == pytest.approx([h["loss"] for h in history], rel=1e-6)
+
+
+def test_an_unknown_tracker_is_one_sentence(model_folder, tmp_path):
+    options = {"stages": ("direction", "tokens", "distill"), "track": "paper", "console": QUIET}
+    with pytest.raises(SafeSteerError, match="no tracker 'paper': use one of"):
+        align(str(model_folder), tmp_path / "run", recipe(**SMALL), **options)
+
+
 def test_a_refreshing_run_reads_the_student_again(model_folder, tmp_path, monkeypatch):
     read = []
     real = pipeline.EXTRACTIONS["prefill"]

@@ -50,12 +50,16 @@ PartialState().destroy_process_group()
 
 def torchrun(folder: Path, settings: dict) -> None:
     (folder / "train.py").write_text(SCRIPT)
+    launch([str(folder / "train.py"), str(folder), json.dumps(settings)])
+
+
+def launch(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-    }
-    arguments = [str(folder / "train.py"), str(folder), json.dumps(settings)]
+    subprocess_run(arguments, tuple(command))
+
+
+def subprocess_run(arguments: list[str], command: tuple[str, ...] = (sys.executable,)) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *arguments], env=environment, capture_output=True, text=True, timeout=300
     )
@@ -96,6 +100,26 @@ def test_two_processes_take_the_steps_of_one(folder, tiny_llama, direction, few,
         for a, b in zip(alone, shared, strict=True):
             for name in ("loss", "grad_norm", "mass_on_s_student", "mass_on_s_teacher", "n_tokens"):
                 assert b[name] == pytest.approx(a[name], rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_the_command_line_under_torchrun_writes_one_run_folder(folder, tmp_path):
+    """The first process does the other stages and writes; the second helps to distil."""
+    settings = ["n_direction=6", "sweep.n_prompts=3", "tokens.k=8", "tokens.n_samples=2", "tokens.horizon=3"]
+    settings += ["tokens.min_steered_prob=1e-4", "extraction=prefill", "distill.n_steps=3"]
+    settings += ["distill.harmful_per_step=2", "distill.harmless_per_step=2", "distill.max_new_tokens=3"]
+    options = [word for s in settings for word in ("--set", s)]
+    for name, run in (("alone", subprocess_run), ("shared", launch)):
+        arguments = ["-m", "safesteer.cli", "distill", str(folder / "tiny")]
+        run([*arguments, "--out", str(tmp_path / name), *options])
+    histories = []
+    for name in ("alone", "shared"):
+        lines = (tmp_path / name / "history.jsonl").read_text().splitlines()
+        histories.append([json.loads(line) for line in lines])
+        assert (tmp_path / name / "model" / "model.safetensors").is_file()
+    assert [h["step"] for h in histories[1]] == [1, 2, 3]
+    for alone, shared in zip(*histories, strict=True):
+        assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-4)
 
 
 def test_more_processes_than_prompts_is_one_sentence(tiny_llama, direction, few, folder, monkeypatch):
