@@ -109,7 +109,7 @@ class _LogpsOn(torch.autograd.Function):
         return grad_h, grad_w, grad_b, None, None, None
 
 
-def _head_gradient(h, weight, bias, lse, total, softcap, block=4096):
+def _head_gradient(h, weight, bias, lse, total, softcap, block=2048):
     """-(s p)^T h, by blocks of the vocabulary: one matrix product a row block, no wide buffer."""
     grad_w = torch.empty_like(weight)
     grad_b = None if bias is None else torch.empty_like(bias)
