@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test faults check format clean
 
 setup: $(VENV)/.ready
 
@@ -23,8 +23,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/safesteer align smollm2-135m --preset quick --out runs/demo
 
+# Two workers with a thread each: most tests are many small steps on tiny models.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+faults: setup
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python faults.py
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -6,6 +6,7 @@ safesteer report RUN                         the page again, from a run folder
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -111,10 +112,22 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     typer.echo(f"Report: {write_report(run)}")
 
 
+def _terminated(number, frame) -> None:
+    """SIGTERM ends a run as Ctrl-C does: files stay whole and the lock goes."""
+    raise KeyboardInterrupt
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch's CPU allocator raises a plain RuntimeError, a library that finds no room an ImportError."""
+    signs = ("out of memory", "allocate memory", "failed to map segment")
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
+
+
 def main() -> None:
     """Entry point: errors a user can act on are one sentence on stderr and exit code 1."""
     # A spinning OpenMP team slows every other process on a small machine; set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except SafeSteerError as error:
@@ -123,6 +136,16 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        Console(stderr=True).print(
+            "error: Out of memory. Lower distill.micro_batch, tokens.batch_size or sweep.tokens_a_pass, or train"
+            " an adapter (distill.lora_rank); the same command continues from the last checkpoint.",
+            highlight=False,
+            markup=False,
+        )
+        sys.exit(1)
     except OSError as error:
         named = f"{error.filename}: " if error.filename else ""
         Console(stderr=True).print(f"error: {named}{error.strerror or error}", highlight=False, markup=False)

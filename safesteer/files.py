@@ -19,13 +19,15 @@ from torch import Tensor
 
 from safesteer.errors import SafeSteerError
 
+PART = ".part"  # ends the name of a file that is still being written
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path to write to; it replaces `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(PART, f".{path.name}.", path.parent)
     os.close(handle)
     work = Path(name)
     try:
@@ -35,6 +37,8 @@ def atomic(path: Path) -> Iterator[Path]:
         work.chmod(0o644)
         work.replace(path)
         sync_folder(path.parent)
+    except SafetensorError as error:
+        raise SafeSteerError(f"Cannot write {path}: {error}.") from error
     finally:
         work.unlink(missing_ok=True)
 
@@ -44,7 +48,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to write to; it replaces `folder` when the block ends without an error."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    work = Path(tempfile.mkdtemp(PART, f".{folder.name}.", folder.parent))
     try:
         yield work
         work.chmod(0o755)
@@ -52,8 +56,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(folder)
         work.rename(folder)
         sync_folder(folder.parent)
+    except SafetensorError as error:
+        raise SafeSteerError(f"Cannot write {folder}: {error}.") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what a killed process was writing in `folder`. Call it only under the folder's lock."""
+    for part in folder.glob(f".*{PART}"):
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def sync_folder(folder: Path) -> None:

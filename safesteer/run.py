@@ -31,7 +31,7 @@ from rich.progress import (
 from safesteer import __version__
 from safesteer.errors import SafeSteerError
 from safesteer.evaluate import Judge
-from safesteer.files import read_json, write_json
+from safesteer.files import read_json, remove_parts, write_json
 from safesteer.models import ChatModel
 from safesteer.prompts import PromptSet, template_hash
 from safesteer.recipes import Recipe
@@ -151,4 +151,5 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise SafeSteerError(f"Another process is at work in {path}.") from error
+        remove_parts(path)
         yield

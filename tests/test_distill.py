@@ -6,16 +6,18 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import assert_near, batch_of, copy_of, naive_logits, reference_divergence
 
+from conftest import assert_near, batch_of, copy_of, naive_logits, reference_divergence
 from safesteer import onpolicy
 from safesteer.directions import Direction, steer
 from safesteer.distill import distill, learning_rate
 from safesteer.errors import SafeSteerError
 from safesteer.lora import as_base, merged, shares_weights, without_adapter
-from safesteer.models import ChatModel, blocks
+from safesteer.models import ChatModel, blocks, final_hidden, output_head
+from safesteer.objective import loss_part
 from safesteer.onpolicy import answer, draw
 from safesteer.prompts import PromptBatch
+from safesteer.recipes import recipe
 from safesteer.refusal import REFUSING_SYSTEM
 from safesteer.student import DistillConfig, DistillState, begin
 from safesteer.tokens import SafetyToken, TokenSet
@@ -282,6 +284,34 @@ def test_students_in_half_precision_are_refused(tiny_llama, direction):
         half.model.to(dtype)
         with pytest.raises(SafeSteerError, match="half precision"):
             begin(half, direction, DistillConfig())
+
+
+def test_the_paper_preset_is_eq_6_on_recorded_states(tiny_llama, direction, tokens, few):
+    """sum over S of ps (log ps - log pt), in float64 and over whole vocabularies."""
+    config = recipe("paper").distill
+    batch = PromptBatch.of(tiny_llama.tokenizer, few.harmful)
+    student = final_hidden(tiny_llama.model, batch)[:, -1]
+    with steer(tiny_llama, direction):
+        teacher = final_hidden(tiny_llama.model, batch)[:, -1]
+    head, ids = output_head(tiny_llama.model), tokens.ids
+    how = config.support, config.divergence, config.normalizer, config.beta
+    got, mass = loss_part(student, teacher, tiny_llama.model, head, ids, ids, *how)
+    p, q = (((h.double() @ head[0].double().T).log_softmax(-1))[:, ids] for h in (student, teacher))
+    assert_near(got, (p.exp() * (p - q)).sum(-1), 1e-5)
+    assert_near(mass, p.exp().sum(-1), 1e-5)
+    assert got.abs().max() > 1e-2
+
+
+def test_the_paper_preset_trains_as_published():
+    """25 steps of 4 prompts x 8 answers: 100 prompts once; lr 1e-5 after a tenth, then half a cosine."""
+    config = recipe("paper").distill
+    assert config.harmful_per_step * config.n_rollouts == 32
+    assert sorted(i for s in range(25) for i in draw(100, 4, s, config.seed)) == list(range(100))
+    rates = [learning_rate(s, config) for s in range(25)]
+    assert rates[:3] == pytest.approx([0.5e-5, 1e-5, 1e-5])
+    want = [0.5e-5 * (1 + math.cos(math.pi * (s - 2) / 23)) for s in range(2, 25)]
+    assert rates[2:] == pytest.approx(want)
+    assert config.max_grad_norm == 1
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
