@@ -140,8 +140,8 @@ def main() -> None:
         if not _is_out_of_memory(error):
             raise
         Console(stderr=True).print(
-            "error: Out of memory. Lower distill.micro_batch, tokens.batch_size or sweep.tokens_a_pass, or train"
-            " an adapter (distill.lora_rank); the same command continues from the last checkpoint.",
+            "error: Out of memory. Lower distill.micro_batch, tokens.batch_size or sweep.tokens_a_pass, or"
+            " train an adapter (distill.lora_rank); the same command continues from the last checkpoint.",
             highlight=False,
             markup=False,
         )

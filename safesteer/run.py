@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -65,7 +66,9 @@ class Run:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        # In a notebook rich draws bars with ipywidgets; without it, it would warn at every change.
+        off = self.console.is_jupyter and find_spec("ipywidgets") is None
+        with Progress(*columns, console=self.console, transient=True, disable=off) as bar:
             task = bar.add_task(what, total=total)
             yield lambda done: bar.update(task, completed=done)
 
