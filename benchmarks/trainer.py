@@ -9,11 +9,15 @@ run, then the steps are timed and peak resident memory above the loaded models i
     adapter   distill with a rank-16 adapter: one copy of the weights
     naive     a second whole model as teacher, prompts padded to the longest and read again for every
               answer, logits of all answer positions, log-softmax over the vocabulary, autograd
+    trl       DistillationTrainer of TRL, if it is installed: the steered copy as its teacher, full
+              vocabulary, the same blocks trained, micro-batches of the same size
 """
 
 import argparse
 import copy
+import importlib.util
 import json
+import tempfile
 import time
 
 import torch
@@ -92,24 +96,60 @@ def naive(options):
     return (time.perf_counter() - started) / options.steps, extra_mb(before), {}
 
 
+def trl(options):
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
+
+    chat, direction, _, harmful = set_up()
+    student, teacher = ss.load_model("smollm2-135m").model, copy.deepcopy(chat)
+    for block in student.model.layers[direction.layer :]:
+        block.requires_grad_(True)
+    micro = min(ss.DistillConfig().micro_batch, options.sequences)
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in harmful[: options.sequences]]
+    with tempfile.TemporaryDirectory() as folder, ss.steer(teacher, direction):
+        config = DistillationConfig(
+            folder,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=options.sequences // micro,
+            max_steps=options.steps,
+            max_completion_length=options.new_tokens,
+            learning_rate=1e-5,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = DistillationTrainer(
+            student, teacher.model, config, Dataset.from_list(rows), processing_class=chat.tokenizer
+        )
+        before, started = start_memory(), time.perf_counter()
+        trainer.train()
+        return (time.perf_counter() - started) / options.steps, extra_mb(before), {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--path", choices=["all", "ours", "adapter", "naive"], default="all")
+    parser.add_argument("--path", choices=["all", "ours", "adapter", "naive", "trl"], default="all")
     options = parser.parse_args()
     if options.path != "all":
-        made = naive(options) if options.path == "naive" else ours(options, options.path == "adapter")
+        other = {"naive": naive, "trl": trl}.get(options.path)
+        made = other(options) if other else ours(options, options.path == "adapter")
         print(json.dumps({"seconds": round(made[0], 1), "extra_mb": round(made[1]), **made[2]}))
         return
     results = {}
-    for path in ("ours", "adapter", "naive"):
+    peers = ["naive", "trl"] if importlib.util.find_spec("trl") else ["naive"]
+    for path in ("ours", "adapter", *peers):
         sizes = (options.sequences, "--new-tokens", options.new_tokens, "--steps", options.steps)
         results[path] = in_process(__file__, "--path", path, "--sequences", *sizes)
         print(path, results[path], flush=True)
     ratios = {
-        f"{what}_naive_over_{path}": round(results["naive"][key] / max(1e-9, results[path][key]), 2)
+        f"{what}_{peer}_over_{path}": round(results[peer][key] / max(1e-9, results[path][key]), 2)
+        for peer in peers
         for path in ("ours", "adapter")
         for what, key in (("time", "seconds"), ("memory", "extra_mb"))
     }
