@@ -22,6 +22,7 @@ from safesteer.extraction import (
     system_contrast,
 )
 from safesteer.generation import generate
+from safesteer.guards import Endpoint, Guard, Verdict, agreement
 from safesteer.judges import refuses, refuses_anywhere
 from safesteer.models import ChatModel, bridge, load_model
 from safesteer.perplexity import perplexity
@@ -39,8 +40,10 @@ __all__ = [
     "ChatModel",
     "Direction",
     "DistillConfig",
+    "Endpoint",
     "EvalConfig",
     "Evaluation",
+    "Guard",
     "PromptSet",
     "Recipe",
     "RefusalTokens",
@@ -51,8 +54,10 @@ __all__ = [
     "SweepConfig",
     "TokenConfig",
     "TokenSet",
+    "Verdict",
     "ablate",
     "add",
+    "agreement",
     "align",
     "begin",
     "bridge",

@@ -93,14 +93,28 @@ def drift(
     batch_size: int = 32,
 ) -> Float[Tensor, " n_prompts"]:
     """KL(base || steered) in nats a token, over the base's first greedy tokens after each prompt."""
-    found = torch.zeros(len(prompts), dtype=torch.float64)
+    return _drift(chat, direction, coeff, _read_base(chat, prompts, n_tokens, batch_size))
+
+
+def _read_base(
+    chat: ChatModel, prompts: Sequence[str], n_tokens: int, batch_size: int
+) -> list[tuple[list[int], PromptBatch, Tensor]]:
+    """(rows, prompts with the base's first tokens, its last logits), a batch each."""
+    found = []
     for rows in batches(chat.tokenizer, prompts, batch_size):
         batch = PromptBatch.of(chat.tokenizer, [prompts[i] for i in rows], device=chat.device)
         if n_tokens > 1:
             batch = batch.extended(generate_ids(chat, batch, max_new_tokens=n_tokens - 1))
-        base = last_logits(chat, batch, n_tokens)
+        found.append((rows, batch, last_logits(chat, batch, n_tokens)))
+    return found
+
+
+@torch.no_grad()
+def _drift(chat: ChatModel, direction: Direction, coeff: float, read: list) -> Float[Tensor, " n_prompts"]:
+    found = torch.zeros(sum(len(rows) for rows, _, _ in read), dtype=torch.float64)
+    for rows, batch, base in read:
         with steer(chat, direction, coeff):
-            steered = last_logits(chat, batch, n_tokens)
+            steered = last_logits(chat, batch, base.shape[1])
         found[rows] = kl_divergence(base, steered).mean(-1).double().cpu()
     return found
 
@@ -124,8 +138,11 @@ def calibrate(
     if not target_kl > 0:
         raise SafeSteerError("target_kl must be positive: at 0 nothing is steered.")
 
+    with torch.no_grad():
+        read = _read_base(chat, prompts, n_tokens, batch_size=32)
+
     def kl(coeff: float) -> float:
-        return float(drift(chat, direction, prompts, coeff, n_tokens=n_tokens).mean())
+        return float(_drift(chat, direction, coeff, read).mean())
 
     low, high = 0.0, min(0.25, max_coeff)
     while kl(high) < target_kl:

@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 Divergence = Literal["reverse", "forward", "symmetric", "jsd"]
 Normalizer = Literal["partial", "generalized", "tail", "renormalized"]
 
-CHUNK = 256  # positions of logits alive at once: the knee between speed and memory on CPU
+CHUNK = 256  # positions of logits alive at once: the knee between speed and memory on CPU,
+CHUNK_LOGITS = 2**24  # or fewer, so that this many logits are (64 MiB in float32)
 
 
 def refusal_score(
@@ -45,6 +46,11 @@ def kl_divergence(
     p, q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
     terms = p.exp() * (p - q)
     return torch.where(p == -math.inf, torch.zeros_like(terms), terms).sum(-1)
+
+
+def rows_a_chunk(d_vocab: int) -> int:
+    """Positions whose logits are held at once."""
+    return max(1, min(CHUNK, CHUNK_LOGITS // d_vocab))
 
 
 def logits_of(h: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
@@ -137,13 +143,14 @@ def logps_on(
     *,
     bias: Float[Tensor, " d_vocab"] | None = None,
     softcap: float | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Float[Tensor, "n n_set"]:
     """Differentiable log softmax(weight @ hidden + bias) on `ids`, in nats, float32 or wider.
 
     `ids` is one set for all positions, or one row of ids a position (teacher top-k). `softcap` is
-    Gemma's final_logit_softcapping. Peak memory is `chunk` x d_vocab, whatever n is.
+    Gemma's final_logit_softcapping. Peak memory is that of `chunk` x d_vocab logits, whatever n is.
     """
+    chunk = chunk or rows_a_chunk(len(weight))
     if int(ids.min()) < 0 or int(ids.max()) >= weight.shape[0]:
         raise ValueError(f"Token ids must lie in 0..{weight.shape[0] - 1} (the output head's rows).")
     return _LogpsOn.apply(hidden, weight, bias, ids, softcap, chunk)  # type: ignore[return-value]
@@ -203,12 +210,13 @@ def full_divergence(
     teacher_head: tuple[Tensor, Tensor | None, float | None],
     divergence: Divergence = "reverse",
     beta: float = 0.5,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Float[Tensor, " n"]:
     """Divergence over the whole vocabulary (the ablation of Table 4), in checkpointed chunks.
 
     All normalizers agree here, because the set carries the whole mass.
     """
+    chunk = chunk or rows_a_chunk(len(head[0]))
 
     def of(h: Tensor, t: Tensor) -> Tensor:
         p, q = logits_of(h, *head).log_softmax(-1), logits_of(t, *teacher_head).log_softmax(-1)

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
-from safesteer.divergence import logits_of
+from safesteer.divergence import kl_divergence, logits_of
 from safesteer.errors import SafeSteerError
 from safesteer.files import read_json, write_json
 from safesteer.generation import generate
+from safesteer.guards import judged
 from safesteer.judges import refuses
 from safesteer.lora import as_base
 from safesteer.models import ChatModel, final_hidden, output_head
@@ -108,14 +108,10 @@ def kl_on_answers(
         h_chat = final_hidden(chat.model, batch)
         for row, i in enumerate(rows):
             steps = slice(-len(tails[i]) - 1, None)  # the prompt's last position predicts the first
-            found[i] = float(_kl(h_base[row, steps], h_chat[row, steps], base, chat).mean())
+            at_base = logits_of(h_base[row, steps], *output_head(base.model))
+            at_chat = logits_of(h_chat[row, steps], *output_head(chat.model))
+            found[i] = float(kl_divergence(at_base, at_chat).mean())
     return found
-
-
-def _kl(h_base: Tensor, h_chat: Tensor, base: ChatModel, chat: ChatModel) -> Tensor:
-    p = logits_of(h_base, *output_head(base.model)).log_softmax(-1)
-    q = logits_of(h_chat, *output_head(chat.model)).log_softmax(-1)
-    return (p.exp() * (p - q)).nan_to_num(0.0).sum(-1)
 
 
 def evaluate(
@@ -140,8 +136,8 @@ def evaluate(
         label: generate(chat, texts, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
         for label, texts in (("harmful", harmful), ("harmless", harmless))
     }
-    n_harmful = sum(map(judge, harmful, answers["harmful"]))
-    n_harmless = sum(map(judge, harmless, answers["harmless"]))
+    n_harmful = sum(judged(judge, harmful, answers["harmful"]))
+    n_harmless = sum(judged(judge, harmless, answers["harmless"]))
     kls = [0.0] * len(harmless)
     if base_answers is not None:
         kls = kl_on_answers(base, chat, harmless, base_answers, config)

@@ -16,6 +16,7 @@ from safesteer.divergence import (
     localized_divergence,
     logits_of,
     logps_on,
+    rows_a_chunk,
 )
 from safesteer.models import output_head
 
@@ -55,9 +56,10 @@ def loss_part(
 
 
 @torch.no_grad()
-def topk_ids(h_teacher: Tensor, head: tuple, k: int, chunk: int = 256) -> Int[Tensor, "n k"]:
+def topk_ids(h_teacher: Tensor, head: tuple, k: int) -> Int[Tensor, "n k"]:
     """The teacher's top-k ids at each position (the "teacher top-k" support)."""
-    return torch.cat([logits_of(h, *head).topk(k, -1).indices for h in h_teacher.split(chunk)])
+    parts = h_teacher.split(rows_a_chunk(len(head[0])))
+    return torch.cat([logits_of(h, *head).topk(k, -1).indices for h in parts])
 
 
 @torch.no_grad()

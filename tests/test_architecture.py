@@ -3,6 +3,7 @@
 import ast
 
 import pytest
+
 from conftest import PACKAGE
 
 MAY_IMPORT = {  # the rooms that each room may look into
@@ -19,6 +20,7 @@ for below, above in [
     ("hooks", "models"),
     ("steering", "hooks"),
     ("perplexity", "models"),
+    ("guards", "generation"),
     ("refusal", "generation"),
     ("extraction", "refusal"),
     ("directions", "extraction"),
