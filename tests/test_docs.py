@@ -1,6 +1,7 @@
 """What the documents show exists: code parses, names are real, linked files are there."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -46,3 +47,14 @@ def test_settings_named_in_documents_are_settings():
         stage, name = setting.rpartition(".")[::2]
         owner = safesteer.recipe()
         assert hasattr(getattr(owner, stage) if stage else owner, name), setting
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.name)
+def test_notebooks_keep_small_outputs_of_a_run_from_top_to_bottom(path):
+    text = path.read_text(encoding="utf-8")
+    cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+    assert [c["execution_count"] for c in cells] == list(range(1, len(cells) + 1))
+    kinds = {output["output_type"] for c in cells for output in c["outputs"]}
+    assert kinds and "error" not in kinds
+    assert len(text) < 300_000
+    assert not re.search(r"/tmp/|/home/|/root/", text)
