@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from safesteer.directions import Direction
@@ -32,7 +33,7 @@ from safesteer.errors import SafeSteerError
 from safesteer.lora import as_base, shares_weights
 from safesteer.models import ChatModel, final_hidden, output_head
 from safesteer.objective import loss_part, off_set, topk_ids
-from safesteer.onpolicy import answer, counting, draw, teacher_hidden
+from safesteer.onpolicy import Answers, answer, counting, draw, teacher_hidden
 from safesteer.student import DistillConfig, DistillState, Refreshed
 from safesteer.tokens import TokenSet
 
@@ -149,14 +150,7 @@ def distill(
             set_ids = topk_ids(h_teacher, base_head, config.n_topk)
         teacher_s, clock = time.perf_counter() - clock, time.perf_counter()
 
-        # Mean over an answer's positions, then over answers; the anchor counts by its weight.
-        late = step >= 2 * config.n_steps / 3
-        anchor = config.late_anchor_weight if late else config.anchor_weight
-        weight = torch.where(answers.harmful, 1.0, anchor)
-        weight = weight / (config.n_rollouts * (len(bad) + anchor * len(good)))
-        early = config.decay ** torch.arange(answers.mask.shape[1], device=answers.mask.device)
-        per_token = answers.mask * early
-        per_token = per_token / per_token.sum(1, keepdim=True) * weight[:, None]
+        per_token = _weights(answers, config, step)
         row, _ = answers.mask.nonzero(as_tuple=True)
         w, is_harmful = per_token[answers.mask], answers.harmful[row]
         starts = answers.mask.sum(1).cumsum(0) - answers.mask.sum(1)
@@ -214,6 +208,16 @@ def distill(
             teacher_s=teacher_s,
             student_s=time.perf_counter() - clock,
         )
+
+
+def _weights(answers: Answers, config: DistillConfig, step: int) -> Float[Tensor, "rows new_pos"]:
+    """Mean over an answer's positions, then over all answers of the step; the anchor counts by its weight."""
+    anchor = config.late_anchor_weight if step >= 2 * config.n_steps / 3 else config.anchor_weight
+    total = config.n_rollouts * (config.harmful_per_step + anchor * config.harmless_per_step)
+    early = config.decay ** torch.arange(answers.mask.shape[1], device=answers.mask.device)
+    of_position = answers.mask * early
+    of_answer = torch.where(answers.harmful, 1.0, anchor) / total
+    return of_position / of_position.sum(1, keepdim=True) * of_answer[:, None]
 
 
 def _over_processes(sums: list[float], device: torch.device) -> list[float]:
