@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 from safesteer.calibration import by_answers, by_refusals, calibrate, grid
 from safesteer.directions import Direction, steer
 from safesteer.distill import StepRecord, distill
+from safesteer.endpoint import Endpoint
 from safesteer.errors import SafeSteerError
 from safesteer.evaluate import EvalConfig, Evaluation, Scores, evaluate
 from safesteer.export import check_reload, export
@@ -22,7 +23,7 @@ from safesteer.extraction import (
     system_contrast,
 )
 from safesteer.generation import generate
-from safesteer.guards import Endpoint, Guard, Verdict, agreement
+from safesteer.guards import EndpointJudge, Guard, Verdict, agreement
 from safesteer.judges import refuses, refuses_anywhere
 from safesteer.models import ChatModel, bridge, load_model
 from safesteer.perplexity import perplexity
@@ -30,6 +31,7 @@ from safesteer.pipeline import align
 from safesteer.prompts import PromptSet, load_prompts
 from safesteer.recipes import Recipe, recipe
 from safesteer.refusal import RefusalTokens, learn_refusal_tokens, refusal_scores, refusal_token_ids
+from safesteer.server import server_sampler
 from safesteer.steering import ablate, add, clamp, gate
 from safesteer.student import DistillConfig, begin
 from safesteer.sweep import Sweep, SweepConfig, sweep
@@ -41,6 +43,7 @@ __all__ = [
     "Direction",
     "DistillConfig",
     "Endpoint",
+    "EndpointJudge",
     "EvalConfig",
     "Evaluation",
     "Guard",
@@ -87,6 +90,7 @@ __all__ = [
     "refuses",
     "refuses_anywhere",
     "select_tokens",
+    "server_sampler",
     "steer",
     "sweep",
     "system_contrast",

@@ -33,7 +33,7 @@ from safesteer.errors import SafeSteerError
 from safesteer.lora import as_base, shares_weights
 from safesteer.models import ChatModel, final_hidden, output_head
 from safesteer.objective import loss_part, off_set, topk_ids
-from safesteer.onpolicy import Answers, answer, counting, draw, teacher_hidden
+from safesteer.onpolicy import Answers, Sampler, answer, counting, draw, teacher_hidden
 from safesteer.student import DistillConfig, DistillState, Refreshed
 from safesteer.tokens import TokenSet
 
@@ -43,7 +43,8 @@ class StepRecord:
     """One optimizer step. Masses are probabilities on S over harmful answers, times seconds.
 
     `kl_off_s` is the generalized KL(student || teacher) outside S, in nats a position, which the
-    loss does not see: how far the student is from its teacher everywhere else.
+    loss does not see: how far the student is from its teacher everywhere else. `sampler_gap` is the
+    mean |log-probability of an external sampler - the student's| on its tokens, in nats (this process).
     """
 
     step: int
@@ -54,6 +55,7 @@ class StepRecord:
     mass_on_s_teacher: float
     mass_on_s_anchor: float
     kl_off_s: float
+    sampler_gap: float
     n_tokens: int
     rollout_s: float
     teacher_s: float
@@ -92,11 +94,13 @@ def distill(
     config: DistillConfig,
     *,
     refresh: Refresh | None = None,
+    sampler: Sampler | None = None,
 ) -> Iterator[StepRecord]:
     """Train `state.student` towards the teacher on S; yields a record after each optimizer step.
 
     `base` is the frozen original model, or with an adapter the model that carries it. Every
-    `refresh_every` steps `refresh(student)` gives a new direction and S. Stop whenever you like:
+    `refresh_every` steps `refresh(student)` gives a new direction and S. `sampler` gives the student's
+    answers in its place (`server.server_sampler`). Stop whenever you like:
     `state` is always between steps. Raises SafeSteerError naming step and prompts if a loss or
     gradient is not finite.
     """
@@ -139,6 +143,7 @@ def distill(
                 teacher,
                 key=(config.seed, step),
                 part=(processes.process_index, n_processes),
+                sampler=sampler,
             )
         rollout_s, clock = time.perf_counter() - clock, time.perf_counter()
 
@@ -187,6 +192,7 @@ def distill(
                 f"The gradient is not finite at step {step + 1}; the last checkpoint is kept."
             )
         # Before the weights move: a trained head must be the one that these states came from.
+        gap = _sampler_gap(answers, h_student, output_head(student.model))
         off_s = off_set(h_student, h_teacher, student.model, base_head, ids)
         state.optimizer.step()
         state.step += 1
@@ -203,6 +209,7 @@ def distill(
             mass_on_s_teacher=mass_teacher / n_harmful,
             mass_on_s_anchor=mass_anchor / (n - n_harmful) if good else 0.0,
             kl_off_s=off_s / n_processes,
+            sampler_gap=gap,
             n_tokens=int(n),
             rollout_s=rollout_s,
             teacher_s=teacher_s,
@@ -218,6 +225,21 @@ def _weights(answers: Answers, config: DistillConfig, step: int) -> Float[Tensor
     of_position = answers.mask * early
     of_answer = torch.where(answers.harmful, 1.0, anchor) / total
     return of_position / of_position.sum(1, keepdim=True) * of_answer[:, None]
+
+
+@torch.no_grad()
+def _sampler_gap(answers: Answers, hidden: Float[Tensor, "n d_model"], head: tuple) -> float:
+    """How far an external sampler's log-probabilities are from the student's; 0 without one."""
+    if answers.sampler_logps is None:
+        return 0.0
+    theirs = answers.sampler_logps[answers.mask.cpu()]
+    known = ~theirs.isnan()
+    if not bool(known.any()):
+        return 0.0
+    width, at = answers.mask.shape[1], known.to(hidden.device)
+    ids = answers.batch.prompt_ids[:, -width:][answers.mask][at]
+    ours = logps_on(hidden[at], head[0], ids[:, None], bias=head[1], softcap=head[2])[:, 0]
+    return float((ours.double().cpu() - theirs[known]).abs().mean())
 
 
 def _over_processes(sums: list[float], device: torch.device) -> list[float]:

@@ -6,7 +6,7 @@
    ones. What it returns is a few numbers a position, never a (position x vocabulary) tensor.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -32,6 +32,18 @@ def draw(n_items: int, n: int, step: int, seed: int) -> list[int]:
     return chosen
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """An answer's token ids (with the end-of-answer id) and what their sampler says of each, in nats."""
+
+    ids: tuple[int, ...]
+    logps: tuple[float, ...]
+
+
+# (prompts as ids, samples a prompt, max_new_tokens, a key a prompt for the seed) -> samples of each prompt
+Sampler = Callable[[Sequence[Sequence[int]], int, int, Sequence[tuple]], list[list[Sampled]]]
+
+
 @dataclass(frozen=True, eq=False)
 class Answers:
     """A step's on-policy data: the student's answers and which of their tokens count.
@@ -43,6 +55,7 @@ class Answers:
     mask: Bool[Tensor, "rows new_pos"]
     harmful: Bool[Tensor, " rows"]
     texts: tuple[str, ...]
+    sampler_logps: Float[Tensor, "rows new_pos"] | None = None  # NaN where sampled here
 
     @property
     def n_rollouts(self) -> int:
@@ -59,11 +72,12 @@ def answer(
     *,
     key: tuple[int, ...] = (0, 0),
     part: tuple[int, int] = (0, 1),
+    sampler: Sampler | None = None,
 ) -> Answers:
     """On-policy rollouts: all prompts of the step in one call, M answers each.
 
     An answer depends on `key` (seed and step) and its prompt's place in the step. `part` (i, n) takes
-    every n-th prompt from the i-th on: the share of process i.
+    every n-th prompt from the i-th on: the share of process i. `sampler` samples in the student's place.
 
     With `teacher` (base and direction) every second prompt is answered by the steered base instead.
     A student that seldom starts to refuse seldom visits what follows "I'm": there it would learn
@@ -79,8 +93,12 @@ def answer(
     shape = (len(texts), n_rollouts, max_new_tokens)
     ids = torch.full(shape, eos[0] if eos else 0, device=student.device)
     drawn = torch.stack([uniforms((*key, i), n_rollouts, max_new_tokens) for i in places])
+    logps = torch.full(shape, torch.nan, dtype=torch.float64)
     for steered in by_teacher.unique().tolist():
         at = by_teacher == steered
+        if sampler is not None and not steered:
+            _fill(sampler, batch, at.nonzero()[:, 0].tolist(), key, places, ids, logps)
+            continue
         author = teacher[0] if steered and teacher else student
         with _as_teacher(teacher, student) if steered and teacher else nullcontext():
             new = generate_ids(
@@ -101,7 +119,19 @@ def answer(
         mask[:, :width],
         (place < len(harmful)).repeat_interleave(n_rollouts),
         tuple(texts),
+        None if sampler is None else logps.flatten(0, 1)[:, :width],
     )
+
+
+def _fill(sampler, batch, rows, key, places, ids, logps) -> None:
+    """Put a sampler's answers to some prompts into `ids` and `logps` [prompt, sample, new_pos]."""
+    real = batch.attention_mask.bool()
+    prompts = [batch.prompt_ids[i][real[i]].tolist() for i in rows]
+    keys = [(*key, places[i]) for i in rows]
+    for i, samples in zip(rows, sampler(prompts, *ids.shape[1:], keys), strict=True):
+        for n, sampled in enumerate(samples):
+            ids[i, n, : len(sampled.ids)] = torch.tensor(sampled.ids, device=ids.device)
+            logps[i, n, : len(sampled.logps)] = torch.tensor(sampled.logps, dtype=logps.dtype)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ MAY_IMPORT = {  # the rooms that each room may look into
     "files": {"errors"},
     "prompts": {"errors", "divergence", "files"},
     "judges": set(),
+    "endpoint": {"errors"},
     "stats": set(),
 }
 for below, above in [
@@ -33,6 +34,7 @@ for below, above in [
     ("onpolicy", "directions"),
     ("student", "tokens"),
     ("distill", "student"),
+    ("server", "onpolicy"),
 ]:
     MAY_IMPORT[below] = {above} | MAY_IMPORT[above]
 for room in (
@@ -48,8 +50,10 @@ for room in (
 ):
     MAY_IMPORT[room] |= {"hooks", "steering"}
 MAY_IMPORT["sweep"] |= {"stats"}
+MAY_IMPORT["guards"] |= {"endpoint"}
 MAY_IMPORT["calibration"] |= {"perplexity"}
 MAY_IMPORT["onpolicy"] |= {"lora"}
+MAY_IMPORT["server"] |= {"onpolicy", "lora", "endpoint"}
 MAY_IMPORT["student"] |= {"lora", "objective"}
 MAY_IMPORT["distill"] |= {"onpolicy", "lora", "objective"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

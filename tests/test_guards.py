@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from conftest import copy_of
+from safesteer.endpoint import Endpoint
 from safesteer.errors import SafeSteerError
 from safesteer.evaluate import EvalConfig, evaluate
-from safesteer.guards import Endpoint, Guard, agreement, judged, read_verdict
+from safesteer.guards import EndpointJudge, Guard, agreement, judged, read_verdict
 from safesteer.judges import refuses
 
 
@@ -100,7 +101,8 @@ def server():
     _Stub.script, _Stub.seen = [], []
     running = ThreadingHTTPServer(("127.0.0.1", 0), _Stub)
     threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield Endpoint(f"http://127.0.0.1:{running.server_port}/v1", "stub", retries=2, wait_s=0.01)
+    url = f"http://127.0.0.1:{running.server_port}/v1"
+    yield EndpointJudge(Endpoint(url, "stub", retries=2, wait_s=0.01))
     running.shutdown()
 
 
@@ -133,7 +135,7 @@ def test_a_failing_endpoint_is_one_sentence(server, script, sentence, asked):
 
 def test_a_server_that_is_not_there_is_one_sentence():
     with pytest.raises(SafeSteerError, match=r"does not answer \(ConnectError\)"):
-        Endpoint("http://127.0.0.1:9/v1", "none", retries=1, wait_s=0.01)("q", "a")
+        EndpointJudge(Endpoint("http://127.0.0.1:9/v1", "none", retries=1, wait_s=0.01))("q", "a")
 
 
 def test_the_key_is_sent_and_shown_nowhere(server, monkeypatch):
