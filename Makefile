@@ -25,7 +25,7 @@ demo: setup
 
 # Two workers with a thread each: most tests are many small steps on tiny models.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 faults: setup
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python faults.py
