@@ -16,7 +16,7 @@ from torch import Tensor
 from safesteer.directions import Direction, steer
 from safesteer.divergence import kl_divergence
 from safesteer.errors import SafeSteerError
-from safesteer.generation import generate, generate_ids
+from safesteer.generation import continued, generate
 from safesteer.models import ChatModel
 from safesteer.perplexity import general_text, perplexity
 from safesteer.prompts import PromptBatch, batches
@@ -82,7 +82,6 @@ def by_answers(
     return found
 
 
-@torch.no_grad()
 def drift(
     chat: ChatModel,
     direction: Direction,
@@ -96,6 +95,7 @@ def drift(
     return _drift(chat, direction, coeff, _read_base(chat, prompts, n_tokens, batch_size))
 
 
+@torch.no_grad()
 def _read_base(
     chat: ChatModel, prompts: Sequence[str], n_tokens: int, batch_size: int
 ) -> list[tuple[list[int], PromptBatch, Tensor]]:
@@ -103,8 +103,7 @@ def _read_base(
     found = []
     for rows in batches(chat.tokenizer, prompts, batch_size):
         batch = PromptBatch.of(chat.tokenizer, [prompts[i] for i in rows], device=chat.device)
-        if n_tokens > 1:
-            batch = batch.extended(generate_ids(chat, batch, max_new_tokens=n_tokens - 1))
+        batch = continued(chat, batch, n_tokens - 1)
         found.append((rows, batch, last_logits(chat, batch, n_tokens)))
     return found
 
@@ -138,8 +137,7 @@ def calibrate(
     if not target_kl > 0:
         raise SafeSteerError("target_kl must be positive: at 0 nothing is steered.")
 
-    with torch.no_grad():
-        read = _read_base(chat, prompts, n_tokens, batch_size=32)
+    read = _read_base(chat, prompts, n_tokens, batch_size=32)
 
     def kl(coeff: float) -> float:
         return float(_drift(chat, direction, coeff, read).mean())

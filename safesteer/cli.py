@@ -123,6 +123,11 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
 
 
+def _fail(text: str) -> None:
+    Console(stderr=True).print(f"error: {text}", highlight=False, markup=False)
+    sys.exit(1)
+
+
 def main() -> None:
     """Entry point: errors a user can act on are one sentence on stderr and exit code 1."""
     # A spinning OpenMP team slows every other process on a small machine; set before torch loads.
@@ -131,25 +136,20 @@ def main() -> None:
     try:
         app()
     except SafeSteerError as error:
-        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False)
-        sys.exit(1)
+        _fail(str(error))
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError, ImportError) as error:
         if not _is_out_of_memory(error):
             raise
-        Console(stderr=True).print(
-            "error: Out of memory. Lower distill.micro_batch, tokens.batch_size or sweep.tokens_a_pass, or"
-            " train an adapter (distill.lora_rank); the same command continues from the last checkpoint.",
-            highlight=False,
-            markup=False,
+        _fail(
+            "Out of memory. Lower distill.micro_batch, tokens.batch_size or sweep.tokens_a_pass, or train an"
+            " adapter (distill.lora_rank); the same command continues from the last checkpoint."
         )
-        sys.exit(1)
     except OSError as error:
         named = f"{error.filename}: " if error.filename else ""
-        Console(stderr=True).print(f"error: {named}{error.strerror or error}", highlight=False, markup=False)
-        sys.exit(1)
+        _fail(f"{named}{error.strerror or error}")
 
 
 if __name__ == "__main__":

@@ -170,5 +170,5 @@ def held_out_check(
     with as_base(base, student):
         said = generate(base, prompts.harmless, max_new_tokens=n_tokens)
     drift = kl_on_answers(base, student, prompts.harmless, said, config)
-    refused = sum(map(judge, prompts.harmful, answers))
+    refused = sum(judged(judge, prompts.harmful, answers))
     return refused / len(prompts.harmful), float(np.mean(drift))

@@ -18,10 +18,14 @@ from safesteer.models import ChatModel, answers_start, hf_model, prefill
 from safesteer.prompts import PromptBatch, batches
 
 
+def seed_of(key: tuple) -> int:
+    """A 63-bit seed that depends on `key` alone, in every process and on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8]) >> 1
+
+
 def uniforms(key: tuple, n_samples: int, n_tokens: int) -> Float[Tensor, "n_samples n_tokens"]:
     """Random numbers in [0, 1) that depend on `key` alone, the same on every device."""
-    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8]) >> 1
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed_of(key))
     return torch.rand((n_samples, n_tokens), generator=generator, dtype=torch.float64)
 
 
@@ -96,6 +100,11 @@ def generate_ids(
     return out[:, ids.shape[1] :]
 
 
+def continued(chat: ChatModel, batch: PromptBatch, n_tokens: int) -> PromptBatch:
+    """Each prompt followed by the model's own first `n_tokens` greedy tokens; unchanged for 0."""
+    return batch.extended(generate_ids(chat, batch, max_new_tokens=n_tokens)) if n_tokens > 0 else batch
+
+
 def cut_at_eos(ids: Sequence[int], eos_ids: Sequence[int], *, keep_eos: bool) -> list[int]:
     """Ids up to the first end-of-answer id, with it or without it."""
     stop = next((i for i, t in enumerate(ids) if t in eos_ids), None)
@@ -116,7 +125,9 @@ def generate(
     answers = [""] * len(prompts)
     for rows in batches(chat.tokenizer, prompts, batch_size, system=system):
         batch = PromptBatch.of(chat.tokenizer, [prompts[i] for i in rows], system=system, device=chat.device)
-        drawn = torch.cat([uniforms((seed, i), 1, max_new_tokens) for i in rows])
+        drawn = None
+        if temperature > 0:
+            drawn = torch.cat([uniforms((seed, i), 1, max_new_tokens) for i in rows])
         out = generate_ids(chat, batch, max_new_tokens=max_new_tokens, temperature=temperature, uniform=drawn)
         for i, ids in zip(rows, out.tolist(), strict=True):
             kept = cut_at_eos(ids, chat.eos_ids, keep_eos=False)

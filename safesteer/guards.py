@@ -44,10 +44,17 @@ def read_verdict(said: str) -> tuple[bool | None, str]:
 
 
 class _Model:
-    """What both judges share: being called with one answer."""
+    """What both judges share: verdicts from what the model said, and being called with one answer."""
+
+    def _said(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[str, list[str]]:
+        """The judge's name, and what it says of each answer."""
+        raise NotImplementedError
 
     def many(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        raise NotImplementedError
+        """Verdicts in the order of the answers."""
+        name, said = self._said(prompts, answers)
+        rows = zip(prompts, answers, said, strict=True)
+        return [Verdict(prompt, answer, name, *read_verdict(text), text) for prompt, answer, text in rows]
 
     def __call__(self, prompt: str, answer: str) -> bool:
         return _decided(self.many([prompt], [answer])[0])
@@ -74,8 +81,8 @@ class Guard(_Model):
     batch_size: int = 8
     max_new_tokens: int = 12
 
-    def many(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        """Verdicts in the order of the answers, batched by length."""
+    def _said(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[str, list[str]]:
+        """Batched by length."""
         if self.kind not in ("llama-guard", "shieldgemma"):
             raise SafeSteerError(f"A guard's kind is llama-guard or shieldgemma, not '{self.kind}'.")
         tokenizer, extra = self.chat.tokenizer, {}
@@ -89,7 +96,7 @@ class Guard(_Model):
                     talk, add_generation_prompt=True, tokenize=True, return_dict=False, **extra
                 )
             )
-        found: list[Verdict | None] = [None] * len(rows)
+        said = [""] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for start in range(0, len(order), self.batch_size):
             part = order[start : start + self.batch_size]
@@ -97,9 +104,8 @@ class Guard(_Model):
             out = generate_ids(self.chat, batch, max_new_tokens=self.max_new_tokens)
             for i, ids in zip(part, out.tolist(), strict=True):
                 kept = cut_at_eos(ids, self.chat.eos_ids, keep_eos=False)
-                said = tokenizer.decode(kept, skip_special_tokens=True).strip()  # type: ignore[attr-defined]
-                found[i] = Verdict(prompts[i], answers[i], self.chat.name, *read_verdict(said), said)
-        return [verdict for verdict in found if verdict is not None]
+                said[i] = tokenizer.decode(kept, skip_special_tokens=True).strip()  # type: ignore[attr-defined]
+        return self.chat.name, said
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,8 @@ class EndpointJudge(_Model):
 
     endpoint: Endpoint
 
-    def many(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        """Verdicts in the order of the answers, a few requests at once."""
+    def _said(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[str, list[str]]:
+        """A few requests at once."""
         questions = [_question(*pair) for pair in zip(prompts, answers, strict=True)]
         bodies = [{"messages": [{"role": "user", "content": q}], "temperature": 0} for q in questions]
         try:
@@ -117,10 +123,7 @@ class EndpointJudge(_Model):
             said = [str(r["choices"][0]["message"]["content"] or "").strip() for r in replies]
         except (KeyError, IndexError, TypeError) as error:
             raise self.endpoint.unlike() from error
-        return [
-            Verdict(prompt, answer, self.endpoint.model, *read_verdict(text), text)
-            for prompt, answer, text in zip(prompts, answers, said, strict=True)
-        ]
+        return self.endpoint.model, said
 
 
 def _question(prompt: str, answer: str) -> str:

@@ -92,12 +92,17 @@ def answer(
     batch, eos = PromptBatch.of(student.tokenizer, texts, device=student.device), student.eos_ids
     shape = (len(texts), n_rollouts, max_new_tokens)
     ids = torch.full(shape, eos[0] if eos else 0, device=student.device)
-    drawn = torch.stack([uniforms((*key, i), n_rollouts, max_new_tokens) for i in places])
     logps = torch.full(shape, torch.nan, dtype=torch.float64)
     for steered in by_teacher.unique().tolist():
         at = by_teacher == steered
+        rows = at.nonzero()[:, 0].tolist()
+        keys = [(*key, places[i]) for i in rows]
         if sampler is not None and not steered:
-            _fill(sampler, batch, at.nonzero()[:, 0].tolist(), key, places, ids, logps)
+            prompts = [batch.prompt_ids[i][batch.attention_mask[i].bool()].tolist() for i in rows]
+            for i, samples in zip(rows, sampler(prompts, n_rollouts, max_new_tokens, keys), strict=True):
+                for n, sampled in enumerate(samples):
+                    ids[i, n, : len(sampled.ids)] = torch.tensor(sampled.ids, device=ids.device)
+                    logps[i, n, : len(sampled.logps)] = torch.tensor(sampled.logps, dtype=logps.dtype)
             continue
         author = teacher[0] if steered and teacher else student
         with _as_teacher(teacher, student) if steered and teacher else nullcontext():
@@ -107,7 +112,7 @@ def answer(
                 max_new_tokens=max_new_tokens,
                 temperature=1.0,
                 n_samples=n_rollouts,
-                uniform=drawn[at.cpu()].flatten(0, 1),
+                uniform=torch.cat([uniforms(k, n_rollouts, max_new_tokens) for k in keys]),
             )
         ids[at, :, : new.shape[1]] = new.view(-1, n_rollouts, new.shape[1])
     ids = ids.flatten(0, 1)
@@ -121,17 +126,6 @@ def answer(
         tuple(texts),
         None if sampler is None else logps.flatten(0, 1)[:, :width],
     )
-
-
-def _fill(sampler, batch, rows, key, places, ids, logps) -> None:
-    """Put a sampler's answers to some prompts into `ids` and `logps` [prompt, sample, new_pos]."""
-    real = batch.attention_mask.bool()
-    prompts = [batch.prompt_ids[i][real[i]].tolist() for i in rows]
-    keys = [(*key, places[i]) for i in rows]
-    for i, samples in zip(rows, sampler(prompts, *ids.shape[1:], keys), strict=True):
-        for n, sampled in enumerate(samples):
-            ids[i, n, : len(sampled.ids)] = torch.tensor(sampled.ids, device=ids.device)
-            logps[i, n, : len(sampled.logps)] = torch.tensor(sampled.logps, dtype=logps.dtype)
 
 
 @contextmanager

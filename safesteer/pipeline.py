@@ -36,6 +36,7 @@ from safesteer.extraction import (
     system_contrast,
 )
 from safesteer.files import write_text
+from safesteer.guards import judged
 from safesteer.judges import refuses
 from safesteer.lora import merged, without_adapter, write_adapter
 from safesteer.models import ChatModel, bridge, load_model
@@ -289,11 +290,13 @@ def measure(run: Run, base: ChatModel) -> list[str]:
     lines = []
     for label in ("harmful", "harmless"):
         rows = [p for p in test.prompts if p.label == label]
+        texts = [p.text for p in rows]
+        refused = {name: judged(run.judge, texts, answers[name][label]) for name in scores}
         for i, p in enumerate(rows):
             row = {"prompt": p.text, "label": label, "category": p.category}
             for name in scores:
                 text = answers[name][label][i]
-                row |= {name: text, f"{name}_refuses": run.judge(p.text, text)}
+                row |= {name: text, f"{name}_refuses": refused[name][i]}
             lines.append(json.dumps(row, ensure_ascii=True))
     write_text(run.path / "answers.jsonl", "\n".join(lines) + "\n")
     settings = {"model": run.model, **asdict(run.recipe)}

@@ -22,7 +22,7 @@ from transformers import Cache, DynamicCache
 from safesteer import steering
 from safesteer.divergence import kl_divergence, logits_of, refusal_score
 from safesteer.extraction import Candidates
-from safesteer.generation import generate_ids
+from safesteer.generation import continued
 from safesteer.hooks import record, starting_at
 from safesteer.models import ChatModel, final_hidden, hf_model, output_head
 from safesteer.prompts import PromptBatch, PromptSet, batches
@@ -69,7 +69,7 @@ def score(
     harmful, harmless = (batches(chat.tokenizer, p, batch_size) for p in (prompts.harmful, prompts.harmless))
     asked = [whole.rows(len(prompts.harmful) + torch.tensor(rows)) for rows in harmless]
     # KL over the base's own first tokens: one token alone is often structural.
-    answered = [_answered(chat, batch, n_kl_tokens - 1) for batch in asked]
+    answered = [continued(chat, batch, n_kl_tokens - 1) for batch in asked]
 
     by_layer = torch.tensor(sorted(range(len(layers)), key=layers.__getitem__))
     total, done = len(vectors) * (len(prompts.harmful) + len(prompts.harmless)), 0
@@ -95,10 +95,6 @@ def score(
     return found
 
 
-def _answered(chat: ChatModel, batch: PromptBatch, n_tokens: int) -> PromptBatch:
-    return batch.extended(generate_ids(chat, batch, max_new_tokens=n_tokens)) if n_tokens > 0 else batch
-
-
 def _ablate_placebo(seed: int):
     return lambda model, vector: steering.ablate_placebo(model, vector, seed)
 
@@ -111,11 +107,11 @@ def _random_like(vectors: Tensor, seed: int) -> Tensor:
     return torch.stack(axes).to(vectors) * vectors.norm(dim=-1, keepdim=True)
 
 
-def _chunks(items: list[int], batch: PromptBatch, tokens_a_pass: int) -> tuple[Tensor, ...]:
-    """Candidates in even groups whose rows fill a pass."""
+def _chunks(n: int, batch: PromptBatch, tokens_a_pass: int) -> tuple[Tensor, ...]:
+    """Candidates 0 to n - 1 in even groups whose rows fill a pass."""
     rest = batch.prompt_ids.shape[1] - batch.n_shared
-    n = math.ceil(len(items) * len(batch.prompt_ids) * rest / tokens_a_pass)
-    return torch.tensor(items).tensor_split(max(1, min(n, len(items))))
+    n_passes = math.ceil(n * len(batch.prompt_ids) * rest / tokens_a_pass)
+    return torch.arange(n).tensor_split(max(1, min(n_passes, n)))
 
 
 def _repeated(batch: PromptBatch, times: int) -> PromptBatch:
@@ -154,7 +150,7 @@ def _ablation(chat, whole, vectors, ablate, tokens_a_pass):
 
     def run(batch: PromptBatch, n_last: int):
         size = len(batch.prompt_ids)
-        for at in _chunks(list(range(len(vectors))), batch, tokens_a_pass):
+        for at in _chunks(len(vectors), batch, tokens_a_pass):
             cache = _rows_of(shared, at, size)
             with ablate(chat.model, vectors[at].repeat_interleave(size, 0)):
                 hidden = final_hidden(chat.model, _repeated(batch, len(at)), cache)[:, -n_last:]
@@ -183,7 +179,7 @@ def _addition(chat, whole, vectors, layers, tokens_a_pass):
         with record(chat.model, list(of_layer), lambda h: h) as resid:
             final_hidden(chat.model, batch, _rows_of(base, torch.tensor([0]), size))
         for layer, items in of_layer.items():
-            for part in _chunks(list(range(len(items))), batch, tokens_a_pass):
+            for part in _chunks(len(items), batch, tokens_a_pass):
                 at, cache = torch.tensor(items)[part], _rows_of(shared[layer], part, size)
                 steered = resid[layer] + vectors[at][:, None, None]
                 with starting_at(chat.model, layer, steered.flatten(0, 1)):

@@ -6,10 +6,10 @@ sampler and student are apart on the sampled tokens is logged as `sampler_gap` i
 gives hundredths of a nat, old weights more.
 """
 
-import hashlib
 from collections.abc import Sequence
 
 from safesteer.endpoint import Endpoint
+from safesteer.generation import seed_of
 from safesteer.onpolicy import Sampled, Sampler
 
 
@@ -32,7 +32,7 @@ def server_sampler(endpoint: Endpoint) -> Sampler:
                 "top_p": 1.0,
                 "top_k": -1,
                 "logprobs": 0,
-                "seed": int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4]) >> 1,
+                "seed": seed_of(key) >> 32,  # servers take 31 bits
                 "return_tokens_as_token_ids": True,
             }
             for ids, key in zip(prompts, keys, strict=True)

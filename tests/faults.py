@@ -49,16 +49,19 @@ SETTINGS = {
 SAME = ["direction.safetensors", "tokens.json", "evaluation.json", "answers.jsonl", "model/model.safetensors"]
 
 
-def start(model: Path, out: Path, before: Callable[[], None] = lambda: None) -> int:
-    """Fork a process that runs the command; `before` runs in it first. Returns its pid."""
+def start(model: Path, out: Path, before: Callable[[], None] = lambda: None, log: Path | None = None) -> int:
+    """Fork a process that runs the command; `before` runs in it first. Returns its pid.
+
+    What it prints goes to `log`, by default beside `out`.
+    """
     pid = os.fork()
     if pid:
         return pid
     code = 70
     try:
-        log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        handle = os.open(log or f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
         import torch
 
         from safesteer import cli
@@ -142,6 +145,14 @@ def limit_memory(extra_mb: int) -> Callable[[], None]:
     return before
 
 
+def unclear(kind: str, code: int, allowed: tuple[int, ...], out: Path) -> bool:
+    """True, and printed, where a process ended otherwise than it may, or showed a traceback."""
+    shown = code not in allowed or "Traceback" in log_of(out)
+    if shown:
+        print(f"{kind}: code {code}\n{log_of(out)[-1500:]}", flush=True)
+    return shown
+
+
 class Table:
     def __init__(self) -> None:
         self.rows: dict[str, list[int]] = {}
@@ -216,21 +227,15 @@ def inject(model: Path, work: Path, kills: int, seed: int, short: bool) -> Table
         pid = start(model, out)
         time.sleep(draw.uniform(0.3, 0.9) * seconds)
         os.kill(pid, signal.SIGTERM)
-        shown = wait(pid) not in (0, 130) or "Traceback" in log_of(out)
+        shown = unclear("SIGTERM", wait(pid), (0, 130), out)
         recovers(table, "SIGTERM", model, out, want, shown)
     for i, size in enumerate([4_096, 12_000, 30_000, 60_000, 120_000][: max(2, kills // 4)]):
         out = work / f"full{i}"
-        code = wait(start(model, out, limit_file(size)))
-        shown = code != 1 or "Traceback" in log_of(out)
-        if shown:
-            print(f"disk full at {size} bytes: code {code}\n{log_of(out)[-1500:]}", flush=True)
+        shown = unclear(f"full at {size} bytes", wait(start(model, out, limit_file(size))), (1,), out)
         recovers(table, "disk full", model, out, want, shown)
     for i, extra in enumerate([1, 100, 300][: max(1, kills // 6)]):
         out = work / f"memory{i}"
-        code = wait(start(model, out, limit_memory(extra)))
-        shown = code not in (0, 1) or "Traceback" in log_of(out)
-        if shown:
-            print(f"memory limit {extra} MB: code {code}\n{log_of(out)[-1500:]}", flush=True)
+        shown = unclear(f"{extra} MB more", wait(start(model, out, limit_memory(extra))), (0, 1), out)
         recovers(table, "memory limit", model, out, want, shown)
     for name in ("tokens.json", "model/model.safetensors", "sweep.csv")[: max(1, kills // 6)]:
         out = work / "torn"
@@ -248,18 +253,9 @@ def inject(model: Path, work: Path, kills: int, seed: int, short: bool) -> Table
     recovers(table, "two runs on one folder", model, out, want, not refused)
     blocked = work / "file"
     blocked.write_text("not a folder")
-    code = wait(start_at(model, blocked / "run", work))
+    code = wait(start(model, blocked / "run", log=work / "blocked.log"))
     table.add("a folder that cannot be written", code == 1, False, "Traceback" in log_of(work / "blocked"))
     return table
-
-
-def start_at(model: Path, out: Path, work: Path) -> int:
-    """The command with an output folder below a file; its log stands elsewhere."""
-
-    def before() -> None:
-        sys.argv[sys.argv.index("--out") + 1] = str(out)
-
-    return start(model, work / "blocked", before)
 
 
 def main() -> None:
