@@ -48,7 +48,7 @@ class TokenConfig:
     rollouts: Literal["teacher", "base"] = "teacher"
     prompts: Literal["harmless", "harmful"] = "harmless"
     seed: int = 0
-    batch_size: int = 4  # prompts sampled at once: n_samples caches each
+    batch_size: int = 2  # prompts sampled at once: n_samples caches each
     n_contexts: int = 3
 
     def __post_init__(self) -> None:

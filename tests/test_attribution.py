@@ -8,9 +8,9 @@ from math import isclose, log
 import pandas as pd
 import pytest
 import torch
-from conftest import PROMPTS, assert_near, batch_of, naive_logits, random_vector
 from rich.console import Console
 
+from conftest import PROMPTS, assert_near, batch_of, naive_logits, random_vector
 from safesteer import attribution
 from safesteer.attribution import direction_figures, figures
 from safesteer.attribution.coverage import (
@@ -21,7 +21,7 @@ from safesteer.attribution.coverage import (
     totals,
 )
 from safesteer.attribution.explain import Attribution, ExplainConfig, explain, pick_traces
-from safesteer.attribution.groups import GROUPS, group_of
+from safesteer.attribution.groups import GROUPS, NO_RULE, by_cluster, group_of
 from safesteer.attribution.page_data import page_data
 from safesteer.attribution.report import as_json, build_page, write_report
 from safesteer.attribution.stability import jaccard, stability
@@ -193,6 +193,24 @@ def test_a_group_can_come_from_neighbours_or_from_the_user():
     assert group_of(1, " perdón", [(" sorry", 0.3)])[0] == "other"
     assert group_of(1, " sorry", [], {"sorry": "hedges"}) == ("hedges", "your choice")
     assert group_of(7, " sorry", [], {7: "other"})[0] == "other"
+
+
+def test_a_token_without_a_rule_takes_the_group_of_the_tokens_voted_for_where_it_is():
+    sorry, hedge = torch.tensor([1.0, 0.0, 0.1]), torch.tensor([0.0, 1.0, -0.1])
+    contexts = torch.stack([sorry, sorry, hedge, sorry, hedge])
+    named = (
+        [("starts a refusal", "word list: sorry")] * 2
+        + [("hedges", "word list: but")]
+        + [
+            ("other", NO_RULE),
+            ("other", NO_RULE),
+        ]
+    )
+    got = by_cluster(named, contexts, contexts)
+    assert [g for g, _ in got] == ["starts a refusal"] * 2 + ["hedges", "starts a refusal", "other"]
+    assert got[4][1] == NO_RULE  # one named peer is not enough
+    mine = [*named[:3], ("other", "your choice"), named[4]]
+    assert by_cluster(mine, contexts, contexts)[3] == ("other", "your choice")
 
 
 def test_an_unknown_group_is_refused(tiny_llama, direction, chosen, sampled):

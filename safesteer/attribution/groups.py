@@ -8,7 +8,11 @@ In this order, the first that applies:
 4. its neighbours: the group that most of its listed nearest unembedding neighbours have, if their
    cosine is 0.4 or more (this is what finds spelling variants and other languages); neighbours
    of one or two letters are left out, they are near to every short word;
-5. "other".
+5. its cluster: tokens of S are clustered by where they are voted for and by what they are (the mean
+   hidden state of a token's voting positions beside its unembedding row, each centred and scaled to
+   length 1; average linkage by cosine). A token without a group takes the one that most named tokens
+   of its cluster have, if at least two agree;
+6. "other".
 The lists were written from what refusals say, not fitted to any model: a group is a reading aid,
 and nothing is computed from it.
 """
@@ -16,11 +20,19 @@ and nothing is computed from it.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import torch
+from jaxtyping import Float
+from sklearn.cluster import AgglomerativeClustering
+from torch import Tensor
+from torch.nn.functional import normalize
+
 from safesteer.errors import SafeSteerError
 
 GROUPS = ("starts a refusal", "names the harm", "hedges", "format", "other")
+NO_RULE = "no rule applies"
 MIN_COSINE = 0.4
 MIN_LETTERS = 3
+MIN_ALIKE = 0.3  # mean cosine at which two clusters still join
 
 # Stems; a trailing "." asks for the whole word.
 STEMS = {
@@ -41,6 +53,8 @@ STEMS = {
         " provide assist help support although though. while. please"
     ),
 }
+
+WORD_GROUPS = tuple(STEMS)
 
 
 def by_word(text: str) -> tuple[str, str] | None:
@@ -85,4 +99,34 @@ def group_of(
         group = Counter(g for g, _, _ in named).most_common(1)[0][0]
         _, like, cosine = next(n for n in named if n[0] == group)
         return group, f"like its neighbour '{like.strip()}' (cosine {cosine:.2f})"
-    return "other", "no rule applies"
+    return "other", NO_RULE
+
+
+def by_cluster(
+    named: Sequence[tuple[str, str]],
+    contexts: Float[Tensor, "n_set d_model"],
+    rows: Float[Tensor, "n_set d_model"],
+) -> list[tuple[str, str]]:
+    """Rule 5 for the tokens that `named`, (group, reason) of each, left in "other" without a reason of
+    the user's. `contexts` and `rows` are centred."""
+    if len(named) < 2:
+        return list(named)
+    both = torch.cat([normalize(contexts.float(), dim=-1), normalize(rows.float(), dim=-1)], -1)
+    # A token that nothing voted for has no context: it is compared by its row alone.
+    model = AgglomerativeClustering(
+        n_clusters=None,  # type: ignore[arg-type]  # the distance decides how many
+        metric="cosine",
+        linkage="average",
+        distance_threshold=1 - MIN_ALIKE,
+    )
+    clusters = model.fit_predict(both.cpu().numpy()).tolist()
+    found = []
+    for (group, reason), cluster in zip(named, clusters, strict=True):
+        peers = Counter(
+            g for (g, _), c in zip(named, clusters, strict=True) if c == cluster and g in WORD_GROUPS
+        )
+        if reason == NO_RULE and peers and peers.most_common(1)[0][1] > 1:
+            group, n = peers.most_common(1)[0]
+            reason = f"voted for where {n} tokens that it resembles are"
+        found.append((group, reason))
+    return found

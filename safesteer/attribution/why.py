@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from safesteer.attribution.groups import check_override, group_of
+from safesteer.attribution.groups import by_cluster, check_override, group_of
 from safesteer.attribution.text import token_text
 from safesteer.directions import Direction, steer
 from safesteer.models import ChatModel, final_hidden, hf_model, output_head
@@ -117,17 +117,21 @@ def why(
     direct, change = logit_parts(base, direction, tokens.ids, texts[:n_prompts])
     near = neighbours(base, tokens.ids, n_neighbours)
     n_positions, horizon = int(sampled.valid.sum()), sampled.valid.shape[1]
-    found = {}
+    found, names = {}, [token_text(base.tokenizer, token) for token in tokens.ids.tolist()]
+    rules = [
+        group_of(token, text, close, groups)
+        for token, text, close in zip(tokens.ids.tolist(), names, near, strict=True)
+    ]
+    grouped = by_cluster(rules, _contexts(sampled, votes), _centred_rows(base, tokens.ids))
     for column, token in enumerate(tokens.ids.tolist()):
         mine = votes[column]
         steps = Counter(v.step for v in mine)
         by_prompt = Counter(sampled.prompts[v.row] for v in mine)
         best = sorted(mine, key=lambda v: v.p_base - v.p_teacher)
-        text = token_text(base.tokenizer, token)
-        group, reason = group_of(token, text, near[column], groups)
+        group, reason = grouped[column]
         found[token] = Why(
             id=token,
-            text=text,
+            text=names[column],
             group=group,
             group_reason=reason,
             n_positions=n_positions,
@@ -150,6 +154,23 @@ def why(
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def _contexts(sampled: Rollouts, votes: Sequence[Sequence[_Vote]]) -> Float[Tensor, "n_set d_model"]:
+    """Mean steered hidden state of each token's voting positions, about the mean of all that count."""
+    middle = sampled.teacher[sampled.valid].mean(0)
+    means = [
+        sampled.teacher[[v.row for v in mine], [v.step for v in mine]].mean(0) - middle
+        if mine
+        else torch.zeros_like(middle)
+        for mine in votes
+    ]
+    return torch.stack(means)
+
+
+def _centred_rows(base: ChatModel, ids: Int[Tensor, " n_set"]) -> Float[Tensor, "n_set d_model"]:
+    weight = output_head(base.model)[0][: len(base.tokenizer)]  # type: ignore[arg-type]
+    return weight[ids.to(base.device)].float() - weight.float().mean(0)
 
 
 def _places(base: ChatModel, sampled: Rollouts, best: Sequence[_Vote], n_places: int) -> tuple[Place, ...]:
