@@ -1,0 +1,268 @@
+"""SafeSteer beside what one would do instead, from the same prompts and the same budget.
+
+    python analysis/comparison.py --data DATA [--seeds 3] [--steps 20] [--out analysis/results/comparison]
+
+Claim (paper, Tables 1 and 2): distilling a steered teacher on ~50 tokens gives the safety of other
+methods at less cost elsewhere. It is refuted here if SFT on refusals, DPO or full-vocabulary
+distillation refuses as many harmful prompts with fewer harmless refusals and as much capability.
+
+    base            the model as it is
+    system prompt   the same under a system prompt that asks for refusals
+    teacher         the same, steered
+    sft             supervised: the teacher's refusals on harmful prompts, the base's answers on harmless
+    dpo             preferences: refusal over the base's answer, and the base's answer over the teacher's
+    full            on-policy distillation over the whole vocabulary (everything else as SafeSteer)
+    safesteer       on-policy distillation on S
+
+All trained methods see the 100 pairs of the split `distil`, train the same blocks, and take the same
+number of steps of 28 answers (dpo: 12 pairs) with AdamW, warm-up and cosine. SFT gets the better of two
+learning rates by val (harmful refusals - harmless refusals, seed 0), DPO one, `full` SafeSteer's.
+The answers of SFT and DPO are cut at their last whole sentence. Scores are on the test split, which
+decided nothing. Each model's row is a file in OUT, so an interrupted comparison continues.
+Needs the extras `eval` and `peers`.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from rich.console import Console
+
+import safesteer as ss
+from safesteer import pipeline
+from safesteer.capability import capability
+from safesteer.evaluate import EvalConfig, evaluate, kl_on_answers
+from safesteer.files import read_json, write_json, write_text
+from safesteer.models import ChatModel, hf_model
+from safesteer.refusal import REFUSING_SYSTEM
+
+CAPABILITY = ("arc_easy", "piqa", "lambada_openai")
+METHODS = ("sft", "dpo", "full", "safesteer")
+# Tried by val with seed 0. Those of the distillations were chosen by val earlier (docs/experiments.md).
+RATES = {"sft": (3e-5, 1e-4), "dpo": (5e-5,), "full": (3e-4,), "safesteer": (3e-4,)}
+A_STEP = 28  # answers: 10 harmful and 18 harmless where they are drawn apart
+SMALL = {"harmful_per_step": 10, "harmless_per_step": 18}
+
+
+def whole_sentences(answer: str) -> str:
+    end = max(answer.rfind(mark) for mark in ".!?")
+    return answer[: end + 1] if end >= 0 else answer
+
+
+def examples(base: ChatModel, direction: ss.Direction, pairs: ss.PromptSet) -> list[dict]:
+    """One row a prompt: the answer to learn and the one to prefer it to."""
+    said = {}
+    for label, texts in (("harmful", pairs.harmful), ("harmless", pairs.harmless)):
+        said[label, "base"] = ss.generate(base, texts, max_new_tokens=48)
+        with ss.steer(base, direction):
+            said[label, "teacher"] = ss.generate(base, texts, max_new_tokens=48)
+    rows = []
+    for label, texts, chosen, rejected in (
+        ("harmful", pairs.harmful, "teacher", "base"),
+        ("harmless", pairs.harmless, "base", "teacher"),
+    ):
+        for text, good, bad in zip(texts, said[label, chosen], said[label, rejected], strict=True):
+            if label == "harmful" and not ss.refuses(text, good):
+                continue  # what is not a refusal is not taught as one
+            turns = {"chosen": whole_sentences(good), "rejected": whole_sentences(bad)}
+            if turns["chosen"] and turns["rejected"] and turns["chosen"] != turns["rejected"]:
+                rows.append({"prompt": text, "label": label, **turns})
+    return rows
+
+
+def with_peer(method: str, direction, rows: list[dict], seed: int, steps: int, lr: float) -> ChatModel:
+    """SFT or DPO with TRL on the blocks that SafeSteer trains."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    def turn(role: str, text: str) -> list[dict]:
+        return [{"role": role, "content": text}]
+
+    mixed = rows.copy()
+    random.Random(seed).shuffle(mixed)
+    student = ss.begin(ss.load_model("smollm2-135m"), direction, ss.DistillConfig()).student
+    model, tokenizer = hf_model(student.model), student.tokenizer
+    common = {
+        "output_dir": tempfile.mkdtemp(),
+        "max_steps": steps,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": lr,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, steps // 10),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "seed": seed,
+    }
+    if method == "sft":
+        data = [
+            {"prompt": turn("user", r["prompt"]), "completion": turn("assistant", r["chosen"])} for r in mixed
+        ]
+        config = SFTConfig(per_device_train_batch_size=A_STEP // 4, **common)
+        trainer = SFTTrainer(model, config, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
+    else:
+        data = [
+            {
+                "prompt": turn("user", r["prompt"]),
+                "chosen": turn("assistant", r["chosen"]),
+                "rejected": turn("assistant", r["rejected"]),
+            }
+            for r in mixed
+        ]
+        config = DPOConfig(per_device_train_batch_size=A_STEP // 8, **common)
+        trainer = DPOTrainer(
+            model,
+            ref_model=hf_model(ss.load_model("smollm2-135m").model),
+            args=config,
+            train_dataset=Dataset.from_list(data),
+            processing_class=tokenizer,
+        )
+    trainer.train()
+    model.eval()
+    return replace(student, model=model)
+
+
+def distilled(method: str, base, direction, pairs, val, seed: int, steps: int) -> ChatModel:
+    """SafeSteer, or the same over the whole vocabulary."""
+    recipe = ss.recipe("quick", seed)
+    tokens = ss.select_tokens(base, direction, val.harmless, recipe.tokens)
+    support = "safety" if method == "safesteer" else "full"
+    config = replace(recipe.distill, n_steps=steps, support=support, **SMALL)
+    state = ss.begin(ss.load_model("smollm2-135m"), direction, config)
+    for _ in ss.distill(state, base, direction, tokens, pairs.harmful, pairs.harmless, config):
+        pass
+    return state.student
+
+
+def trained(method: str, base, direction, prompts, rows, seed: int, steps: int, lr: float) -> ChatModel:
+    torch.manual_seed(seed)
+    if method in ("sft", "dpo"):
+        return with_peer(method, direction, rows, seed, steps, lr)
+    return distilled(method, base, direction, prompts.split("distil"), prompts.split("val"), seed, steps)
+
+
+def under_system(chat: ChatModel) -> ChatModel:
+    """The model with the refusing system prompt written into its chat template."""
+    tokenizer = deepcopy(chat.tokenizer)
+    first = json.dumps([{"role": "system", "content": REFUSING_SYSTEM}])
+    tokenizer.chat_template = f"{{% set messages = {first} + messages %}}{tokenizer.chat_template}"
+    return replace(chat, tokenizer=tokenizer)
+
+
+@contextmanager
+def untrained(method: str, base: ChatModel, direction) -> Iterator[ChatModel]:
+    if method == "system prompt":
+        yield under_system(base)
+    elif method == "teacher":
+        copy = replace(base, model=deepcopy(base.model))
+        with ss.steer(copy, direction):
+            yield copy
+    else:
+        yield base
+
+
+def measured(chat: ChatModel, base: ChatModel, options, method: str, said: list[str] | None) -> dict:
+    test = ss.load_prompts().split("test").head(options.pairs)
+    text = "".join(
+        json.loads(line)["prompt"]
+        for line in (options.data / "wikitext2_test.jsonl").read_text().splitlines()
+    )
+    config = EvalConfig(perplexity_tokens=8192)
+    scores, answers = evaluate(chat, base, test, config, text=text)
+    drift = None  # a system prompt changes the prompt itself, so positions do not match
+    if said is not None and method != "system prompt":
+        drift = sum(kl_on_answers(base, chat, test.harmless, said, config)) / len(said)
+    row = {
+        "harmful": scores.refusal_rate_harmful,
+        "harmless": scores.refusal_rate_harmless,
+        "n": scores.n,
+        "kl_harmless": drift,
+        "wikitext2_perplexity": scores.perplexity,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        found = capability(chat, CAPABILITY, folder, data=options.data, limit=options.limit)
+    row |= dict(zip(found.task, found.value, strict=True))
+    return row | {"said": answers["harmless"] if method == "base" else None}
+
+
+def by_rate(method: str, base, direction, prompts, rows, options, console) -> tuple[ChatModel, float]:
+    """Seed 0 at each learning rate, and the better model by val; what was tried is written to OUT."""
+    tried, best = {}, None
+    for lr in RATES[method]:
+        chat = trained(method, base, direction, prompts, rows, 0, options.steps, lr)
+        scores, _ = evaluate(chat, base, prompts.split("val"), EvalConfig(perplexity_tokens=64))
+        tried[str(lr)] = scores.refusal_rate_harmful, scores.refusal_rate_harmless
+        console.print(f"{method} lr {lr}: val {tried[str(lr)]}", highlight=False)
+        gap = scores.refusal_rate_harmful - scores.refusal_rate_harmless
+        if best is None or gap > best[0]:
+            best = gap, chat, lr
+    write_json(options.out / f"rate-{method}.json", tried)
+    assert best is not None
+    return best[1], best[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of local rows (WikiText-2, ARC, ...)"
+    )
+    parser.add_argument("--direction", type=Path, help="a direction file; default: found by stage 1 of a run")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--limit", type=int, default=80, help="rows a capability task")
+    parser.add_argument("--out", type=Path, default=Path("analysis/results/comparison"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    console, prompts = Console(), ss.load_prompts()
+    base = ss.load_model("smollm2-135m")
+    if options.direction is None:
+        run = pipeline.align(
+            "smollm2-135m", options.out / "run", ss.recipe("quick", 0), stages=("direction",)
+        )
+        options.direction = run / "direction.safetensors"
+    direction = ss.Direction.load(options.direction, base)
+    rows = examples(base, direction, prompts.split("distil"))
+    console.print(f"{len(rows)} examples: {sum(r['label'] == 'harmful' for r in rows)} refusals")
+    said: list[str] | None = None
+    for method in ("base", "system prompt", "teacher"):
+        path = options.out / f"{method.replace(' ', '-')}.json"
+        if not path.exists():
+            with untrained(method, base, direction) as chat:
+                write_json(path, {"method": method, "seed": 0, **measured(chat, base, options, method, said)})
+        said = read_json(options.out / "base.json")["said"]
+        console.print(read_json(path) | {"said": None}, highlight=False)
+    for seed in range(options.seeds):
+        for method in METHODS:
+            path = options.out / f"{method}-{seed}.json"
+            if not path.exists():
+                started = time.perf_counter()
+                if seed == 0 and len(RATES[method]) > 1:
+                    chat, lr = by_rate(method, base, direction, prompts, rows, options, console)
+                else:
+                    first = options.out / f"{method}-0.json"
+                    lr = read_json(first)["lr"] if first.exists() else RATES[method][0]
+                    chat = trained(method, base, direction, prompts, rows, seed, options.steps, lr)
+                spent = round(time.perf_counter() - started)
+                found = measured(chat, base, options, method, said)
+                write_json(path, {"method": method, "seed": seed, "lr": lr, "train_s": spent, **found})
+            console.print(read_json(path) | {"said": None}, highlight=False)
+    table = pd.DataFrame([read_json(p) for p in sorted(options.out.glob("*.json")) if "rate-" not in p.name])
+    write_text(options.out.with_suffix(".csv"), table.drop(columns="said").to_csv(index=False))
+
+
+if __name__ == "__main__":
+    main()
