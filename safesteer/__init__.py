@@ -6,6 +6,7 @@ alone, and take home a plain Hugging Face checkpoint.
 
 __version__ = "0.1.0"
 
+from safesteer.benchmarks import load_benchmark
 from safesteer.calibration import by_answers, by_refusals, calibrate, grid
 from safesteer.directions import Direction, steer
 from safesteer.distill import StepRecord, distill
@@ -34,6 +35,7 @@ from safesteer.refusal import RefusalTokens, learn_refusal_tokens, refusal_score
 from safesteer.server import server_sampler
 from safesteer.steering import ablate, add, clamp, gate
 from safesteer.student import DistillConfig, begin
+from safesteer.suite import Suite, run_suite
 from safesteer.sweep import Sweep, SweepConfig, sweep
 from safesteer.tokens import TokenConfig, TokenSet, select_tokens
 
@@ -53,6 +55,7 @@ __all__ = [
     "SafeSteerError",
     "Scores",
     "StepRecord",
+    "Suite",
     "Sweep",
     "SweepConfig",
     "TokenConfig",
@@ -77,6 +80,7 @@ __all__ = [
     "given",
     "grid",
     "learn_refusal_tokens",
+    "load_benchmark",
     "load_model",
     "load_prompts",
     "logistic_probe",
@@ -89,6 +93,7 @@ __all__ = [
     "refusal_token_ids",
     "refuses",
     "refuses_anywhere",
+    "run_suite",
     "select_tokens",
     "server_sampler",
     "steer",

@@ -183,7 +183,7 @@ def capability(
                 first = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise SafeSteerError(f"The task '{task.name}' could not be run: {first}") from error
             assert found is not None
-            rows.append(_row(task, name, found))
+            rows.append(_row(task, name, dict(found)))
     return pd.DataFrame(rows, columns=["task", "metric", "value", "stderr", "n"])
 
 

@@ -1,8 +1,9 @@
 """The command line: thin. Parse, call the library, turn a SafeSteerError into one sentence.
 
 safesteer align MODEL --out RUN [--preset quick|paper] [--set distill.lr=3e-5 ...]
-safesteer sweep, tokens, distill, evaluate   the same up to that stage
-safesteer report RUN                         the page again, from a run folder
+safesteer sweep, tokens, distill     the same up to that stage
+safesteer evaluate MODEL_OR_RUN      a suite of benchmarks: quick, small or paper
+safesteer report RUN                 the page again, from a run folder
 """
 
 import os
@@ -95,11 +96,21 @@ def _stage(name: str, stages: tuple[str, ...], help_text: str) -> None:
 _stage("sweep", ("direction",), "Stage 1 alone: score candidate directions and select one.")
 _stage("tokens", ("direction", "tokens"), "Up to stage 2: select the safety tokens.")
 _stage("distill", ("direction", "tokens", "distill", "export"), "Up to the exported model.")
-_stage(
-    "evaluate",
-    ("direction", "tokens", "distill", "export", "evaluate"),
-    "Up to the evaluation of base, teacher and student.",
-)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A run folder (base and student), or a model.")],
+    suite: Annotated[str, typer.Option(help="'quick', 'small' or 'paper'.")] = "quick",
+    out: Annotated[Path | None, typer.Option(help="Folder to write or continue.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of local benchmark rows.")] = None,
+) -> None:
+    """Refusals, over-refusals, capability, drift and perplexity, as one table with intervals."""
+    from safesteer.suite import run_suite
+
+    console = Console()
+    table = run_suite(target, suite, out, data=data, console=console)
+    console.print(table.to_string(index=False, float_format="{:.3f}".format), highlight=False)
 
 
 @app.command()

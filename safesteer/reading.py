@@ -7,13 +7,14 @@
                    output on the direction, averaged harmful minus harmless
     residual_pca   first two principal components of the residuals of each layer, with the direction
                    drawn in
+    representation_shift   where the final hidden states of base, teacher and student lie (Figure 3)
     separability   how well a few coordinates of the residual tell harmful from harmless, held out,
                    beside shuffled labels (TransformerLens's sweep_sparse_probe)
 
 All return plain tables; `attribution.direction_figures` draws them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -191,6 +192,35 @@ def residual_pca(
             pc1, pc2 = (axes[:2] @ (direction.unit.double().cpu() * gap)).tolist()
             rows.append((layer, "direction", "", pc1, pc2, explained))
     return pd.DataFrame(rows, columns=["layer", "label", "text", "pc1", "pc2", "explained"])
+
+
+@torch.no_grad()
+def representation_shift(
+    models: Mapping[str, ChatModel], prompts: Sequence[str], *, batch_size: int = 32
+) -> pd.DataFrame:
+    """Final hidden states at the last prompt position, in the first model's principal plane (Figure 3).
+
+    Columns: model, text, pc1, pc2, explained (share of the first model's variance in the plane), shift:
+    the distance of a model's mean from the first model's, in units of the first model's spread (root
+    mean squared distance from its mean). A model that carries hooks (`steer`) is read with them.
+    """
+    rows, reference = [], None
+    for name, chat in models.items():
+        states = torch.zeros((len(prompts), chat.d_model), dtype=torch.float64)
+        for at in batches(chat.tokenizer, prompts, batch_size):
+            batch = PromptBatch.of(chat.tokenizer, [prompts[i] for i in at], device=chat.device)
+            states[at] = final_hidden(chat.model, batch)[:, -1].double().cpu()
+        if reference is None:
+            centre = states.mean(0)
+            _, sizes, axes = torch.linalg.svd(states - centre, full_matrices=False)
+            spread = (states - centre).pow(2).sum(-1).mean().sqrt().clamp(min=1e-30)
+            explained = float((sizes[:2] ** 2).sum() / (sizes**2).sum().clamp(min=1e-30))
+            reference = centre, axes[:2], spread, explained
+        centre, plane, spread, explained = reference
+        shift = float((states.mean(0) - centre).norm() / spread)
+        points = ((states - centre) @ plane.T).tolist()
+        rows += [(name, t, x, y, explained, shift) for t, (x, y) in zip(prompts, points, strict=True)]
+    return pd.DataFrame(rows, columns=["model", "text", "pc1", "pc2", "explained", "shift"])
 
 
 def separability(

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from safesteer.models import ChatModel, bridge, load_model
 from safesteer.prompts import PromptBatch, PromptSet, load_prompts
 
 PACKAGE = Path(__file__).parent.parent / "safesteer"
+# Public benchmark rows, which are not part of the project: beside a checkout, or where you say.
+SHARED = Path(os.environ.get("SAFESTEER_DATA", PACKAGE.parents[1] / "shared" / "data"))
 
 CHATML = (  # like SmolLM2: a system turn of its own where none is given
     "{% for message in messages %}"

@@ -14,6 +14,7 @@ MAY_IMPORT = {  # the rooms that each room may look into
     "judges": set(),
     "endpoint": {"errors"},
     "stats": set(),
+    "benchmarks": {"errors"},
 }
 for below, above in [
     ("models", "prompts"),
@@ -21,6 +22,7 @@ for below, above in [
     ("hooks", "models"),
     ("steering", "hooks"),
     ("perplexity", "models"),
+    ("capability", "models"),
     ("guards", "generation"),
     ("refusal", "generation"),
     ("extraction", "refusal"),

@@ -36,6 +36,15 @@ def test_align_and_report_from_the_shell(model_folder, tmp_path):  # noqa: F811
     assert (out / "report.html").exists()
 
 
+def test_evaluate_a_model_from_the_shell(model_folder, tmp_path):  # noqa: F811
+    out = tmp_path / "suite"
+    done = cli("evaluate", str(model_folder), "--suite", "quick", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "own-harmful" in done.stdout
+    assert (out / "evaluation.json").exists()
+    fails_with("Unknown suite 'huge'", "evaluate", str(model_folder), "--suite", "huge")
+
+
 def test_unknown_model_and_leftovers(tmp_path):
     fails_with(
         "Cannot load the model 'no/such-model'", "align", "no/such-model", "--out", str(tmp_path / "r")

@@ -258,3 +258,48 @@ def evaluation_figure(scores: Mapping[str, Mapping[str, Any]], theme: Theme = "l
         )
     figure = figure_of(bars, "", "refused", theme, barmode="group", bargroupgap=0.08)
     return figure.update_yaxes(tickformat=".0%", range=[0, 1.04])
+
+
+def suite_figure(table: pd.DataFrame, theme: Theme = "light") -> go.Figure:
+    """A suite's rates with 95 % intervals, models side by side: refused, over-refused, capability."""
+    kinds = ["harmful", "over-refusal", "capability"]
+    rates = table[table.kind.isin(kinds) & (table.metric != "refusal phrase anywhere")]
+    bars = []
+    for model, rows in rates.groupby("model", sort=False):
+        bars.append(
+            go.Bar(
+                x=[rows.kind.tolist(), [safe(n) for n in rows["name"]]],
+                y=numbers(rows.value),
+                name=safe(str(model)),
+                marker={"color": COLOURS.get(str(model), SEQUENCE[4])},
+                error_y={
+                    "array": numbers(rows.high - rows.value),
+                    "arrayminus": numbers(rows.value - rows.low),
+                    "thickness": 1.2,
+                    "width": 4,
+                    "color": "#8a8f98",
+                },
+                hovertemplate=f"{safe(str(model))}<br>%{{x}}: %{{y:.1%}}<extra></extra>",
+            )
+        )
+    figure = figure_of(bars, "", "share of prompts or rows", theme, barmode="group", bargroupgap=0.08)
+    return figure.update_yaxes(tickformat=".0%", range=[0, 1.04])
+
+
+def shift_figure(points: pd.DataFrame, theme: Theme = "light") -> go.Figure:
+    """Final hidden states of several models in the first one's principal plane (paper, Figure 3)."""
+    traces = []
+    for model, rows in points.groupby("model", sort=False):
+        shift = rows["shift"].iloc[0]
+        traces.append(
+            go.Scatter(
+                x=rows.pc1,
+                y=rows.pc2,
+                mode="markers",
+                name=f"{safe(str(model))}: shift {shift:.2f}",
+                marker={"color": COLOURS.get(str(model), SEQUENCE[4]), "size": 6, "opacity": 0.7},
+                text=[safe(t, 60) for t in rows.text],
+                hovertemplate="%{text}<extra></extra>",
+            )
+        )
+    return figure_of(traces, "PC 1 of the first model", "PC 2", theme, height=380)
