@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test faults check format clean
+.PHONY: setup demo test faults ablations ablations-quick check format clean
 
 setup: $(VENV)/.ready
 
@@ -29,6 +29,17 @@ test: setup
 
 faults: setup
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python faults.py
+
+ABLATIONS := table3_teachers table4_support table5_normalizers selection_rollouts selection_horizon \
+  selection_size selection_method harmful_samples figure3_shift
+
+# Hours on two cores; every arm is a file in analysis/results, so it can be stopped and continued.
+ablations: setup
+	set -e; for name in $(ABLATIONS); do $(BIN)/python analysis/$$name.py $(ARGS); done
+
+# Minutes: do the scripts work? Their numbers say nothing.
+ablations-quick: setup
+	set -e; for name in $(ABLATIONS); do $(BIN)/python analysis/$$name.py --quick --out runs/ablations; done
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -1,0 +1,199 @@
+"""What every ablation shares: one arm is a recipe with some settings replaced; its score is a row.
+
+1. the direction, once a model (stage 1 of a run folder, cached);
+2. for each arm and seed: select S, distil, and score the student on the test split;
+3. a csv, and a figure of harmful against harmless refusals with 95 % intervals.
+
+Every (arm, seed) is a file, so an interrupted study continues. `--quick` shrinks everything to minutes:
+it shows that a script works and says nothing about its claim. `--model`, `--preset` and `--set` are those
+of `safesteer align`; `--model refusing` is the small model that refuses natively (refusing_model.py).
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from refusing_model import refusing_model
+from rich.console import Console
+
+import safesteer as ss
+from safesteer import pipeline
+from safesteer.attribution.figures import SEQUENCE, figure_of, safe
+from safesteer.files import read_json, write_json, write_text
+from safesteer.stats import wilson
+
+N_HARMFUL = (
+    "n_harmful"  # the one key of an arm that is not a setting: how many harmful prompts are distilled on
+)
+QUICK = {
+    "n_direction": 8,
+    "sweep.n_prompts": 2,
+    "sweep.n_controls": 1,
+    "sweep.n_held_out": 1,
+    "sweep.n_answer_prompts": 2,
+    "sweep.n_answered": 1,
+    "tokens.n_samples": 1,
+    "distill.n_steps": 2,
+    "distill.harmful_per_step": 3,
+    "distill.n_rollouts": 1,
+    "distill.max_new_tokens": 4,
+    "evaluation.n_prompts": 6,
+    "evaluation.max_new_tokens": 8,
+    "evaluation.perplexity_tokens": 256,
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """The command line of an ablation, and what is loaded for it."""
+
+    name: str
+    out: Path
+    model: str
+    preset: str
+    seeds: int
+    quick: bool
+    settings: Mapping[str, Any]
+    console: Console
+
+    @property
+    def folder(self) -> Path:
+        return self.out / f"{self.name}{'-quick' if self.quick else ''}"
+
+    def recipe(self, arm: Mapping[str, Any], seed: int) -> ss.Recipe:
+        changes = dict(self.settings) | {k: v for k, v in arm.items() if k != N_HARMFUL}
+        if self.quick:
+            changes |= QUICK | ({"distill.harmless_per_step": 4} if self.preset == "quick" else {})
+        return ss.recipe(self.preset, seed, **changes)
+
+    def direction(self, base: ss.ChatModel) -> ss.Direction:
+        """Stage 1 with seed 0, once for all studies of a model and preset."""
+        short = Path(self.model).name
+        run = self.out / f"direction-{short}-{self.preset}{'-quick' if self.quick else ''}"
+        if not (run / "direction.safetensors").exists():
+            pipeline.align(self.model, run, self.recipe({}, 0), stages=("direction",), console=self.console)
+        return ss.Direction.load(run / "direction.safetensors", base)
+
+
+def read_command_line(name: str, about: str) -> Study:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="Hub id, folder, smollm2-135m or refusing")
+    parser.add_argument("--preset", default="quick", choices=["quick", "paper"])
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="minutes, one seed: does the script work?")
+    parser.add_argument("--out", type=Path, default=Path("analysis/results"))
+    given = parser.parse_args()
+    model = str(refusing_model()) if given.model == "refusing" else given.model
+    settings = dict(pair.split("=", 1) for pair in given.settings)
+    seeds = 1 if given.quick else given.seeds
+    return Study(name, given.out, model, given.preset, seeds, given.quick, settings, Console())
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """One arm's result, with what it came from."""
+
+    base: ss.ChatModel
+    direction: ss.Direction
+    tokens: ss.TokenSet
+    student: ss.ChatModel
+    recipe: ss.Recipe
+
+
+def trained(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int) -> Trained:
+    """The paper's three steps under the arm's settings."""
+    recipe, prompts, direction = study.recipe(arm, seed), ss.load_prompts(), study.direction(base)
+    val, distil = prompts.split("val"), prompts.split("distil")
+    texts = val.harmless if recipe.tokens.prompts == "harmless" else val.harmful
+    tokens = ss.select_tokens(base, direction, texts[:4] if study.quick else texts, recipe.tokens)
+    state = ss.begin(ss.load_model(study.model), direction, recipe.distill)
+    harmful = distil.harmful[: arm.get(N_HARMFUL)]
+    for _ in ss.distill(state, base, direction, tokens, harmful, distil.harmless, recipe.distill):
+        pass
+    return Trained(base, direction, tokens, state.student, recipe)
+
+
+def scored(found: Trained) -> dict[str, Any]:
+    """Refusals on test, drift and perplexity of the student; S and its size."""
+    test, config = ss.load_prompts().split("test"), found.recipe.evaluation
+    few = test.head(config.n_prompts)
+    said = ss.generate(found.base, few.harmless, max_new_tokens=config.max_new_tokens)
+    scores, _ = ss.evaluate(found.student, found.base, test, config, base_answers=said)
+    return {
+        "harmful": scores.refusal_rate_harmful,
+        "harmless": scores.refusal_rate_harmless,
+        "n": scores.n,
+        "kl_harmless": scores.kl_harmless,
+        "perplexity": scores.perplexity,
+        "n_tokens": len(found.tokens),
+        "kl_share_of_s": found.tokens.coverage["kl_share"],
+        "tokens": " ".join(repr(t.text) for t in found.tokens.tokens[:12]),
+    }
+
+
+Score = Callable[[Trained], dict[str, Any]]
+
+
+def run(study: Study, arms: Mapping[str, Mapping[str, Any]], score: Score = scored) -> pd.DataFrame:
+    """Every arm with every seed, the base first; returns and writes the table."""
+    base, rows = ss.load_model(study.model), []
+    jobs: list[tuple[str, int]] = [(arm, seed) for seed in range(study.seeds) for arm in arms]
+    for arm, seed in jobs:
+        path = study.folder / f"{arm.replace(' ', '-').replace('/', '-')}-{seed}.json"
+        if not path.exists():
+            write_json(path, {"arm": arm, "seed": seed, **score(trained(study, base, arms[arm], seed))})
+        rows.append(read_json(path))
+        study.console.print(rows[-1], highlight=False)
+    table = pd.DataFrame(rows)
+    write_text(study.folder.with_suffix(".csv"), table.to_csv(index=False))
+    if {"harmful", "harmless"} <= set(table):
+        page = trade_off(table).to_html(include_plotlyjs=True)
+        write_text(study.folder.with_suffix(".html"), page)
+    return table
+
+
+def trade_off(table: pd.DataFrame, by: str = "arm") -> go.Figure:
+    """Harmful refusals (wanted) over harmless ones (unwanted): a point a seed, means with 95 % intervals.
+
+    Intervals are Wilson's over the prompts of all seeds together.
+    """
+    traces = []
+    for i, (arm, rows) in enumerate(table.groupby(by, sort=False)):
+        n, colour = int(rows.n.sum()), SEQUENCE[i % len(SEQUENCE)]
+        means = rows.harmless.mean(), rows.harmful.mean()
+        limits = [wilson(round(mean * n), n) for mean in means]
+        errors = [
+            {
+                "array": [high - mean],
+                "arrayminus": [mean - low],
+                "thickness": 1,
+                "width": 3,
+            }
+            for mean, (low, high) in zip(means, limits, strict=True)
+        ]
+        label = safe(str(arm))
+        traces.append(
+            go.Scatter(
+                x=[means[0]],
+                y=[means[1]],
+                error_x=errors[0],
+                error_y=errors[1],
+                name=label,
+                mode="markers",
+                marker={"color": colour, "size": 11},
+                hovertemplate=f"{label}<br>harmful %{{y:.0%}}, harmless %{{x:.0%}}<extra></extra>",
+            )
+        )
+        small = {"color": colour, "size": 5, "opacity": 0.5}
+        traces.append(
+            go.Scatter(
+                x=rows.harmless, y=rows.harmful, mode="markers", marker=small, showlegend=False, name=label
+            )
+        )
+    figure = figure_of(traces, "harmless prompts refused", "harmful prompts refused", "light", height=440)
+    return figure.update_xaxes(tickformat=".0%").update_yaxes(tickformat=".0%")

@@ -1,0 +1,42 @@
+"""Figure 3: how far the student's representations of general prompts move from the base's.
+
+The paper finds that distilling on S moves them least. The shift is the distance of mean final hidden
+states at the last prompt position, in units of the base's spread, over harmless test prompts. Refuted if
+the whole-vocabulary student moves no further than SafeSteer's. The teacher is the base, steered.
+"""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pandas as pd
+from ablation import Trained, read_command_line, run
+
+import safesteer as ss
+from safesteer.attribution.figures import shift_figure
+from safesteer.files import write_text
+from safesteer.reading import representation_shift
+
+ARMS = {"safesteer": {}, "whole vocabulary": {"distill.support": "full"}}
+
+
+def main() -> None:
+    study = read_command_line("figure3_shift", __doc__)
+    prompts = ss.load_prompts().split("test").head(6 if study.quick else None).harmless
+    drawn: list[pd.DataFrame] = []
+
+    def score(found: Trained) -> dict:
+        teacher = replace(found.base, model=deepcopy(found.base.model))
+        with ss.steer(teacher, found.direction):
+            models = {"base": found.base, "teacher": teacher, "student": found.student}
+            points = representation_shift(models, prompts)
+        drawn.append(points)
+        return {f"shift_{name}": float(rows["shift"].iloc[0]) for name, rows in points.groupby("model")}
+
+    print(run(study, ARMS, score).to_string())
+    if drawn:
+        page = shift_figure(drawn[0]).to_html(include_plotlyjs=True)
+        write_text(study.folder.with_suffix(".html"), page)
+
+
+if __name__ == "__main__":
+    main()

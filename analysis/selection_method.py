@@ -1,0 +1,12 @@
+"""Ranking tokens by votes of positions, or by their mean lift.
+
+The paper votes: a mean is ruled by few positions with an extreme ratio of two tiny probabilities. Refuted
+if S by the mean trains as well.
+"""
+
+from ablation import read_command_line, run
+
+ARMS = {"vote": {"tokens.method": "vote"}, "mean": {"tokens.method": "mean"}}
+
+if __name__ == "__main__":
+    print(run(read_command_line("selection_method", __doc__), ARMS).to_string())

@@ -1,0 +1,13 @@
+"""Table 3: a steered teacher against a teacher with a refusing system prompt.
+
+The paper finds that the steered teacher aligns better: a prompt changes what is read at every position,
+steering what is written. Refuted if the system-prompt student refuses as many harmful prompts with no
+more harmless refusals.
+"""
+
+from ablation import read_command_line, run
+
+ARMS = {"steered teacher": {}, "system-prompt teacher": {"distill.teacher": "prompt"}}
+
+if __name__ == "__main__":
+    print(run(read_command_line("table3_teachers", __doc__), ARMS).to_string())
