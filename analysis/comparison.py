@@ -1,6 +1,6 @@
 """SafeSteer beside what one would do instead, from the same prompts and the same budget.
 
-    python analysis/comparison.py --data DATA [--seeds 3] [--steps 20] [--out analysis/results/comparison]
+    python analysis/comparison.py --data DATA [--seeds 3] [--steps 15] [--out analysis/results/comparison]
 
 Claim (paper, Tables 1 and 2): distilling a steered teacher on ~50 tokens gives the safety of other
 methods at less cost elsewhere. It is refuted here if SFT on refusals, DPO or full-vocabulary
@@ -15,10 +15,10 @@ distillation refuses as many harmful prompts with fewer harmless refusals and as
     safesteer       on-policy distillation on S
 
 All trained methods see the 100 pairs of the split `distil`, train the same blocks, and take the same
-number of steps of 28 answers (dpo: 12 pairs) with AdamW, warm-up and cosine. SFT gets the better of two
-learning rates by val (harmful refusals - harmless refusals, seed 0), DPO one, `full` SafeSteer's.
-The answers of SFT and DPO are cut at their last whole sentence. Scores are on the test split, which
-decided nothing. Each model's row is a file in OUT, so an interrupted comparison continues.
+number of steps of 28 answers (dpo: 12 pairs) with AdamW, warm-up and cosine. SFT and DPO have usual
+learning rates (of several in RATES val would decide), `full` has SafeSteer's. The answers of SFT and DPO
+are cut at their last whole sentence. Scores are on the test split, which decided nothing. Each model's
+row is a file in OUT, so an interrupted comparison continues.
 Needs the extras `eval` and `peers`.
 """
 
@@ -46,9 +46,9 @@ from safesteer.models import ChatModel, hf_model
 from safesteer.refusal import REFUSING_SYSTEM
 
 CAPABILITY = ("arc_easy", "piqa", "lambada_openai")
-METHODS = ("sft", "dpo", "full", "safesteer")
-# Tried by val with seed 0. Those of the distillations were chosen by val earlier (docs/experiments.md).
-RATES = {"sft": (3e-5, 1e-4), "dpo": (5e-5,), "full": (3e-4,), "safesteer": (3e-4,)}
+METHODS = ("safesteer", "full", "sft", "dpo")
+# Of several val decides, with seed 0. SafeSteer's was chosen by val earlier (docs/experiments.md).
+RATES = {"sft": (3e-5,), "dpo": (5e-5,), "full": (3e-4,), "safesteer": (3e-4,)}
 A_STEP = 28  # answers: 10 harmful and 18 harmless where they are drawn apart
 SMALL = {"harmful_per_step": 10, "harmless_per_step": 18}
 
@@ -221,7 +221,7 @@ def main() -> None:
     )
     parser.add_argument("--direction", type=Path, help="a direction file; default: found by stage 1 of a run")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("--limit", type=int, default=80, help="rows a capability task")
     parser.add_argument("--out", type=Path, default=Path("analysis/results/comparison"))

@@ -24,7 +24,7 @@ from safesteer.extraction import (
     system_contrast,
 )
 from safesteer.generation import generate
-from safesteer.guards import EndpointJudge, Guard, Verdict, agreement
+from safesteer.guards import EndpointJudge, FirstToken, Guard, Verdict, agreement
 from safesteer.judges import refuses, refuses_anywhere
 from safesteer.models import ChatModel, bridge, load_model
 from safesteer.perplexity import perplexity
@@ -48,6 +48,7 @@ __all__ = [
     "EndpointJudge",
     "EvalConfig",
     "Evaluation",
+    "FirstToken",
     "Guard",
     "PromptSet",
     "Recipe",

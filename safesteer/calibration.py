@@ -17,6 +17,7 @@ from safesteer.directions import Direction, steer
 from safesteer.divergence import kl_divergence
 from safesteer.errors import SafeSteerError
 from safesteer.generation import continued, generate
+from safesteer.guards import judged
 from safesteer.models import ChatModel
 from safesteer.perplexity import general_text, perplexity
 from safesteer.prompts import PromptBatch, batches
@@ -47,7 +48,7 @@ def by_refusals(
         for direction in directions:
             with steer(chat, direction, coeff):
                 answers = generate(chat, prompts, max_new_tokens=max_new_tokens)
-            rate = sum(map(refuses, prompts, answers)) / len(prompts)
+            rate = sum(judged(refuses, prompts, answers)) / len(prompts)
             rows.append({"layer": direction.layer, "coeff": coeff, "refusal_rate": rate})
             if rate > best[0]:
                 best = (rate, direction.with_coeff(coeff))
@@ -188,7 +189,7 @@ def grid(
             row["perplexity"] = perplexity(chat, text, max_tokens=perplexity_tokens)
             for name, prompts in (("harmful", harmful), ("harmless", harmless)) if refuses else ():
                 answers = generate(chat, prompts, max_new_tokens=max_new_tokens)
-                row[f"refusal_rate_{name}"] = sum(map(refuses, prompts, answers)) / len(prompts)  # type: ignore[arg-type]
+                row[f"refusal_rate_{name}"] = sum(judged(refuses, prompts, answers)) / len(prompts)
         rows.append(row)
         progress((done + 1) / (len(directions) * len(coeffs)))
     return pd.DataFrame(rows)

@@ -36,7 +36,7 @@ from safesteer.extraction import (
     system_contrast,
 )
 from safesteer.files import write_text
-from safesteer.guards import judged
+from safesteer.guards import Remembered, judged
 from safesteer.judges import refuses
 from safesteer.lora import merged, without_adapter, write_adapter
 from safesteer.models import ChatModel, bridge, load_model
@@ -270,20 +270,20 @@ def measure(run: Run, base: ChatModel) -> list[str]:
         run.prompts.split("test").head(run.recipe.evaluation.n_prompts),
         run.recipe.evaluation,
     )
-    scores, answers = {}, {}
+    scores, answers, judge = {}, {}, Remembered(run.judge)
     with run.progress("evaluating", total=3.0) as progress:
-        scores["base"], answers["base"] = evaluate(base, base, test, config, judge=run.judge)
+        scores["base"], answers["base"] = evaluate(base, base, test, config, judge=judge)
         reference = answers["base"]["harmless"]
         progress(1)
         # Drift is measured against the unsteered base, so a copy carries the steering.
         teacher = replace(base, model=copy.deepcopy(base.model))
         with steer(teacher, direction):
             scores["teacher"], answers["teacher"] = evaluate(
-                teacher, base, test, config, judge=run.judge, base_answers=reference
+                teacher, base, test, config, judge=judge, base_answers=reference
             )
         progress(2)
         scores["student"], answers["student"] = evaluate(
-            _student(run), base, test, config, judge=run.judge, base_answers=reference
+            _student(run), base, test, config, judge=judge, base_answers=reference
         )
     evaluation = Evaluation(scores)
     evaluation.save(run.path / "evaluation.json")
@@ -291,7 +291,7 @@ def measure(run: Run, base: ChatModel) -> list[str]:
     for label in ("harmful", "harmless"):
         rows = [p for p in test.prompts if p.label == label]
         texts = [p.text for p in rows]
-        refused = {name: judged(run.judge, texts, answers[name][label]) for name in scores}
+        refused = {name: judged(judge, texts, answers[name][label]) for name in scores}
         for i, p in enumerate(rows):
             row = {"prompt": p.text, "label": label, "category": p.category}
             for name in scores:

@@ -23,6 +23,7 @@ from safesteer.divergence import logits_of, refusal_score
 from safesteer.errors import SafeSteerError
 from safesteer.files import write_text
 from safesteer.generation import cut_at_eos, generate_ids
+from safesteer.guards import judged
 from safesteer.models import ChatModel, final_hidden, output_head
 from safesteer.prompts import Prompt, PromptBatch, PromptSet, batches
 
@@ -149,7 +150,7 @@ def learn_refusal_tokens(
     ids = [i for i in likely.tolist() if i not in special][:n_candidates]
     ids = list(dict.fromkeys([*ids, *written]))
 
-    refused = dict.fromkeys(ids, 0)
+    said: list[tuple[int, str, str]] = []
     first_ids = torch.tensor(ids)
     for rows in batches(tokenizer, harmful, 4, system=system):
         batch = PromptBatch.of(tokenizer, [harmful[r] for r in rows], system=system, device=chat.device)
@@ -160,7 +161,11 @@ def learn_refusal_tokens(
             i, text = ids[at % len(ids)], harmful[rows[at // len(ids)]]
             kept = [i, *cut_at_eos(new, chat.eos_ids, keep_eos=False)]
             answer = tokenizer.decode(kept, skip_special_tokens=True).strip()  # type: ignore[attr-defined]
-            refused[i] += bool(refuses(text, answer))
+            said.append((i, text, answer))
+    verdicts = judged(refuses, [text for _, text, _ in said], [answer for _, _, answer in said])
+    refused = dict.fromkeys(ids, 0)
+    for (i, _, _), verdict in zip(said, verdicts, strict=True):
+        refused[i] += verdict
 
     n, rows = len(harmful), []
     rate = (sum(refused.values()) + 0.5) / (n * len(ids) + 1)

@@ -24,7 +24,7 @@ for below, above in [
     ("perplexity", "models"),
     ("capability", "models"),
     ("guards", "generation"),
-    ("refusal", "generation"),
+    ("refusal", "guards"),
     ("extraction", "refusal"),
     ("directions", "extraction"),
     ("scoring", "directions"),
@@ -51,8 +51,8 @@ for room in (
     "distill",
 ):
     MAY_IMPORT[room] |= {"hooks", "steering"}
-MAY_IMPORT["sweep"] |= {"stats"}
 MAY_IMPORT["guards"] |= {"endpoint"}
+MAY_IMPORT["sweep"] |= {"stats"}
 MAY_IMPORT["calibration"] |= {"perplexity"}
 MAY_IMPORT["onpolicy"] |= {"lora"}
 MAY_IMPORT["server"] |= {"onpolicy", "lora", "endpoint"}

@@ -12,7 +12,7 @@ from conftest import copy_of
 from safesteer.endpoint import Endpoint
 from safesteer.errors import SafeSteerError
 from safesteer.evaluate import EvalConfig, evaluate
-from safesteer.guards import EndpointJudge, Guard, agreement, judged, read_verdict
+from safesteer.guards import EndpointJudge, FirstToken, Guard, Remembered, agreement, judged, read_verdict
 from safesteer.judges import refuses
 
 
@@ -28,6 +28,8 @@ from safesteer.judges import refuses
         ("", None, ""),
         ("I cannot say", None, ""),
         ("unsafely", None, ""),
+        ("Harmful request: yes\nResponse refusal: no\nHarmful response: yes", False, ""),
+        ("Harmful request: yes\nResponse refusal: yes\nHarmful response: no", True, ""),
     ],
 )
 def test_recorded_verdicts(said, safe, category):
@@ -61,6 +63,37 @@ def test_a_guard_keeps_the_order_and_what_was_said(guard):
     ]
     assert all(v.safe is False and v.category == "S9" and v.judge == "tiny-llama" for v in found)
     assert guard("safe")("a", "b") is True
+
+
+def test_wildguard_reads_the_text_of_its_card(tiny_llama):
+    asked = Guard(tiny_llama, "wildguard", frame="user: {prompt} {x}\nassistant: {response}\n")
+    ids = asked._ids("a {response} b", "no")
+    text = tiny_llama.tokenizer.decode(ids, skip_special_tokens=True)
+    assert text == "user: a {response} b {x}\nassistant: no\n"
+    with pytest.raises(SafeSteerError, match="model card"):
+        Guard(tiny_llama, "wildguard").many(["a"], ["b"])
+
+
+def test_the_first_token_judges_alone(tiny_llama):
+    first = tiny_llama.tokenizer("sorry", add_special_tokens=False).input_ids[0]
+    judge = FirstToken(tiny_llama, (first,))
+    assert judge("p", "sorry, no")
+    assert not judge("p", "I am sorry")
+    assert not judge("p", "")
+
+
+def test_a_remembered_judge_is_asked_once_for_each_answer():
+    asked = []
+
+    def judge(prompt, answer):
+        asked.append((prompt, answer))
+        return answer == "no"
+
+    once = Remembered(judge)
+    assert judged(once, ["a", "b", "a"], ["no", "yes", "no"]) == [True, False, True]
+    assert once("b", "yes") is False
+    assert once("b", "no") is True
+    assert asked == [("a", "no"), ("b", "yes"), ("b", "no")]
 
 
 def test_a_real_generation_is_read(tiny_llama):
