@@ -45,6 +45,8 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	git ls-files | grep -v '\.ipynb$$' | xargs $(BIN)/detect-secrets-hook
+	$(BIN)/pip-audit --skip-editable --progress-spinner off
 
 format: setup
 	$(BIN)/ruff format .
