@@ -104,12 +104,15 @@ def evaluate(
     suite: Annotated[str, typer.Option(help="'quick', 'small' or 'paper'.")] = "quick",
     out: Annotated[Path | None, typer.Option(help="Folder to write or continue.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of local benchmark rows.")] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run what the model writes, confined (HumanEval).")
+    ] = False,
 ) -> None:
     """Refusals, over-refusals, capability, drift and perplexity, as one table with intervals."""
     from safesteer.suite import run_suite
 
     console = Console()
-    table = run_suite(target, suite, out, data=data, console=console)
+    table = run_suite(target, suite, out, data=data, allow_code=allow_code, console=console)
     console.print(table.to_string(index=False, float_format="{:.3f}".format), highlight=False)
 
 

@@ -211,14 +211,18 @@ def _best_device() -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Loading bars and advice off: our own progress display is the only one."""
+    """Loading bars and advice off: our own progress display is the only one, and our own errors."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
+    hub.setLevel(logging.ERROR)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
         yield
     finally:
         hf_logging.set_verbosity(level)
+        hub.setLevel(hub_level)
         if bars:
             hf_logging.enable_progress_bar()
 

@@ -13,7 +13,7 @@ hidden state at the last prompt position in units of the base's spread (paper, F
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from rich.console import Console
 from safesteer.attribution.figures import suite_figure
 from safesteer.benchmarks import benchmark_named, load_benchmark
 from safesteer.capability import capability, command_line
+from safesteer.code_eval import humaneval, problems
 from safesteer.errors import SafeSteerError
 from safesteer.evaluate import EvalConfig, Judge, kl_on_answers
 from safesteer.files import read_json, write_json, write_text
@@ -37,6 +38,7 @@ from safesteer.reading import representation_shift
 from safesteer.run import locked
 from safesteer.stats import bootstrap, wilson
 
+HUMANEVAL = "humaneval"
 OWN = {"own-harmful": "harmful", "own-harmless": "over-refusal"}  # the project's held-out pairs
 
 
@@ -70,7 +72,7 @@ SUITES = {
             "jailbreakbench-benign",
             *OWN,
         ),
-        ("mmlu_stem", "gsm8k", "ifeval", "arc_easy", "piqa", "lambada_openai"),
+        ("mmlu_stem", "gsm8k", HUMANEVAL, "ifeval", "arc_easy", "piqa", "lambada_openai"),
         max_new_tokens=256,
     ),
 }
@@ -83,13 +85,15 @@ def run_suite(
     *,
     data: str | Path | None = None,
     judge: Judge = refuses,
+    allow_code: bool = False,
     console: Console | None = None,
 ) -> pd.DataFrame:
     """Measure a model (Hub id, folder) or a run folder's base and student; returns the table.
 
     Columns: model, kind, name, metric, value, low, high (95 %), n. OUT (default: a folder in the run,
     or `suite-NAME` here) receives evaluation.json, evaluation.csv, evaluation.html and answers.jsonl.
-    `data` is a folder of local rows. Raises SafeSteerError for an unknown suite or a folder of another.
+    `data` is a folder of local rows. HumanEval is left out unless `allow_code`, because it runs what the
+    model wrote. Raises SafeSteerError for an unknown suite or a folder of another.
     """
     if isinstance(suite, str) and suite not in SUITES:
         raise SafeSteerError(f"Unknown suite '{suite}': use one of {', '.join(SUITES)}.")
@@ -99,6 +103,9 @@ def run_suite(
     at_run = "student" in sources
     folder = Path(out) if out else (Path(target) / f"suite-{name}" if at_run else Path(f"suite-{name}"))
     console = console or Console()
+    if HUMANEVAL in chosen.tasks and not allow_code:
+        console.print("HumanEval runs what the model writes, and is left out unless you allow it.")
+        chosen = replace(chosen, tasks=tuple(t for t in chosen.tasks if t != HUMANEVAL))
     models = {label: load_model(source) for label, source in sources.items()}
     with locked(folder):
         _identify(folder, chosen, judge, data, models)
@@ -119,7 +126,7 @@ def run_suite(
             a for p in sorted((folder / "parts").glob("*.json")) for a in read_json(p).get("answers", [])
         ]
         write_text(folder / "answers.jsonl", "".join(json.dumps(a) + "\n" for a in answers))
-        for task in chosen.tasks if data is not None else ():
+        for task in (t for t in chosen.tasks if t != HUMANEVAL and data is not None):
             for label, source in sources.items():
                 text = command_line(source, folder / "tasks", task, chosen.n_rows)
                 console.print(f"the same by the harness ({label}): {text}", highlight=False, soft_wrap=True)
@@ -167,7 +174,10 @@ def _measures(
         texts = partial(_texts, name, data, suite.n_prompts)
         yield name, partial(_refusals, label, name, texts, suite, judge)
     for task in suite.tasks:
-        yield task, partial(_capability, task, folder / "tasks", data, suite.n_rows)
+        if task == HUMANEVAL:
+            yield task, partial(_humaneval, data, suite.n_rows)
+        else:
+            yield task, partial(_capability, task, folder / "tasks", data, suite.n_rows)
     yield "perplexity", partial(_perplexity, suite, data)
     if label == "student":
         few = load_prompts().split("test").head(suite.n_prompts).harmless
@@ -214,6 +224,11 @@ def _capability(task: str, folder: Path, data, limit: int | None, chat: ChatMode
     found = capability(chat, (task,), folder, data=data, limit=limit).iloc[0]
     value, n = float(found.value), int(found.n)
     return {"rows": [_row("capability", task, found.metric, value, wilson(round(value * n), n), n)]}
+
+
+def _humaneval(data, limit: int | None, chat: ChatModel) -> dict:
+    rows = problems(Path(data) / "humaneval.jsonl" if data is not None else None, limit)
+    return {"rows": [_rate("capability", HUMANEVAL, "pass@1", humaneval(chat, rows, allow_code=True))]}
 
 
 def _perplexity(suite: Suite, data, chat: ChatModel) -> dict:

@@ -23,6 +23,7 @@ for below, above in [
     ("steering", "hooks"),
     ("perplexity", "models"),
     ("capability", "models"),
+    ("code_eval", "generation"),
     ("guards", "generation"),
     ("refusal", "guards"),
     ("extraction", "refusal"),

@@ -55,7 +55,7 @@ def data(tmp_path):
 def test_suites_name_only_what_there_is():
     for chosen in SUITES.values():
         assert set(chosen.sets) <= {*suites.OWN, *BENCHMARKS}
-        assert set(chosen.tasks) <= set(TASKS)
+        assert set(chosen.tasks) <= {*TASKS, "humaneval"}
 
 
 def test_a_suite_is_a_table_with_intervals_and_an_interrupted_one_continues(
@@ -89,6 +89,19 @@ def test_a_suite_is_a_table_with_intervals_and_an_interrupted_one_continues(
     assert "<script src" not in (out / "evaluation.html").read_text()
     with pytest.raises(SafeSteerError, match="another suite"):
         run_suite(model_folder, Suite(("own-harmful",), n_prompts=2), out, data=data)
+
+
+def test_generated_code_runs_only_where_it_is_allowed(model_folder, tmp_path, data, monkeypatch):  # noqa: F811
+    ran = []
+    monkeypatch.setattr(suites, "humaneval", lambda chat, rows, **k: ran.append(rows) or [True, False])
+    problem = {"prompt": "def f():\n", "tests": "", "entry_point": "f"}
+    (data / "humaneval.jsonl").write_text(json.dumps(problem))
+    small = Suite(("own-harmful",), ("humaneval",), n_prompts=1, max_new_tokens=2, perplexity_tokens=64)
+    found = run_suite(model_folder, small, tmp_path / "a", data=data)
+    assert (ran, "humaneval" in set(found["name"])) == ([], False)
+    found = run_suite(model_folder, small, tmp_path / "b", data=data, allow_code=True)
+    assert ran == [[problem]]
+    assert found[found["name"] == "humaneval"].value.tolist() == [0.5]
 
 
 def test_a_suite_that_cannot_start_leaves_nothing(tmp_path):

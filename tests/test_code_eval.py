@@ -1,0 +1,99 @@
+"""Generated code: what passes, what cannot get out, and that nothing runs unasked."""
+
+import json
+
+import pytest
+
+from safesteer import code_eval
+from safesteer.code_eval import completion, humaneval, passes, problems
+from safesteer.errors import SafeSteerError
+
+PROBLEM = {
+    "prompt": 'import math\n\n\ndef twice(x):\n    """Two times x."""\n',
+    "test": "def check(f):\n    assert f(2) == 4\n",
+    "entry_point": "twice",
+}
+
+
+def isolated() -> bool:
+    try:
+        return passes("pass")
+    except SafeSteerError:
+        return False
+
+
+needs_isolation = pytest.mark.skipif(not isolated(), reason="this system gives no network namespace")
+
+
+@needs_isolation
+@pytest.mark.parametrize(
+    ("program", "ends_well"),
+    [
+        ("print(1)", True),
+        ("assert 1 == 2", False),
+        ("raise SystemExit(3)", False),
+        ("while True: pass", False),
+        ("x = bytearray(4 * 2**30)", False),
+        ("open('big', 'wb').write(bytes(4 * 2**20))", False),
+        ("import os; assert not os.environ.get('HOME')", True),
+        ("import socket; socket.create_connection(('127.0.0.1', 9), timeout=1)", False),
+    ],
+)
+def test_a_program_passes_only_within_its_limits(program, ends_well):
+    assert passes(program, seconds=1) is ends_well
+
+
+@needs_isolation
+def test_a_program_cannot_reach_a_server_of_this_machine():
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        program = f"import socket; socket.create_connection(('127.0.0.1', {port}), timeout=1)"
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()  # this process can
+        assert not passes(program)
+
+
+def test_without_a_namespace_nothing_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(code_eval, "_NEW_NETWORK", 0x1000)  # not a flag that can be unshared
+    with pytest.raises(SafeSteerError, match="not run"):
+        passes(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Sure:\n```python\ndef twice(x):\n    return 2 * x\n```\nDone.",
+        "```\ndef twice(x):\n    return 2 * x",
+        "    return 2 * x",
+        "def twice(x):\n    return 2 * x",
+    ],
+)
+def test_the_function_is_found_in_an_answer(answer):
+    space: dict = {}
+    exec(completion(PROBLEM["prompt"], answer), space)
+    assert space["twice"](2) == 4
+
+
+@needs_isolation
+def test_problems_are_passed_or_failed(tiny_llama, monkeypatch):
+    said = ["```python\ndef twice(x):\n    return x + x\n```", "def twice(x):\n    return x"]
+    monkeypatch.setattr(code_eval, "generate", lambda chat, prompts, **settings: said)
+    assert humaneval(tiny_llama, [PROBLEM, PROBLEM], allow_code=True) == [True, False]
+
+
+def test_nothing_runs_unasked(tiny_llama):
+    with pytest.raises(SafeSteerError, match="allow_code"):
+        humaneval(tiny_llama, [PROBLEM])
+
+
+def test_problem_files(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(PROBLEM) + "\n")
+    assert problems(path) == [PROBLEM]
+    path.write_text("{}\n")
+    with pytest.raises(SafeSteerError, match="does not hold HumanEval"):
+        problems(path)
+    with pytest.raises(SafeSteerError, match="Cannot read"):
+        problems(tmp_path / "none")
