@@ -9,6 +9,7 @@ model in place and breaks `save_pretrained`, so `bridge` wraps a copy.
 import copy
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
