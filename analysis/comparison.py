@@ -16,9 +16,9 @@ distillation refuses as many harmful prompts with fewer harmless refusals and as
 
 All trained methods see the 100 pairs of the split `distil`, train the same blocks, and take the same
 number of steps of 28 answers (dpo: 12 pairs) with AdamW, warm-up and cosine. SFT and DPO have usual
-learning rates (of several in RATES val would decide), `full` has SafeSteer's. The answers of SFT and DPO
-are cut at their last whole sentence. Scores are on the test split, which decided nothing. Each model's
-row is a file in OUT, so an interrupted comparison continues.
+learning rates, `full` has SafeSteer's. The answers of SFT and DPO are cut at their last whole sentence.
+Scores are on the test split, which decided nothing. Each model's row is a file in OUT, so an interrupted
+comparison continues.
 Needs the extras `eval` and `peers`.
 """
 
@@ -35,6 +35,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from ablation import trade_off
 from rich.console import Console
 
 import safesteer as ss
@@ -47,8 +48,8 @@ from safesteer.refusal import REFUSING_SYSTEM
 
 CAPABILITY = ("arc_easy", "piqa", "lambada_openai")
 METHODS = ("safesteer", "full", "sft", "dpo")
-# Of several val decides, with seed 0. SafeSteer's was chosen by val earlier (docs/experiments.md).
-RATES = {"sft": (3e-5,), "dpo": (5e-5,), "full": (3e-4,), "safesteer": (3e-4,)}
+# SafeSteer's was chosen by val earlier (docs/experiments.md); nothing was searched for the others.
+RATES = {"sft": 3e-5, "dpo": 5e-5, "full": 3e-4, "safesteer": 3e-4}
 A_STEP = 28  # answers: 10 harmful and 18 harmless where they are drawn apart
 SMALL = {"harmful_per_step": 10, "harmless_per_step": 18}
 
@@ -198,22 +199,6 @@ def measured(chat: ChatModel, base: ChatModel, options, method: str, said: list[
     return row | {"said": answers["harmless"] if method == "base" else None}
 
 
-def by_rate(method: str, base, direction, prompts, rows, options, console) -> tuple[ChatModel, float]:
-    """Seed 0 at each learning rate, and the better model by val; what was tried is written to OUT."""
-    tried, best = {}, None
-    for lr in RATES[method]:
-        chat = trained(method, base, direction, prompts, rows, 0, options.steps, lr)
-        scores, _ = evaluate(chat, base, prompts.split("val"), EvalConfig(perplexity_tokens=64))
-        tried[str(lr)] = scores.refusal_rate_harmful, scores.refusal_rate_harmless
-        console.print(f"{method} lr {lr}: val {tried[str(lr)]}", highlight=False)
-        gap = scores.refusal_rate_harmful - scores.refusal_rate_harmless
-        if best is None or gap > best[0]:
-            best = gap, chat, lr
-    write_json(options.out / f"rate-{method}.json", tried)
-    assert best is not None
-    return best[1], best[2]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
@@ -221,6 +206,9 @@ def main() -> None:
     )
     parser.add_argument("--direction", type=Path, help="a direction file; default: found by stage 1 of a run")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--dpo-seeds", type=int, default=3, help="seeds of dpo, the slowest, which comes last"
+    )
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("--limit", type=int, default=80, help="rows a capability task")
@@ -245,23 +233,22 @@ def main() -> None:
                 write_json(path, {"method": method, "seed": 0, **measured(chat, base, options, method, said)})
         said = read_json(options.out / "base.json")["said"]
         console.print(read_json(path) | {"said": None}, highlight=False)
-    for seed in range(options.seeds):
-        for method in METHODS:
-            path = options.out / f"{method}-{seed}.json"
-            if not path.exists():
-                started = time.perf_counter()
-                if seed == 0 and len(RATES[method]) > 1:
-                    chat, lr = by_rate(method, base, direction, prompts, rows, options, console)
-                else:
-                    first = options.out / f"{method}-0.json"
-                    lr = read_json(first)["lr"] if first.exists() else RATES[method][0]
-                    chat = trained(method, base, direction, prompts, rows, seed, options.steps, lr)
-                spent = round(time.perf_counter() - started)
-                found = measured(chat, base, options, method, said)
-                write_json(path, {"method": method, "seed": seed, "lr": lr, "train_s": spent, **found})
-            console.print(read_json(path) | {"said": None}, highlight=False)
+    jobs = [(seed, method) for seed in range(options.seeds) for method in METHODS if method != "dpo"]
+    jobs += [(seed, "dpo") for seed in range(options.dpo_seeds)]
+    for seed, method in jobs:
+        path = options.out / f"{method}-{seed}.json"
+        if not path.exists():
+            started = time.perf_counter()
+            lr = RATES[method]
+            chat = trained(method, base, direction, prompts, rows, seed, options.steps, lr)
+            spent = round(time.perf_counter() - started)
+            found = measured(chat, base, options, method, said)
+            write_json(path, {"method": method, "seed": seed, "lr": lr, "train_s": spent, **found})
+        console.print(read_json(path) | {"said": None}, highlight=False)
     table = pd.DataFrame([read_json(p) for p in sorted(options.out.glob("*.json")) if "rate-" not in p.name])
-    write_text(options.out.with_suffix(".csv"), table.drop(columns="said").to_csv(index=False))
+    table = table.drop(columns="said")
+    write_text(options.out.with_suffix(".csv"), table.to_csv(index=False))
+    write_text(options.out.with_suffix(".html"), trade_off(table, "method").to_html(include_plotlyjs=True))
 
 
 if __name__ == "__main__":
