@@ -186,11 +186,15 @@ def distill(
         if n_processes > 1:
             for p in params:
                 p.grad = reduce(p.grad, "sum")  # type: ignore[assignment]
-        grad_norm = float(nn.utils.clip_grad_norm_(params, config.max_grad_norm))
+        total_norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        grad_norm = float(total_norm)
         if not math.isfinite(grad_norm):
+            grads = ((name, p.grad) for name, p in state.trained.items() if p.grad is not None)
+            where = next((name for name, grad in grads if not grad.isfinite().all()), "their sum")
             raise SafeSteerError(
-                f"The gradient is not finite at step {step + 1}; the last checkpoint is kept."
+                f"The gradient is not finite at step {step + 1}, in {where}; the last checkpoint is kept."
             )
+        nn.utils.clip_grads_with_norm_(params, config.max_grad_norm, total_norm)
         # Before the weights move: a trained head must be the one that these states came from.
         gap = _sampler_gap(answers, h_student, output_head(student.model))
         off_s = off_set(h_student, h_teacher, student.model, base_head, ids)

@@ -64,7 +64,8 @@ def activations(
     """resid_pre of every layer at the arm's positions, batch by batch, with the rows it is of.
 
     Positions are the post-instruction ones, or the mean over the continuation. The columns that
-    prompts share are read before, so that hooks see whole rows; nothing else is kept.
+    prompts share are read before, so that hooks see whole rows; nothing else is kept. Raises
+    SafeSteerError where they are not finite.
     """
     n_pos, layers = suffix_length(chat.tokenizer), list(range(chat.n_layers))
     for rows in batches(chat.tokenizer, arm.texts, batch_size, system=arm.system):
@@ -83,7 +84,24 @@ def activations(
             cache = prefill(chat.model, batch, batch.n_shared) if batch.n_shared else None
         with record(chat.model, layers, read) as seen:
             final_hidden(chat.model, batch, cache)
-        yield rows, torch.stack([seen[layer] for layer in layers], dim=2)
+        found = torch.stack([seen[layer] for layer in layers], dim=2)
+        _check_finite(chat, found, texts)
+        yield rows, found
+
+
+def _check_finite(
+    chat: ChatModel, found: Float[Tensor, "batch n_pos n_layers d_model"], texts: Sequence[str]
+) -> None:
+    """Raise SafeSteerError naming the first layer that overflowed, and a prompt on which it did."""
+    bad = ~found.isfinite().all(-1).all(1)
+    if bool(bad.any()):
+        layer = int(bad.any(0).int().argmax())
+        prompt = texts[int(bad[:, layer].int().argmax())]
+        raise SafeSteerError(
+            f"resid_pre of layer {layer} of '{chat.name}' is not finite on the prompt {prompt[:80]!r}: its"
+            " weights are damaged, or its activations do not fit its precision (try dtype='bfloat16' or"
+            " 'float32')."
+        )
 
 
 def _halves(n: int, seed: int) -> Float[Tensor, " n"]:

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import assert_near, random_vector
 
+from conftest import assert_near, copy_of, random_vector
 from safesteer.errors import SafeSteerError
 from safesteer.extraction import (
     Arm,
@@ -45,6 +45,14 @@ def test_mean_difference_equals_naive_means(chat, few):
     assert_near(got.vectors, mean(few.harmful) - mean(few.harmless))
     assert got.positions == tuple(str(i) for i in range(-n_pos, 0))
     assert got.vectors[-1, LAYER].norm() > 0.01
+
+
+def test_activations_that_are_not_finite_name_the_layer_and_a_prompt(tiny_llama, few):
+    chat = copy_of(tiny_llama)
+    chat.model.model.layers[0].mlp.down_proj.weight.data.fill_(torch.inf)
+    with pytest.raises(SafeSteerError, match="resid_pre of layer 1") as caught:
+        mean_difference(chat, few)
+    assert any(text in str(caught.value) for text in few.harmful)
 
 
 def test_prefill_contrast_equals_naive_means(chat, few):
