@@ -49,7 +49,10 @@ def _run(model, out, preset, seed, prompts, settings, track, stages=None) -> Non
     for key, equals, _ in pairs:
         if not equals:
             raise SafeSteerError(f"--set takes NAME=VALUE, not '{key}'.")
-    chosen = recipes.recipe(preset, seed, **{key: value for key, _, value in pairs})
+    values = {"seed": seed} | {key: value for key, _, value in pairs}
+    if "preset" in values:
+        raise SafeSteerError("The preset is chosen with --preset, not with --set.")
+    chosen = recipes.recipe(preset, **values)
     console = Console()
     path = pipeline.align(
         model,

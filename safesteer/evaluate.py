@@ -22,6 +22,7 @@ from safesteer.lora import as_base
 from safesteer.models import ChatModel, final_hidden, output_head
 from safesteer.perplexity import general_text, perplexity
 from safesteer.prompts import PromptBatch, PromptSet, batches
+from safesteer.settings import AT_LEAST_1, LARGEST, check_settings
 from safesteer.stats import bootstrap, wilson
 
 Judge = Callable[[str, str], bool]
@@ -37,6 +38,12 @@ class EvalConfig:
     perplexity_tokens: int = 4096
     perplexity_width: int = 512
     batch_size: int = 50
+
+    def __post_init__(self) -> None:
+        sizes = ("n_prompts", "max_new_tokens", "n_kl_tokens", "batch_size")
+        two = (2, LARGEST)  # perplexity needs a token to predict and one before it
+        bounds = {"perplexity_tokens": two, "perplexity_width": two}
+        check_settings(self, "evaluation", {**dict.fromkeys(sizes, AT_LEAST_1), **bounds})
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ aligns a model that never refused.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+import math
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from safesteer.attribution import ExplainConfig
 from safesteer.errors import SafeSteerError
 from safesteer.evaluate import EvalConfig
+from safesteer.settings import AT_LEAST_1, FINITE, SHARE, check_settings
 from safesteer.student import DistillConfig
 from safesteer.sweep import SweepConfig
 from safesteer.tokens import TokenConfig
@@ -26,7 +28,7 @@ class Recipe:
 
     preset: str = "quick"
     seed: int = 0
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     extraction: Extraction = "auto"
     n_direction: int | None = None  # pairs of the train split that directions are read from
     coeff: float | None = None
@@ -43,14 +45,8 @@ class Recipe:
     explain: ExplainConfig = field(default_factory=ExplainConfig)
 
     def __post_init__(self) -> None:
-        if self.extraction not in get_args(Extraction):
-            raise SafeSteerError(
-                f"extraction must be one of {get_args(Extraction)}, not '{self.extraction}'."
-            )
-        if self.pairs not in ("all", "distil"):
-            raise SafeSteerError(f"pairs must be all or distil, not '{self.pairs}'.")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise SafeSteerError(f"dtype must be float32, bfloat16 or float16, not '{self.dtype}'.")
+        bounds = {"native_share": SHARE, "stop_refusal": SHARE, "stop_kl": (0.0, math.inf)}
+        check_settings(self, "", {**bounds, "coeff": FINITE, "n_direction": AT_LEAST_1})
 
     @property
     def hash(self) -> str:
@@ -106,21 +102,26 @@ def paper(seed: int = 42) -> Recipe:
 PRESETS = {"quick": quick, "paper": paper}
 
 
-def recipe(preset: str = "quick", seed: int | None = None, **settings: Any) -> Recipe:
+def recipe(preset: str = "quick", seed: int | str | None = None, **settings: Any) -> Recipe:
     """A preset with some settings replaced: recipe("quick", **{"distill.lr": 3e-5}).
 
-    Keys are field names of Recipe, or "stage.field". Strings are read as the field's type, so the
-    command line can pass them through. Raises SafeSteerError for an unknown name or value.
+    `seed` is that of everything random. Keys are field names of Recipe, or "stage.field". Strings are
+    read as the field's type, so the command line can pass them through. Raises SafeSteerError for an
+    unknown name or value.
     """
     if preset not in PRESETS:
         raise SafeSteerError(f"Unknown preset '{preset}': use one of {sorted(PRESETS)}.")
-    found = PRESETS[preset]() if seed is None else PRESETS[preset](seed)
+    found = PRESETS[preset]()
+    if seed is not None:
+        found = PRESETS[preset](_typed(found, "seed", seed, "seed"))
     for key, value in settings.items():
         stage, _, name = key.rpartition(".")
         if stage not in ("", "sweep", "tokens", "distill", "evaluation", "explain"):
             raise SafeSteerError(f"Unknown setting '{key}': there is no stage '{stage}'.")
         owner = getattr(found, stage) if stage else found
-        known = [f.name for f in fields(owner)]
+        known = [
+            f.name for f in fields(owner) if f.name != "preset" and not is_dataclass(getattr(owner, f.name))
+        ]
         if name not in known:
             raise SafeSteerError(f"Unknown setting '{key}': {stage or 'a recipe'} has {known}.")
         changed = replace(owner, **{name: _typed(owner, name, value, key)})

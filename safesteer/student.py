@@ -1,5 +1,6 @@
 """The student: what trains, its optimizer, and a checkpoint that repeats an uninterrupted run."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from safesteer.files import read_tensors, write_tensors
 from safesteer.lora import with_adapter
 from safesteer.models import ChatModel, blocks, hf_model
 from safesteer.objective import Support
+from safesteer.settings import AT_LEAST_1, FINITE, POSITIVE, SHARE, check_settings
 from safesteer.tokens import TokenSet
 
 
@@ -51,30 +53,16 @@ class DistillConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        words = {
-            "divergence": ("reverse", "forward", "symmetric", "jsd"),
-            "normalizer": ("partial", "generalized", "tail", "renormalized"),
-            "support": ("safety", "topk", "full"),
-            "teacher": ("steered", "prompt"),
-            "train": ("all", "above"),
-            "rollouts": ("student", "mixed"),
-            "precision": ("float32", "bfloat16"),
+        sizes = ("n_steps", "harmful_per_step", "n_rollouts", "max_new_tokens", "micro_batch", "n_topk")
+        bounds = {
+            **dict.fromkeys((*sizes, "checkpoint_every", "lora_alpha"), AT_LEAST_1),
+            **dict.fromkeys(("anchor_weight", "late_anchor_weight", "weight_decay"), (0.0, FINITE[1])),
+            **dict.fromkeys(("lr", "max_grad_norm"), (POSITIVE[0], FINITE[1])),
+            "warmup": SHARE,
+            "decay": (POSITIVE[0], 1.0),
+            "beta": (POSITIVE[0], 1.0 - math.ulp(1.0)),
         }
-        for name, allowed in words.items():
-            if getattr(self, name) not in allowed:
-                raise SafeSteerError(f"distill.{name} must be one of {allowed}, not '{getattr(self, name)}'.")
-        at_least = {"n_steps": 1, "harmful_per_step": 1, "harmless_per_step": 0, "n_rollouts": 1}
-        at_least |= {"lora_rank": 0, "refresh_every": 0}
-        at_least |= {"max_new_tokens": 1, "micro_batch": 1, "checkpoint_every": 1, "n_topk": 1}
-        for name, low in at_least.items():
-            if getattr(self, name) < low:
-                raise SafeSteerError(f"distill.{name} must be at least {low}.")
-        if not self.lr > 0:
-            raise SafeSteerError("distill.lr must be positive.")
-        if not 0 < self.decay <= 1:
-            raise SafeSteerError("distill.decay must lie above 0 and at most at 1.")
-        if not 0 < self.beta < 1:
-            raise SafeSteerError("distill.beta must lie between 0 and 1.")
+        check_settings(self, "distill", bounds)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ random direction that moves the model as far, and "shuffled", what the extractio
 are shuffled. `scoring` says how a pass is shared.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from safesteer.generation import generate
 from safesteer.models import ChatModel
 from safesteer.prompts import PromptSet
 from safesteer.scoring import SCORES, runnable, score
+from safesteer.settings import AT_LEAST_1, SHARE, check_settings
 from safesteer.stats import bootstrap_means
 
 ZERO = 1e-5  # length below which a vector is rounding, in lengths of the longest
@@ -60,8 +62,9 @@ class SweepConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rank_by not in ("auto", "ablation", "steering"):
-            raise SafeSteerError(f"sweep.rank_by must be auto, ablation or steering, not '{self.rank_by}'.")
+        sizes = ("n_kl_tokens", "n_prompts", "n_answered", "n_answer_prompts", "batch_size", "tokens_a_pass")
+        bounds = dict.fromkeys(sizes, AT_LEAST_1)
+        check_settings(self, "sweep", {**bounds, "max_layer_share": SHARE, "max_kl": (0.0, math.inf)})
         for name in self.controls:
             if name not in ("random", "shuffled"):
                 raise SafeSteerError(f"sweep.controls may hold random and shuffled, not '{name}'.")

@@ -31,6 +31,7 @@ from safesteer.files import read_json, write_json
 from safesteer.generation import generate_ids, uniforms
 from safesteer.models import ChatModel, final_hidden, output_head, prefill
 from safesteer.prompts import PromptBatch, batches
+from safesteer.settings import AT_LEAST_1, SHARE, check_settings
 
 ROWS = 32  # rows of (row x vocabulary) log-probabilities alive at once
 
@@ -52,16 +53,8 @@ class TokenConfig:
     n_contexts: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("k", "k_vote", "horizon", "n_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SafeSteerError(f"tokens.{name} must be at least 1, not {getattr(self, name)}.")
-        for name, words in (
-            ("method", ("vote", "mean")),
-            ("rollouts", ("teacher", "base")),
-            ("prompts", ("harmless", "harmful")),
-        ):
-            if getattr(self, name) not in words:
-                raise SafeSteerError(f"tokens.{name} must be one of {words}, not '{getattr(self, name)}'.")
+        sizes = ("k", "k_vote", "horizon", "n_samples", "batch_size")
+        check_settings(self, "tokens", {**dict.fromkeys(sizes, AT_LEAST_1), "min_steered_prob": SHARE})
 
 
 @dataclass(frozen=True)

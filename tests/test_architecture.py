@@ -15,6 +15,7 @@ MAY_IMPORT = {  # the rooms that each room may look into
     "endpoint": {"errors"},
     "stats": set(),
     "benchmarks": {"errors"},
+    "settings": {"errors"},
 }
 for below, above in [
     ("models", "prompts"),
@@ -53,6 +54,8 @@ for room in (
 ):
     MAY_IMPORT[room] |= {"hooks", "steering"}
 MAY_IMPORT["guards"] |= {"endpoint"}
+for room in ("sweep", "tokens", "student", "distill"):
+    MAY_IMPORT[room] |= {"settings"}
 MAY_IMPORT["sweep"] |= {"stats"}
 MAY_IMPORT["calibration"] |= {"perplexity"}
 MAY_IMPORT["onpolicy"] |= {"lora"}

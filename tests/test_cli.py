@@ -89,6 +89,8 @@ def test_report_needs_a_run(tmp_path):
         ("tokens.k=-5", "must be at least 1"),
         ("extraction=magic", "must be one of"),
         ("pairs=some", "must be one of"),
+        ("seed=x", "must be a number"),
+        ("preset=paper", "chosen with --preset"),
     ],
 )
 def test_bad_settings_are_one_sentence(setting, sentence):

@@ -40,6 +40,7 @@ from safesteer.files import read_json, write_json
 from safesteer.generation import generate
 from safesteer.models import ChatModel
 from safesteer.prompts import PromptSet
+from safesteer.settings import AT_LEAST_1, check_settings
 from safesteer.tokens import Rollouts, TokenConfig, TokenSet, banned_ids, rollouts
 
 KS = (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200)
@@ -57,6 +58,10 @@ class ExplainConfig:
     n_sets: int = 8  # random and matched sets
     n_splits: int = 8  # halvings of prompts and of samples
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = ("n_prompts", "n_harmful", "n_samples", "max_tokens", "n_sets", "n_splits")
+        check_settings(self, "explain", dict.fromkeys(sizes, AT_LEAST_1))
 
 
 @dataclass(frozen=True, repr=False)
