@@ -13,6 +13,7 @@ distillation refuses as many harmful prompts with fewer harmless refusals and as
     dpo             preferences: refusal over the base's answer, and the base's answer over the teacher's
     full            on-policy distillation over the whole vocabulary (everything else as SafeSteer)
     safesteer       on-policy distillation on S
+    full anchor     the same, with the harmless answers held to the base over the whole vocabulary
 
 All trained methods see the 100 pairs of the split `distil`, train the same blocks, and take the same
 number of steps of 28 answers (dpo: 12 pairs) with AdamW, warm-up and cosine. SFT and DPO have usual
@@ -47,9 +48,9 @@ from safesteer.models import ChatModel, hf_model
 from safesteer.refusal import REFUSING_SYSTEM
 
 CAPABILITY = ("arc_easy", "piqa", "lambada_openai")
-METHODS = ("safesteer", "full", "sft", "dpo")
+METHODS = ("safesteer", "full", "sft", "full anchor", "dpo")
 # SafeSteer's was chosen by val earlier (docs/experiments.md); nothing was searched for the others.
-RATES = {"sft": 3e-5, "dpo": 5e-5, "full": 3e-4, "safesteer": 3e-4}
+RATES = {"sft": 3e-5, "dpo": 5e-5, "full": 3e-4, "safesteer": 3e-4, "full anchor": 3e-4}
 A_STEP = 28  # answers: 10 harmful and 18 harmless where they are drawn apart
 SMALL = {"harmful_per_step": 10, "harmless_per_step": 18}
 
@@ -140,8 +141,9 @@ def distilled(method: str, base, direction, pairs, val, seed: int, steps: int) -
     """SafeSteer, or the same over the whole vocabulary."""
     recipe = ss.recipe("quick", seed)
     tokens = ss.select_tokens(base, direction, val.harmless, recipe.tokens)
-    support = "safety" if method == "safesteer" else "full"
-    config = replace(recipe.distill, n_steps=steps, support=support, **SMALL)
+    support = "full" if method == "full" else "safety"
+    anchor = "full" if method == "full anchor" else "same"
+    config = replace(recipe.distill, n_steps=steps, support=support, anchor_support=anchor, **SMALL)
     state = ss.begin(ss.load_model("smollm2-135m"), direction, config)
     for _ in ss.distill(state, base, direction, tokens, pairs.harmful, pairs.harmless, config):
         pass
@@ -236,7 +238,7 @@ def main() -> None:
     jobs = [(seed, method) for seed in range(options.seeds) for method in METHODS if method != "dpo"]
     jobs += [(seed, "dpo") for seed in range(options.dpo_seeds)]
     for seed, method in jobs:
-        path = options.out / f"{method}-{seed}.json"
+        path = options.out / f"{method.replace(' ', '-')}-{seed}.json"
         if not path.exists():
             started = time.perf_counter()
             lr = RATES[method]

@@ -171,7 +171,8 @@ def distill(
                 states = final_hidden(student.model, rows)
             hidden = counting(states, answers.mask[at])
             here = set_ids[span] if set_ids.dim() == 2 else set_ids
-            part, mass = loss_part(hidden, h_teacher[span], student.model, base_head, ids, here, *how)
+            whole = ~is_harmful[span] if config.anchor_support == "full" else None
+            part, mass = loss_part(hidden, h_teacher[span], student.model, base_head, ids, here, *how, whole)
             objective = (part * w[span]).sum()
             if not torch.isfinite(objective):
                 worst = (~part.detach().isfinite()).int().argmax()  # the first, if only their sum overflows

@@ -6,7 +6,7 @@ No function here forms more than a chunk of (position x vocabulary).
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from safesteer.divergence import (
@@ -36,10 +36,12 @@ def loss_part(
     divergence: Divergence,
     normalizer: Normalizer,
     beta: float,
+    whole: Bool[Tensor, " n"] | None = None,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Divergence at each position, and the student's mass on S (detached).
 
-    `ids` is S; `here` the support's ids, one set for all positions or a row a position.
+    `ids` is S; `here` the support's ids, one set for all positions or a row a position. Positions in
+    `whole` are compared over the whole vocabulary, whatever the support.
     """
     head = output_head(model)
     if support == "full":
@@ -49,6 +51,9 @@ def loss_part(
         with torch.no_grad():
             q = logps_on(h_teacher, base_head[0], here, bias=base_head[1], softcap=base_head[2])
         part = localized_divergence(p, q, divergence, normalizer, beta)
+        if whole is not None and bool(whole.any()):
+            over_all = full_divergence(hidden[whole], h_teacher[whole], head, base_head, divergence, beta)
+            part = part.index_put((whole.nonzero()[:, 0],), over_all)
     with torch.no_grad():
         if support != "safety":
             p = logps_on(hidden, head[0], ids, bias=head[1], softcap=head[2])

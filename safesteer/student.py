@@ -33,6 +33,7 @@ class DistillConfig:
     harmless_per_step: int = 18  # 0: no anchor, as published
     n_rollouts: int = 1
     max_new_tokens: int = 8
+    anchor_support: Literal["same", "full"] = "same"  # "full": harmless answers over the whole vocabulary
     anchor_weight: float = 2.0  # of a harmless answer, in harmful ones
     late_anchor_weight: float = 6.0  # the same in the last third of the steps
     rollouts: Literal["student", "mixed"] = "mixed"  # "mixed": half are the steered teacher's

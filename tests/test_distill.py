@@ -14,7 +14,7 @@ from safesteer.distill import distill, learning_rate
 from safesteer.errors import SafeSteerError
 from safesteer.lora import as_base, merged, shares_weights, without_adapter
 from safesteer.models import ChatModel, blocks, final_hidden, output_head
-from safesteer.objective import loss_part
+from safesteer.objective import loss_part, topk_ids
 from safesteer.onpolicy import answer, draw
 from safesteer.prompts import PromptBatch
 from safesteer.recipes import recipe
@@ -236,6 +236,36 @@ def test_partial_reverse_pulls_even_without_a_teacher(run, direction):
     weak = direction.with_coeff(0.0)
     history, _ = run(steps=1, by=weak, divergence="reverse", normalizer="partial")
     assert history[0]["grad_norm"] > 1e-3
+
+
+@pytest.mark.parametrize("support", ["safety", "topk"])
+def test_whole_positions_are_compared_over_the_vocabulary(tiny_llama, tokens, support):
+    head, draw_of = output_head(tiny_llama.model), torch.Generator().manual_seed(0)
+    hidden, h_teacher = (torch.randn(5, tiny_llama.d_model, generator=draw_of) for _ in range(2))
+    ids = tokens.ids
+    here = ids if support == "safety" else topk_ids(h_teacher, head, 4)
+    whole = torch.tensor([True, False, True, False, False])
+
+    def parts(support, marked=None):
+        x = hidden.clone().requires_grad_()
+        how = (tiny_llama.model, head, ids, here, support, "reverse", "generalized", 0.5)
+        found, _ = loss_part(x, h_teacher, *how, marked)
+        return found, torch.autograd.grad(found.sum(), x)[0]
+
+    got, everywhere, local = parts(support, whole), parts("full"), parts(support)
+    for a, b, c in zip(got, everywhere, local, strict=True):
+        assert_near(a[whole], b[whole])
+        assert_near(a[~whole], c[~whole])
+        assert not torch.allclose(a[whole], c[whole])
+
+
+def test_a_full_anchor_changes_only_what_harmless_answers_teach(run):
+    plain, _ = run(n_steps=3)
+    full, _ = run(n_steps=3, anchor_support="full")
+    assert full[0] == pytest.approx(plain[0], rel=1e-5)  # the student is still the base
+    assert full[1]["loss"] != plain[1]["loss"]
+    alone = [run(n_steps=3, harmless_per_step=0, anchor_support=a)[0] for a in ("same", "full")]
+    assert alone[0] == alone[1]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 64])
