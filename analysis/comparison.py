@@ -46,6 +46,7 @@ from safesteer.evaluate import EvalConfig, evaluate, kl_on_answers
 from safesteer.files import read_json, write_json, write_text
 from safesteer.models import ChatModel, hf_model
 from safesteer.refusal import REFUSING_SYSTEM
+from safesteer.stats import wilson
 
 CAPABILITY = ("arc_easy", "piqa", "lambada_openai")
 METHODS = ("safesteer", "full", "sft", "full anchor", "dpo")
@@ -201,6 +202,36 @@ def measured(chat: ChatModel, base: ChatModel, options, method: str, said: list[
     return row | {"said": answers["harmless"] if method == "base" else None}
 
 
+def summary(table: pd.DataFrame) -> str:
+    """A Markdown table: means over seeds, in brackets 95 % over prompts, then the seeds' own range."""
+    names = ["base", "system prompt", "teacher", *METHODS]
+    lines = [
+        "| method | seeds | harmful refused | harmless refused | KL to base, harmless | WikiText-2 |"
+        + "".join(f" {task} |" for task in CAPABILITY),
+        "|---" * (6 + len(CAPABILITY)) + "|",
+    ]
+    for method in [n for n in names if n in set(table.method)]:
+        rows = table[table.method == method]
+        cells = [_rate(rows[column], int(rows.n.iloc[0])) for column in ("harmful", "harmless")]
+        cells += [_number(rows.kl_harmless, 3), _number(rows.wikitext2_perplexity, 2)]
+        cells += [_number(rows[task], 3) for task in CAPABILITY]
+        lines.append(f"| {method} | {len(rows)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _rate(values: pd.Series, n: int) -> str:
+    low, high = wilson(round(values.mean() * n), n)
+    seeds = f"; {values.min():.0%} to {values.max():.0%}" if len(values) > 1 else ""
+    return f"{values.mean():.0%} ({low:.0%} to {high:.0%}{seeds})"
+
+
+def _number(values: pd.Series, digits: int) -> str:
+    if values.isna().any():
+        return ""
+    seeds = f" ({values.min():.{digits}f} to {values.max():.{digits}f})" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{seeds}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
@@ -250,6 +281,7 @@ def main() -> None:
     table = pd.DataFrame([read_json(p) for p in sorted(options.out.glob("*.json")) if "rate-" not in p.name])
     table = table.drop(columns="said")
     write_text(options.out.with_suffix(".csv"), table.to_csv(index=False))
+    write_text(options.out.with_suffix(".md"), summary(table))
     write_text(options.out.with_suffix(".html"), trade_off(table, "method").to_html(include_plotlyjs=True))
 
 
