@@ -107,6 +107,12 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     return hf_model(model).get_decoder().layers  # type: ignore[return-value]
 
 
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm after the last block. Families call it differently."""
+    decoder = hf_model(model).get_decoder()
+    return getattr(decoder, "norm", None) or decoder.final_layernorm  # type: ignore[return-value]
+
+
 def output_head(model: nn.Module) -> tuple[Tensor, Tensor | None, float | None]:
     """(weight [d_vocab, d_model], bias or None, final logit soft-capping or None) of the head."""
     inner = hf_model(model)
@@ -125,11 +131,23 @@ def answers_start(at: Int[Tensor, " rows"]) -> Iterator[None]:
         ANSWER_START.reset(token)
 
 
+def _check_length(model: nn.Module, batch: PromptBatch) -> None:
+    """Past its context a model reads nonsense, and attention costs the square of the length."""
+    config = hf_model(model).config.get_text_config()
+    limit, n = getattr(config, "max_position_embeddings", None), batch.prompt_ids.shape[1]
+    if limit and n > limit:
+        raise SafeSteerError(
+            f"A prompt with its answer has {int(batch.attention_mask.sum(1).max()):,} tokens, and the model"
+            f" reads {limit:,}: shorten it or leave it out."
+        )
+
+
 def prefill(model: nn.Module, batch: PromptBatch, upto: int, times: int = 1) -> Cache:
     """Keys and values of the first `upto` columns, each row repeated `times`.
 
     The columns that all rows share are computed once and repeated, in a forward pass of their own.
     """
+    _check_length(model, batch)
     decoder, n = hf_model(model).get_decoder(), batch.n_shared
     cache: Cache = DynamicCache(config=hf_model(model).config.get_text_config())
     with answers_start(batch.answer_start):
@@ -157,6 +175,7 @@ def final_hidden(
     Only the columns that no cache holds are returned: all but the shared ones, or those after the
     given `cache` (used up by this call). Count columns from the right.
     """
+    _check_length(model, batch)
     if cache is None and batch.n_shared > 0:
         cache = prefill(model, batch, batch.n_shared)
     n = 0 if cache is None else cache.get_seq_length()
@@ -191,7 +210,7 @@ def load_model(
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, trust_remote_code=trust_remote_code
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SafeSteerError(
             f"Cannot load the model '{name}': give a Hub id, a local folder or 'smollm2-135m'."

@@ -13,7 +13,7 @@ from safesteer.divergence import Divergence, Normalizer
 from safesteer.errors import SafeSteerError
 from safesteer.files import read_tensors, write_tensors
 from safesteer.lora import with_adapter
-from safesteer.models import ChatModel, blocks, hf_model
+from safesteer.models import ChatModel, blocks, final_norm, hf_model
 from safesteer.objective import Support
 from safesteer.settings import AT_LEAST_1, FINITE, POSITIVE, SHARE, check_settings
 from safesteer.tokens import TokenSet
@@ -134,7 +134,7 @@ def begin(student: ChatModel, direction: Direction, config: DistillConfig) -> Di
     elif config.train == "above":
         for block in blocks(student.model)[first:]:
             block.requires_grad_(True)
-        hf_model(student.model).get_decoder().norm.requires_grad_(True)  # type: ignore[union-attr]
+        final_norm(student.model).requires_grad_(True)
     params = [p for p in student.model.parameters() if p.requires_grad]
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in params):
         raise SafeSteerError(

@@ -22,7 +22,7 @@ from torch import Tensor
 from safesteer.attribution.groups import by_cluster, check_override, group_of
 from safesteer.attribution.text import token_text
 from safesteer.directions import Direction, steer
-from safesteer.models import ChatModel, final_hidden, hf_model, output_head
+from safesteer.models import ChatModel, final_hidden, final_norm, output_head
 from safesteer.prompts import PromptBatch, batches
 from safesteer.tokens import Rollouts, TokenConfig, TokenSet, logp_rows
 
@@ -222,7 +222,7 @@ def _votes(
 def _before_norm(chat: ChatModel) -> Iterator[list[Tensor]]:
     """Collects the last position's residual stream, as the final norm reads it."""
     seen: list[Tensor] = []
-    norm = hf_model(chat.model).get_decoder().norm
+    norm = final_norm(chat.model)
     handle = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1].float()))
     try:
         yield seen
@@ -249,7 +249,7 @@ def logit_parts(
     weight, _, _ = output_head(base.model)
     n_real = len(base.tokenizer)  # type: ignore[arg-type]
     rows = weight[ids.to(base.device)].float() - weight[:n_real].float().mean(0)
-    norm = hf_model(base.model).get_decoder().norm
+    norm = final_norm(base.model)
     added = (direction.coeff * direction.vector).to(base.device).float()
     # Scaled up so that the norm's epsilon does not count, and without a LayerNorm's bias.
     shaped = norm(added * 1e3).float() - norm(torch.zeros_like(added)).float()
