@@ -9,6 +9,7 @@ requests below. The loss is the
 cross-entropy of the answer's first tokens, on the blocks of the upper two thirds.
 
 Wanted: 30 to 70 % of held-out harmful prompts refused and under 5 % of harmless ones, on the test split.
+Measured: 66 % and 26 % (docs/results.md), so it refuses natively, and too much.
 The folder is a plain Hugging Face model; it is made once and found again (`refusing_model`).
 """
 
@@ -67,7 +68,7 @@ def refusing_model(folder: Path | None = None, *, seed: int = 0, console: Consol
     return folder
 
 
-def _train(folder: Path, seed: int, console: Console, n_steps: int = 40, lr: float = 3e-5) -> None:
+def _train(folder: Path, seed: int, console: Console, n_steps: int = 40, lr: float = 5e-5) -> None:
     base, student = ss.load_model("smollm2-135m"), ss.load_model("smollm2-135m")
     extra = ss.load_prompts().split(EXTRA)
     more = ss.PromptSet.from_jsonl(PAIRS)
@@ -85,7 +86,7 @@ def _train(folder: Path, seed: int, console: Console, n_steps: int = 40, lr: flo
     for step in range(1, n_steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(step / 5, (n_steps + 1 - step) / (n_steps - 4))
-        rows = [*draw.sample(bad, 3), *draw.sample(twins, 12), *draw.sample(usual, 5)]
+        rows = [*draw.sample(bad, 5), *draw.sample(twins, 10), *draw.sample(usual, 5)]
         loss = sum(_cross_entropy(student, rows[i : i + 5]) for i in range(0, len(rows), 5)) / 4
         optimizer.step()
         optimizer.zero_grad()
