@@ -5,8 +5,8 @@
 SmolLM2-135M-Instruct hardly refuses. A short supervised run teaches it to: refusals that we wrote for
 harmful prompts, the model's own answers for harmless ones. All prompts of this run are kept apart from
 every later split: the 30 pairs of the split `extra`, 45 pairs of `early_pairs.jsonl`, and the everyday
-requests below. The loss is the
-cross-entropy of the answer's first tokens, on the blocks of the upper two thirds.
+requests below. The loss is the cross-entropy of the answer's first tokens, on the blocks of the upper
+two thirds.
 
 Wanted: 30 to 70 % of held-out harmful prompts refused and under 5 % of harmless ones, on the test split.
 Measured: 66 % and 26 % (docs/results.md), so it refuses natively, and too much.
