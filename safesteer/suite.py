@@ -31,7 +31,7 @@ from safesteer.files import read_json, write_json, write_text
 from safesteer.generation import generate
 from safesteer.guards import judged
 from safesteer.judges import refuses, refuses_anywhere
-from safesteer.models import ChatModel, load_model
+from safesteer.models import ChatModel, hf_model, load_model
 from safesteer.perplexity import general_text, perplexity
 from safesteer.prompts import load_prompts
 from safesteer.reading import representation_shift
@@ -128,7 +128,7 @@ def run_suite(
         write_text(folder / "answers.jsonl", "".join(json.dumps(a) + "\n" for a in answers))
         for task in (t for t in chosen.tasks if t != HUMANEVAL and data is not None):
             for label, chat in models.items():  # where the weights lie: the harness knows no short names
-                text = command_line(chat.model.name_or_path, folder / "tasks", task, chosen.n_rows)
+                text = command_line(hf_model(chat.model).name_or_path, folder / "tasks", task, chosen.n_rows)
                 console.print(f"the same by the harness ({label}): {text}", highlight=False, soft_wrap=True)
     return table
 
