@@ -128,7 +128,9 @@ def run_suite(
         write_text(folder / "answers.jsonl", "".join(json.dumps(a) + "\n" for a in answers))
         for task in (t for t in chosen.tasks if t != HUMANEVAL and data is not None):
             for label, chat in models.items():  # where the weights lie: the harness knows no short names
-                text = command_line(hf_model(chat.model).name_or_path, folder / "tasks", task, chosen.n_rows)
+                text = command_line(
+                    str(hf_model(chat.model).name_or_path), folder / "tasks", task, chosen.n_rows
+                )
                 console.print(f"the same by the harness ({label}): {text}", highlight=False, soft_wrap=True)
     return table
 
