@@ -131,10 +131,14 @@ def answers_start(at: Int[Tensor, " rows"]) -> Iterator[None]:
         ANSWER_START.reset(token)
 
 
+def context_length(model: nn.Module) -> int | None:
+    """How many tokens the model reads at once, where its config says so."""
+    return getattr(hf_model(model).config.get_text_config(), "max_position_embeddings", None)
+
+
 def _check_length(model: nn.Module, batch: PromptBatch) -> None:
     """Past its context a model reads nonsense, and attention costs the square of the length."""
-    config = hf_model(model).config.get_text_config()
-    limit, n = getattr(config, "max_position_embeddings", None), batch.prompt_ids.shape[1]
+    limit, n = context_length(model), batch.prompt_ids.shape[1]
     if limit and n > limit:
         raise SafeSteerError(
             f"A prompt with its answer has {int(batch.attention_mask.sum(1).max()):,} tokens, and the model"

@@ -7,7 +7,7 @@ import torch
 
 from safesteer.divergence import logps_on
 from safesteer.errors import SafeSteerError
-from safesteer.models import ChatModel, final_hidden, output_head
+from safesteer.models import ChatModel, context_length, final_hidden, output_head
 from safesteer.prompts import PromptBatch
 
 
@@ -20,10 +20,12 @@ def general_text() -> str:
 def perplexity(
     chat: ChatModel, text: str, *, max_tokens: int = 8192, width: int = 512, batch_size: int = 4
 ) -> float:
-    """exp of the mean negative log-likelihood a token (nats), in windows of `width` tokens."""
+    """exp of the mean negative log-likelihood a token (nats), in windows of `width` tokens, or of
+    the model's context where that is less."""
     ids = chat.tokenizer(text, add_special_tokens=False).input_ids[:max_tokens]  # type: ignore[operator]
     if len(ids) < 2:
         raise SafeSteerError("The perplexity text has fewer than two tokens.")
+    width = min(width, context_length(chat.model) or width)
     weight, bias, softcap = output_head(chat.model)
     total, count = 0.0, 0
     windows = [ids[i : i + width] for i in range(0, len(ids), width)]

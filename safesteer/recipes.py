@@ -45,7 +45,7 @@ class Recipe:
     explain: ExplainConfig = field(default_factory=ExplainConfig)
 
     def __post_init__(self) -> None:
-        bounds = {"native_share": SHARE, "stop_refusal": SHARE, "stop_kl": (0.0, math.inf)}
+        bounds = {"native_share": (0.0, math.inf), "stop_refusal": SHARE, "stop_kl": (0.0, math.inf)}
         check_settings(self, "", {**bounds, "coeff": FINITE, "n_direction": AT_LEAST_1})
 
     @property

@@ -39,6 +39,8 @@ def _range(low: Number, high: Number) -> str:
     tail = {LARGEST: " and below 2^31", math.inf: "", FINITE[1]: " and finite"}.get(high)
     if low == POSITIVE[0]:
         return f"must be positive{tail}" if tail is not None else f"must lie above 0 and at most at {high:g}"
+    if low == -math.inf:
+        return "must be a number"
     if low == FINITE[0]:
         return "must be finite"
     return f"must be at least {low:g}{tail}" if tail is not None else f"must lie between {low:g} and {high:g}"

@@ -14,7 +14,6 @@ random direction that moves the model as far, and "shuffled", what the extractio
 are shuffled. `scoring` says how a pass is shared.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +63,7 @@ class SweepConfig:
     def __post_init__(self) -> None:
         sizes = ("n_kl_tokens", "n_prompts", "n_answered", "n_answer_prompts", "batch_size", "tokens_a_pass")
         bounds = dict.fromkeys(sizes, AT_LEAST_1)
-        check_settings(self, "sweep", {**bounds, "max_layer_share": SHARE, "max_kl": (0.0, math.inf)})
+        check_settings(self, "sweep", {**bounds, "max_layer_share": SHARE})
         for name in self.controls:
             if name not in ("random", "shuffled"):
                 raise SafeSteerError(f"sweep.controls may hold random and shuffled, not '{name}'.")

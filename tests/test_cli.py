@@ -45,6 +45,12 @@ def test_evaluate_a_model_from_the_shell(model_folder, tmp_path):  # noqa: F811
     fails_with("Unknown suite 'huge'", "evaluate", str(model_folder), "--suite", "huge")
 
 
+def test_the_preset_is_not_a_setting(model_folder, tmp_path):  # noqa: F811
+    fails_with(
+        "chosen with --preset", "align", str(model_folder), "--out", str(tmp_path / "r"), "--set=preset=paper"
+    )
+
+
 def test_unknown_model_and_leftovers(tmp_path):
     fails_with(
         "Cannot load the model 'no/such-model'", "align", "no/such-model", "--out", str(tmp_path / "r")
@@ -90,7 +96,6 @@ def test_report_needs_a_run(tmp_path):
         ("extraction=magic", "must be one of"),
         ("pairs=some", "must be one of"),
         ("seed=x", "must be a number"),
-        ("preset=paper", "chosen with --preset"),
     ],
 )
 def test_bad_settings_are_one_sentence(setting, sentence):
