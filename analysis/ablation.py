@@ -26,9 +26,8 @@ from safesteer.attribution.figures import SEQUENCE, figure_of, safe
 from safesteer.files import read_json, write_json, write_text
 from safesteer.stats import wilson
 
-N_HARMFUL = (
-    "n_harmful"  # the one key of an arm that is not a setting: how many harmful prompts are distilled on
-)
+# The one key of an arm that is not a setting: how many harmful prompts are distilled on.
+N_HARMFUL = "n_harmful"
 QUICK = {
     "n_direction": 8,
     "sweep.n_prompts": 2,

@@ -42,18 +42,18 @@ from rich.console import Console
 import safesteer as ss
 from safesteer import pipeline
 from safesteer.capability import capability
-from safesteer.evaluate import EvalConfig, evaluate, kl_on_answers
+from safesteer.evaluate import EvalConfig, evaluate
 from safesteer.files import read_json, write_json, write_text
 from safesteer.models import ChatModel, hf_model
 from safesteer.refusal import REFUSING_SYSTEM
 from safesteer.stats import wilson
+from safesteer.suite import WIKITEXT, wikitext
 
 CAPABILITY = ("arc_easy", "piqa", "lambada_openai")
 METHODS = ("safesteer", "full", "sft", "full anchor", "dpo")
 # SafeSteer's was chosen by val earlier (docs/experiments.md); nothing was searched for the others.
 RATES = {"sft": 3e-5, "dpo": 5e-5, "full": 3e-4, "safesteer": 3e-4, "full anchor": 3e-4}
-A_STEP = 28  # answers: 10 harmful and 18 harmless where they are drawn apart
-SMALL = {"harmful_per_step": 10, "harmless_per_step": 18}
+A_STEP = 28  # answers: the quick recipe's 10 harmful and 18 harmless
 
 
 def whole_sentences(answer: str) -> str:
@@ -144,7 +144,7 @@ def distilled(method: str, base, direction, pairs, val, seed: int, steps: int) -
     tokens = ss.select_tokens(base, direction, val.harmless, recipe.tokens)
     support = "full" if method == "full" else "safety"
     anchor = "full" if method == "full anchor" else "same"
-    config = replace(recipe.distill, n_steps=steps, support=support, anchor_support=anchor, **SMALL)
+    config = replace(recipe.distill, n_steps=steps, support=support, anchor_support=anchor)
     state = ss.begin(ss.load_model("smollm2-135m"), direction, config)
     for _ in ss.distill(state, base, direction, tokens, pairs.harmful, pairs.harmless, config):
         pass
@@ -180,20 +180,15 @@ def untrained(method: str, base: ChatModel, direction) -> Iterator[ChatModel]:
 
 def measured(chat: ChatModel, base: ChatModel, options, method: str, said: list[str] | None) -> dict:
     test = ss.load_prompts().split("test").head(options.pairs)
-    text = "".join(
-        json.loads(line)["prompt"]
-        for line in (options.data / "wikitext2_test.jsonl").read_text().splitlines()
-    )
-    config = EvalConfig(perplexity_tokens=8192)
-    scores, answers = evaluate(chat, base, test, config, text=text)
-    drift = None  # a system prompt changes the prompt itself, so positions do not match
-    if said is not None and method != "system prompt":
-        drift = sum(kl_on_answers(base, chat, test.harmless, said, config)) / len(said)
+    # A system prompt changes the prompt itself, so positions do not match and there is no drift to read.
+    along = None if method == "system prompt" else said
+    config, text = EvalConfig(perplexity_tokens=8192), wikitext(options.data / WIKITEXT)
+    scores, answers = evaluate(chat, base, test, config, text=text, base_answers=along)
     row = {
         "harmful": scores.refusal_rate_harmful,
         "harmless": scores.refusal_rate_harmless,
         "n": scores.n,
-        "kl_harmless": drift,
+        "kl_harmless": None if along is None else scores.kl_harmless,
         "wikitext2_perplexity": scores.perplexity,
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -278,7 +273,7 @@ def main() -> None:
             found = measured(chat, base, options, method, said)
             write_json(path, {"method": method, "seed": seed, "lr": lr, "train_s": spent, **found})
         console.print(read_json(path) | {"said": None}, highlight=False)
-    table = pd.DataFrame([read_json(p) for p in sorted(options.out.glob("*.json")) if "rate-" not in p.name])
+    table = pd.DataFrame([read_json(p) for p in sorted(options.out.glob("*.json"))])
     table = table.drop(columns="said")
     write_text(options.out.with_suffix(".csv"), table.to_csv(index=False))
     write_text(options.out.with_suffix(".md"), summary(table))

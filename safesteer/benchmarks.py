@@ -6,7 +6,6 @@ which rows count. A local file is JSON Lines or CSV in the benchmark's own colum
 shipped with the project: licences differ. Prompts that a benchmark repeats are kept once.
 """
 
-import json
 import random
 import re
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from typing import Literal
 
 import pandas as pd
 
-from safesteer.errors import SafeSteerError
+from safesteer.errors import SafeSteerError, first_line
+from safesteer.files import json_lines
 
 Kind = Literal["harmful", "over-refusal"]
 
@@ -153,9 +153,7 @@ def _from_file(path: Path) -> pd.DataFrame:
     try:
         if path.suffix == ".csv":
             return pd.read_csv(path, dtype=str, keep_default_na=False)
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-        rows = [json.loads(line) for line in lines if line.strip()]
-        return pd.DataFrame(rows)
+        return pd.DataFrame(json_lines(path))
     except OSError as error:
         raise SafeSteerError(f"Cannot read the benchmark file {path}: {error.strerror}.") from error
     except (ValueError, AttributeError) as error:
@@ -168,11 +166,12 @@ def _from_hub(found: Benchmark) -> pd.DataFrame:
     try:
         return load_dataset(found.repo, found.config, split=found.split).to_pandas()  # type: ignore[union-attr,return-value]
     except Exception as error:  # the Hub raises whatever it likes
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         help_ = (
             f" It is gated: accept its terms at https://huggingface.co/datasets/{found.repo} and log in with"
             " `hf auth login`."
             if found.gated
             else " Without a network, give a local file or a folder of data."
         )
-        raise SafeSteerError(f"Cannot load '{found.name}' from {found.repo}: {first}{help_}") from error
+        raise SafeSteerError(
+            f"Cannot load '{found.name}' from {found.repo}: {first_line(error)}{help_}"
+        ) from error

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from safesteer.errors import SafeSteerError
-from safesteer.files import write_text
+from safesteer.errors import SafeSteerError, first_line
+from safesteer.files import json_lines, write_text
 from safesteer.models import ChatModel, hf_model
 
 
@@ -118,9 +118,8 @@ def write_tasks(folder: Path, data: Path, names: Sequence[str]) -> None:
                 f"{data} holds no {task.file} for the task '{task.name}': name another folder of data, or"
                 " none to load the task from the Hub."
             )
-        lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line]
         rows = folder.resolve() / f"{task.name}.jsonl"
-        write_text(rows, "".join(json.dumps(task.row(r)) + "\n" for r in lines))
+        write_text(rows, "".join(json.dumps(task.row(r)) + "\n" for r in json_lines(source)))
         changes = {
             "include": str(own / task.harness),
             "task": local_name(task),
@@ -151,8 +150,7 @@ def capability(
     `folder` receives the task files; `data` holds local rows (None: the Hub's). Raises SafeSteerError
     where the extra `eval` is missing, for an unknown task, and where rows cannot be had.
     """
-    for name in names:
-        task_named(name)
+    tasks = [task_named(name) for name in names]
     if find_spec("lm_eval") is None:
         raise SafeSteerError("Capability needs the extra `eval`: pip install 'safesteer[eval]'.")
     from lm_eval import simple_evaluate
@@ -167,7 +165,7 @@ def capability(
     with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
         manager = TaskManager(include_path=str(folder) if data is not None else None)
         lm = HFLM(pretrained=hf_model(chat.model), tokenizer=chat.tokenizer, batch_size=batch_size)
-        for task in map(task_named, names):
+        for task in tasks:
             name = task.name if data is None else local_name(task)
             try:
                 found = simple_evaluate(
@@ -180,8 +178,9 @@ def capability(
                     bootstrap_iters=100,
                 )
             except Exception as error:  # the harness and the Hub raise whatever they like
-                first = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise SafeSteerError(f"The task '{task.name}' could not be run: {first}") from error
+                raise SafeSteerError(
+                    f"The task '{task.name}' could not be run: {first_line(error)}"
+                ) from error
             assert found is not None
             rows.append(_row(task, name, dict(found)))
     return pd.DataFrame(rows, columns=["task", "metric", "value", "stderr", "n"])

@@ -1,13 +1,12 @@
 """HumanEval: the model completes a function, and its tests run in a process that can do little harm.
 
 Generated code runs only where the caller says so (`allow_code`). Each program has a process of its own:
-no network (a network namespace of its own, Linux), limits on processor time, memory, file size and
-processes, an empty environment and an empty folder. Where the namespace cannot be had, nothing is run.
+no network (a network namespace of its own, Linux), limits on processor time, memory and file size, an
+empty environment and an empty folder. Where the namespace cannot be had, nothing is run.
 The prompt is ours; pass@1 of one greedy completion.
 """
 
 import ctypes
-import json
 import os
 import re
 import resource
@@ -17,7 +16,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from safesteer.errors import SafeSteerError
+from safesteer.errors import SafeSteerError, first_line
+from safesteer.files import json_lines
 from safesteer.generation import generate
 from safesteer.models import ChatModel
 
@@ -112,10 +112,9 @@ def problems(data: str | Path | None = None, limit: int | None = None) -> list[d
         try:
             return list(load_dataset("openai/openai_humaneval", split="test"))[:limit]  # type: ignore[arg-type]
         except Exception as error:  # the Hub raises whatever it likes
-            raise SafeSteerError(f"Cannot load HumanEval from the Hub: {str(error)[:200]}") from error
+            raise SafeSteerError(f"Cannot load HumanEval from the Hub: {first_line(error)}") from error
     try:
-        lines = Path(data).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()][:limit]
+        rows = json_lines(data)[:limit]
         if not all({"prompt", "entry_point"} <= r.keys() and {"test", "tests"} & r.keys() for r in rows):
             raise KeyError
     except OSError as error:

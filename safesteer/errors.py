@@ -3,3 +3,9 @@
 
 class SafeSteerError(Exception):
     """A mistake or a limit the user can act on. The command line prints it without a traceback."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error of another library says, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -96,6 +96,13 @@ def read_json(path: Path) -> Any:
         raise SafeSteerError(f"{path} is not a JSON file that SafeSteer wrote.") from error
 
 
+def json_lines(path: str | Path) -> list[Any]:
+    """Rows of a JSON Lines file, with or without a BOM; only a line feed ends a row, because texts may
+    hold other separators. Raises OSError or ValueError: what the file is for, the caller knows."""
+    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    return [json.loads(line) for line in lines if line.strip()]
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """A safetensors file whose header carries `metadata` as JSON."""
     with atomic(path) as work:

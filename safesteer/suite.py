@@ -27,7 +27,7 @@ from safesteer.capability import capability, command_line
 from safesteer.code_eval import humaneval, problems
 from safesteer.errors import SafeSteerError
 from safesteer.evaluate import EvalConfig, Judge, kl_on_answers
-from safesteer.files import read_json, write_json, write_text
+from safesteer.files import json_lines, read_json, write_json, write_text
 from safesteer.generation import generate
 from safesteer.guards import judged
 from safesteer.judges import refuses, refuses_anywhere
@@ -38,7 +38,7 @@ from safesteer.reading import representation_shift
 from safesteer.run import locked
 from safesteer.stats import bootstrap, wilson
 
-HUMANEVAL = "humaneval"
+HUMANEVAL, WIKITEXT = "humaneval", "wikitext2_test.jsonl"
 OWN = {"own-harmful": "harmful", "own-harmless": "over-refusal"}  # the project's held-out pairs
 
 
@@ -149,7 +149,7 @@ def _sources(target: str | Path) -> dict[str, str]:
 def _identify(folder: Path, suite: Suite, judge: Judge, data, models: dict[str, ChatModel]) -> None:
     ours = {
         "suite": json.loads(json.dumps(asdict(suite))),
-        "judge": getattr(judge, "__name__", type(judge).__name__),
+        "judge": _name(judge),
         "data": str(Path(data).resolve()) if data is not None else None,
         "models": {label: chat.fingerprint for label, chat in models.items()},
     }
@@ -163,6 +163,10 @@ def _identify(folder: Path, suite: Suite, judge: Judge, data, models: dict[str, 
             )
     else:
         write_json(path, ours)
+
+
+def _name(judge: Judge) -> str:
+    return getattr(judge, "__name__", type(judge).__name__)
 
 
 Measure = Callable[[ChatModel], dict[str, Any]]
@@ -209,7 +213,7 @@ def _refusals(
     if judge is refuses:  # the lenient form is reported apart
         anywhere = [refuses_anywhere(p, a) for p, a in zip(prompts, said, strict=True)]
         rows.append(_rate(kind, name, "refusal phrase anywhere", anywhere))
-    by = getattr(judge, "__name__", type(judge).__name__)
+    by = _name(judge)
     answers = [
         {"model": label, "set": name, "prompt": p, "answer": a, "judge": by, "verdict": r}
         for p, a, r in zip(prompts, said, refused, strict=True)
@@ -233,11 +237,15 @@ def _humaneval(data, limit: int | None, chat: ChatModel) -> dict:
     return {"rows": [_rate("capability", HUMANEVAL, "pass@1", humaneval(chat, rows, allow_code=True))]}
 
 
+def wikitext(path: Path) -> str:
+    """WikiText-2 as one text again, from its articles in JSON Lines."""
+    return "".join(row["prompt"] for row in json_lines(path))
+
+
 def _perplexity(suite: Suite, data, chat: ChatModel) -> dict:
     name, text = "general text", general_text()
-    if data is not None and (path := Path(data) / "wikitext2_test.jsonl").is_file():
-        name = "WikiText-2"
-        text = "".join(json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines())
+    if data is not None and (path := Path(data) / WIKITEXT).is_file():
+        name, text = "WikiText-2", wikitext(path)
     value = perplexity(chat, text, max_tokens=suite.perplexity_tokens)
     return {"rows": [_row("perplexity", name, "perplexity", value, None, suite.perplexity_tokens)]}
 

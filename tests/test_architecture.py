@@ -14,7 +14,7 @@ MAY_IMPORT = {  # the rooms that each room may look into
     "judges": set(),
     "endpoint": {"errors"},
     "stats": set(),
-    "benchmarks": {"errors"},
+    "benchmarks": {"errors", "files"},
     "settings": {"errors"},
 }
 for below, above in [

@@ -32,6 +32,7 @@ COLOURS = {
 }
 SEQUENCE = ("#0d9488", "#d97706", "#8b5cf6", "#c2556a", "#3b82c4", "#7b8794", "#6b8e23", "#a16207")
 DIVERGING = ((0.0, "#3b6fb6"), (0.5, "#e9e7e2"), (1.0, "#c2630a"))
+WHISKER = {"thickness": 1.2, "width": 4, "color": "#8a8f98"}
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 INK = {"light": ("#1f2933", "#e4e2dc"), "dark": ("#e6e4df", "#34393f")}
 
@@ -233,6 +234,12 @@ def training_figure(history: Sequence[Mapping[str, Any]], theme: Theme = "light"
     )
 
 
+def _shares(bars: Sequence[go.Bar], y: str, theme: Theme) -> go.Figure:
+    """Bars of shares in groups, from nothing to all."""
+    figure = figure_of(bars, "", y, theme, barmode="group", bargroupgap=0.08)
+    return figure.update_yaxes(tickformat=".0%", range=[0, 1.04])
+
+
 def evaluation_figure(scores: Mapping[str, Mapping[str, Any]], theme: Theme = "light") -> go.Figure:
     """Refusal rates with 95 % intervals: wanted on harmful prompts, unwanted on harmless ones."""
     kinds = {"refusal_rate_harmful": "harmful prompts", "refusal_rate_harmless": "harmless prompts"}
@@ -249,15 +256,12 @@ def evaluation_figure(scores: Mapping[str, Mapping[str, Any]], theme: Theme = "l
                 error_y={
                     "array": [high - row[k] for k, (_, high) in zip(keys, limits, strict=True)],
                     "arrayminus": [row[k] - low for k, (low, _) in zip(keys, limits, strict=True)],
-                    "thickness": 1.2,
-                    "width": 4,
-                    "color": "#8a8f98",
+                    **WHISKER,
                 },
                 hovertemplate=f"{safe(name)}<br>%{{x}}: %{{y:.1%}} refused<extra></extra>",
             )
         )
-    figure = figure_of(bars, "", "refused", theme, barmode="group", bargroupgap=0.08)
-    return figure.update_yaxes(tickformat=".0%", range=[0, 1.04])
+    return _shares(bars, "refused", theme)
 
 
 def suite_figure(table: pd.DataFrame, theme: Theme = "light") -> go.Figure:
@@ -275,15 +279,12 @@ def suite_figure(table: pd.DataFrame, theme: Theme = "light") -> go.Figure:
                 error_y={
                     "array": numbers(rows.high - rows.value),
                     "arrayminus": numbers(rows.value - rows.low),
-                    "thickness": 1.2,
-                    "width": 4,
-                    "color": "#8a8f98",
+                    **WHISKER,
                 },
                 hovertemplate=f"{safe(str(model))}<br>%{{x}}: %{{y:.1%}}<extra></extra>",
             )
         )
-    figure = figure_of(bars, "", "share of prompts or rows", theme, barmode="group", bargroupgap=0.08)
-    return figure.update_yaxes(tickformat=".0%", range=[0, 1.04])
+    return _shares(bars, "share of prompts or rows", theme)
 
 
 def shift_figure(points: pd.DataFrame, theme: Theme = "light") -> go.Figure:

@@ -246,9 +246,7 @@ def logit_parts(
     before any soft-capping. A norm's output does not depend on its input's scale, so
     weight * c / s is norm(c) * spread(c) / s.
     """
-    weight, _, _ = output_head(base.model)
-    n_real = len(base.tokenizer)  # type: ignore[arg-type]
-    rows = weight[ids.to(base.device)].float() - weight[:n_real].float().mean(0)
+    rows = _centred_rows(base, ids)
     norm = final_norm(base.model)
     added = (direction.coeff * direction.vector).to(base.device).float()
     # Scaled up so that the norm's epsilon does not count, and without a LayerNorm's bias.
