@@ -33,6 +33,7 @@ from safesteer.prompts import PromptSet, load_prompts
 from safesteer.recipes import Recipe, recipe
 from safesteer.refusal import RefusalTokens, learn_refusal_tokens, refusal_scores, refusal_token_ids
 from safesteer.server import server_sampler
+from safesteer.sharding import shard
 from safesteer.steering import ablate, add, clamp, gate
 from safesteer.student import DistillConfig, begin
 from safesteer.suite import Suite, run_suite
@@ -97,6 +98,7 @@ __all__ = [
     "run_suite",
     "select_tokens",
     "server_sampler",
+    "shard",
     "steer",
     "sweep",
     "system_contrast",

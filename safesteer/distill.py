@@ -24,16 +24,18 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from safesteer.directions import Direction
 from safesteer.divergence import logps_on
 from safesteer.errors import SafeSteerError
 from safesteer.lora import as_base, shares_weights
 from safesteer.models import ChatModel, final_hidden, output_head
-from safesteer.objective import loss_part, off_set, topk_ids
+from safesteer.objective import Compared, Head, Support, compare, off_set
 from safesteer.onpolicy import Answers, Sampler, answer, counting, draw, teacher_hidden
+from safesteer.sharding import by_kind, in_step, total_norm, whole
 from safesteer.student import DistillConfig, DistillState, Refreshed
 from safesteer.tokens import TokenSet
 
@@ -75,6 +77,11 @@ def _recomputing(student: ChatModel, wanted: bool) -> Iterator[None]:
         student.model.eval()
 
 
+def _narrow(student: ChatModel, config: DistillConfig) -> torch.autocast:
+    """Forward passes in the precision of the recipe."""
+    return torch.autocast(student.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+
+
 def learning_rate(step: int, config: DistillConfig) -> float:
     """Linear warm-up over the first share of the steps, then half a cosine to zero."""
     warm = max(1, round(config.warmup * config.n_steps))
@@ -114,8 +121,6 @@ def distill(
     n_prompts, n_processes = config.harmful_per_step + config.harmless_per_step, processes.num_processes
     if n_processes > n_prompts:
         raise SafeSteerError(f"{n_processes} processes cannot share the {n_prompts} prompts of a step.")
-    how = config.support, config.divergence, config.normalizer, config.beta
-    narrow = torch.autocast(student.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
     while state.step < config.n_steps:
         step, clock = state.step, time.perf_counter()
         due = config.refresh_every and step and step % config.refresh_every == 0
@@ -133,7 +138,7 @@ def distill(
             drawn = draw(len(harmless), config.harmless_per_step, step, config.seed + 1)
             good = [harmless[i] for i in drawn]
         teacher = (base, direction) if config.rollouts == "mixed" else None
-        with narrow:
+        with _narrow(student, config):
             answers = answer(
                 student,
                 bad,
@@ -147,64 +152,39 @@ def distill(
             )
         rollout_s, clock = time.perf_counter() - clock, time.perf_counter()
 
-        with as_base(base, student), narrow:
+        with as_base(base, student), _narrow(student, config):
             h_teacher = teacher_hidden(base, direction, answers, config.teacher, config.micro_batch)
-        on_s = logps_on(h_teacher, base_head[0], ids, bias=base_head[1], softcap=base_head[2])
-        set_ids: Tensor = ids
-        if config.support == "topk":
-            set_ids = topk_ids(h_teacher, base_head, config.n_topk)
         teacher_s, clock = time.perf_counter() - clock, time.perf_counter()
 
-        per_token = _weights(answers, config, step)
-        row, _ = answers.mask.nonzero(as_tuple=True)
-        w, is_harmful = per_token[answers.mask], answers.harmful[row]
-        starts = answers.mask.sum(1).cumsum(0) - answers.mask.sum(1)
-        loss, student_mass, h_student = 0.0, torch.zeros_like(w), torch.zeros_like(h_teacher)
+        w = _weights(answers, config, step)[answers.mask]
         state.optimizer.zero_grad(set_to_none=True)
-        for at in torch.arange(len(answers.mask)).split(config.micro_batch):
-            first = int(starts[at[0]])
-            span = slice(first, first + int(answers.mask[at].sum()))
-            rows = answers.batch.rows(at)
-            if config.checkpointing:  # recomputing has no use for a cache of the shared columns
-                rows = replace(rows, n_shared=0)
-            with narrow, _recomputing(student, config.checkpointing):
-                states = final_hidden(student.model, rows)
-            hidden = counting(states, answers.mask[at])
-            here = set_ids[span] if set_ids.dim() == 2 else set_ids
-            whole = ~is_harmful[span] if config.anchor_support == "full" else None
-            part, mass = loss_part(hidden, h_teacher[span], student.model, base_head, ids, here, *how, whole)
-            objective = (part * w[span]).sum()
-            if not torch.isfinite(objective):
-                worst = (~part.detach().isfinite()).int().argmax()  # the first, if only their sum overflows
-                culprit = int(row[span][worst]) // answers.n_rollouts
-                raise SafeSteerError(
-                    f"The loss is not finite at step {step + 1}, on the prompt"
-                    f" {answers.texts[culprit]!r}; the last checkpoint is kept."
-                )
-            objective.backward()
-            loss, student_mass[span] = loss + float(objective.detach()), mass
-            h_student[span] = hidden.detach().to(h_student)
-        if n_processes > 1:
-            for p in params:
-                p.grad = reduce(p.grad, "sum")  # type: ignore[assignment]
-        total_norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        grad_norm = float(total_norm)
+        with _recomputing(student, config.checkpointing), in_step(student.model, backward=True):
+            found, h_student = _pull(student, base_head, answers, h_teacher, w, ids, config, step)
+        grads = _summed(params, n_processes)
+        norm = total_norm(grads)
+        grad_norm = float(norm)
         if not math.isfinite(grad_norm):
-            grads = ((name, p.grad) for name, p in state.trained.items() if p.grad is not None)
-            where = next((name for name, grad in grads if not grad.isfinite().all()), "their sum")
+            named = ((name, p.grad) for name, p in state.trained.items() if p.grad is not None)
+            where = next((name for name, grad in named if not whole(grad).isfinite().all()), "their sum")
             raise SafeSteerError(
                 f"The gradient is not finite at step {step + 1}, in {where}; the last checkpoint is kept."
             )
-        nn.utils.clip_grads_with_norm_(params, config.max_grad_norm, total_norm)
+        for kind in by_kind(params):
+            nn.utils.clip_grads_with_norm_(kind, config.max_grad_norm, norm)
         # Before the weights move: a trained head must be the one that these states came from.
-        gap = _sampler_gap(answers, h_student, output_head(student.model))
-        off_s = off_set(h_student, h_teacher, student.model, base_head, ids)
+        head = output_head(student.model)
+        gap, off_s = (
+            _sampler_gap(answers, h_student, head),
+            off_set(h_student, h_teacher, head, base_head, ids),
+        )
         state.optimizer.step()
         state.step += 1
-        teacher_mass = on_s.exp().sum(-1)
-        sums = [loss, off_s, float(len(w)), float(is_harmful.sum()), float(student_mass[is_harmful].sum())]
-        sums += [float(teacher_mass[is_harmful].sum()), float(student_mass[~is_harmful].sum())]
-        loss, off_s, n, n_harmful, mass, mass_teacher, mass_anchor = _over_processes(sums, student.device)
+        bad_ones = answers.harmful[answers.mask.nonzero()[:, 0]]
+        sums = [found.loss, off_s, len(w), bad_ones.sum(), found.student_mass[bad_ones].sum()]
+        sums += [found.teacher_mass[bad_ones].sum(), found.student_mass[~bad_ones].sum()]
+        loss, off_s, n, n_harmful, mass, mass_teacher, mass_anchor = _over_processes(
+            [float(x) for x in sums], student.device
+        )
         yield StepRecord(
             step=state.step,
             loss=loss,
@@ -220,6 +200,63 @@ def distill(
             teacher_s=teacher_s,
             student_s=time.perf_counter() - clock,
         )
+
+
+def _pull(
+    student: ChatModel,
+    base_head: Head,
+    answers: Answers,
+    h_teacher: Float[Tensor, "n d_model"],
+    w: Float[Tensor, " n"],
+    ids: Int[Tensor, " n_set"],
+    config: DistillConfig,
+    step: int,
+) -> tuple[Compared, Float[Tensor, "n d_model"]]:
+    """The gradient of a step's loss, by micro-batches. Returns the comparison and the student's states."""
+    head, row = output_head(student.model), answers.mask.nonzero()[:, 0]
+    how = {name: getattr(config, name) for name in ("divergence", "normalizer", "beta", "n_topk")}
+    starts = answers.mask.sum(1).cumsum(0) - answers.mask.sum(1)
+    loss, h_student = 0.0, torch.zeros_like(h_teacher)
+    found = torch.zeros((3, len(w)), dtype=torch.float32, device=w.device)
+    for at in torch.arange(len(answers.mask)).split(config.micro_batch):
+        first = int(starts[at[0]])
+        span = slice(first, first + int(answers.mask[at].sum()))
+        rows = answers.batch.rows(at)
+        if config.checkpointing or config.sharded:  # neither has a use for a cache of the shared columns
+            rows = replace(rows, n_shared=0)
+        with _narrow(student, config):
+            states = final_hidden(student.model, rows)
+        hidden = counting(states, answers.mask[at])
+        h_student[span] = hidden.detach().to(h_student)
+        entire = ~answers.harmful[row[span]] & (config.anchor_support == "full")
+        kinds: list[tuple[Support, Tensor]] = [(config.support, ~entire), ("full", entire)]
+        losses = []
+        for support, these in kinds:
+            n = these.nonzero()[:, 0]
+            if len(n):
+                three = hidden[n], h_teacher[span][n], w[span][n]
+                part = compare(*three, head, base_head, ids, support=support, **how)
+                losses.append(part.loss)
+                found[:, first + n] = torch.stack(part[1:]).to(found)
+        objective = torch.stack(losses).sum()
+        if not torch.isfinite(objective):
+            worst = (~found[0, span].isfinite()).int().argmax()  # the first, if only their sum overflows
+            culprit = answers.texts[int(row[span][worst]) // answers.n_rollouts]
+            raise SafeSteerError(
+                f"The loss is not finite at step {step + 1}, on the prompt {culprit!r}; the last checkpoint"
+                " is kept."
+            )
+        objective.backward()
+        loss += float(objective.detach())
+    return Compared(torch.tensor(loss), *found), h_student
+
+
+def _summed(params: list[nn.Parameter], n_processes: int) -> list[Tensor]:
+    """Gradients summed over all processes. Those of sharded weights come as a mean."""
+    for p in params:
+        if n_processes > 1 and p.grad is not None:
+            p.grad = p.grad * n_processes if isinstance(p, DTensor) else reduce(p.grad, "sum")  # type: ignore[assignment]
+    return [p.grad for p in params if p.grad is not None]
 
 
 def _weights(answers: Answers, config: DistillConfig, step: int) -> Float[Tensor, "rows new_pos"]:

@@ -1,14 +1,10 @@
 """Tensor maths of the method: scores, log-probabilities on a token set, localized divergences.
 
-Algorithm (paper section 3.4; Eq. 5 and 6):
-1. `logps_on`: for final hidden states h and output head W, return log softmax(W h) on a few
-   token ids only. One logsumexp a position is all that is needed of the vocabulary, so it is
-   formed in chunks of positions and no (position x vocabulary) tensor ever lives.
-2. `localized_divergence`: compare student p and teacher q on those ids, one number a position.
-
-Backward of step 1, with G = dL/dlogp on S and s = sum_S G:
-    dL/dz_k = 1[k in S] G_k - s p_k,   so   dh = G W_S - s (p W)   and   dW = G^T h - (s p)^T h.
-`p W` is formed in the forward pass; with a frozen head the backward never touches V again.
+1. `logps_on`: for final hidden states h and output head W, log softmax(W h) on a few token ids only.
+   One logsumexp a position is all that is needed of the vocabulary, so it is formed in chunks of
+   positions and no (position x vocabulary) tensor ever lives.
+2. `localized_divergence` (paper section 3.4; Eq. 5 and 6): compare student p and teacher q on those
+   ids, one number a position. `objective.compare` joins the two for a training step.
 """
 
 import math
@@ -62,80 +58,6 @@ def logits_of(h: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | N
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def _softcap_slope(z: Tensor, softcap: float | None) -> Tensor | float:
-    return 1.0 if softcap is None else 1 - (z / softcap) ** 2
-
-
-class _LogpsOn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h, weight, bias, ids, softcap, chunk):
-        n, rows = h.shape[0], ids.dim() == 2
-        wide = torch.float64 if h.dtype == torch.float64 else torch.float32
-        logps = h.new_empty((n, ids.shape[-1]), dtype=wide)
-        lse = h.new_empty((n,), dtype=wide)
-        mean_row = torch.empty_like(h) if h.requires_grad else None  # p W
-        for start in range(0, n, chunk):
-            at = slice(start, start + chunk)
-            z = logits_of(h[at], weight, bias, softcap)
-            lse[at] = z.logsumexp(-1)
-            logps[at] = (z.gather(-1, ids[at]) if rows else z[:, ids]) - lse[at, None]
-            if mean_row is not None:
-                slope = _softcap_slope(z, softcap)
-                p = z.sub_(lse[at, None]).exp_()
-                p = p if softcap is None else p * slope
-                mean_row[at] = p.to(weight.dtype) @ weight
-        ctx.save_for_backward(h, weight, bias, ids, lse, mean_row, logps)
-        ctx.softcap = softcap
-        return logps
-
-    @staticmethod
-    def backward(ctx, *grad_outputs):  # type: ignore[override]
-        h, weight, bias, ids, lse, mean_row, logps = ctx.saved_tensors
-        grad, softcap, rows = grad_outputs[0], ctx.softcap, ids.dim() == 2
-        total = grad.sum(-1)
-        on_set = grad * _softcap_slope(logps + lse[:, None], softcap)
-        grad_h = grad_w = grad_b = None
-        if ctx.needs_input_grad[0]:
-            if rows:
-                grad_h = torch.einsum("ns,nsd->nd", on_set.to(h.dtype), weight[ids])
-            else:
-                grad_h = on_set.to(h.dtype) @ weight[ids]
-            grad_h.addcmul_(mean_row, total[:, None].to(h.dtype), value=-1)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_w, grad_b = _head_gradient(h, weight, bias, lse, total, softcap)
-            flat_ids = ids.reshape(-1) if rows else ids
-            if rows:
-                of_ids = (on_set[..., None] * h[:, None]).reshape(-1, h.shape[-1])
-                of_bias = on_set.reshape(-1)
-            else:
-                of_ids, of_bias = on_set.T.to(h.dtype) @ h, on_set.sum(0)
-            grad_w.index_add_(0, flat_ids, of_ids.to(grad_w.dtype))
-            if grad_b is not None:
-                grad_b.index_add_(0, flat_ids, of_bias.to(grad_b.dtype))
-        return grad_h, grad_w, grad_b, None, None, None
-
-
-def _head_gradient(h, weight, bias, lse, total, softcap, block=2048):
-    """-(s p)^T h, by blocks of the vocabulary: one matrix product a row block, no wide buffer."""
-    grad_w = torch.empty_like(weight)
-    grad_b = None if bias is None else torch.empty_like(bias)
-    for start in range(0, weight.shape[0], block):
-        at = slice(start, start + block)
-        rows, row_sums = torch.zeros_like(weight[at]), h.new_zeros(len(weight[at]), dtype=lse.dtype)
-        for first in range(0, h.shape[0], block):  # bounds the (position x row) buffer
-            pos = slice(first, first + block)
-            z = logits_of(h[pos], weight[at], None if bias is None else bias[at], softcap)
-            slope = _softcap_slope(z, softcap)
-            p = z.sub_(lse[pos, None]).exp_().mul_(-total[pos, None])
-            p = p if softcap is None else p * slope
-            rows += p.T.to(h.dtype) @ h[pos]
-            row_sums += p.sum(0)
-        grad_w[at] = rows
-        if grad_b is not None:
-            grad_b[at] = row_sums
-    return grad_w, grad_b
-
-
 def logps_on(
     hidden: Float[Tensor, "n d_model"],
     weight: Float[Tensor, "d_vocab d_model"],
@@ -145,15 +67,22 @@ def logps_on(
     softcap: float | None = None,
     chunk: int | None = None,
 ) -> Float[Tensor, "n n_set"]:
-    """Differentiable log softmax(weight @ hidden + bias) on `ids`, in nats, float32 or wider.
+    """log softmax(weight @ hidden + bias) on `ids`, in nats, float32 or wider; differentiable.
 
-    `ids` is one set for all positions, or one row of ids a position (teacher top-k). `softcap` is
-    Gemma's final_logit_softcapping. Peak memory is that of `chunk` x d_vocab logits, whatever n is.
+    `ids` is one set for all positions, or one row of ids a position. `softcap` is Gemma's
+    final_logit_softcapping. Peak memory is that of `chunk` x d_vocab logits, whatever n is; the
+    backward pass forms them again.
     """
     chunk = chunk or rows_a_chunk(len(weight))
     if int(ids.min()) < 0 or int(ids.max()) >= weight.shape[0]:
         raise ValueError(f"Token ids must lie in 0..{weight.shape[0] - 1} (the output head's rows).")
-    return _LogpsOn.apply(hidden, weight, bias, ids, softcap, chunk)  # type: ignore[return-value]
+
+    def on(h: Tensor, at: Tensor) -> Tensor:
+        z = logits_of(h, weight, bias, softcap)
+        return z.gather(-1, at) - z.logsumexp(-1, keepdim=True)
+
+    parts = zip(hidden.split(chunk), ids.expand(len(hidden), -1).split(chunk), strict=True)
+    return torch.cat([checkpoint(on, h, at, use_reentrant=False) for h, at in parts])
 
 
 def _log1mexp(x: Tensor) -> Tensor:
@@ -201,29 +130,3 @@ def localized_divergence(
         return 0.5 * _kl_terms(p, q, generalized) + 0.5 * _kl_terms(q, p, generalized)
     mixture = torch.logaddexp(q + math.log(beta), p + math.log1p(-beta))
     return beta * _kl_terms(q, mixture, False) + (1 - beta) * _kl_terms(p, mixture, False)
-
-
-def full_divergence(
-    hidden: Float[Tensor, "n d_model"],
-    teacher_hidden: Float[Tensor, "n d_model"],
-    head: tuple[Tensor, Tensor | None, float | None],
-    teacher_head: tuple[Tensor, Tensor | None, float | None],
-    divergence: Divergence = "reverse",
-    beta: float = 0.5,
-    chunk: int | None = None,
-) -> Float[Tensor, " n"]:
-    """Divergence over the whole vocabulary (the ablation of Table 4), in checkpointed chunks.
-
-    All normalizers agree here, because the set carries the whole mass.
-    """
-    chunk = chunk or rows_a_chunk(len(head[0]))
-
-    def of(h: Tensor, t: Tensor) -> Tensor:
-        p, q = logits_of(h, *head).log_softmax(-1), logits_of(t, *teacher_head).log_softmax(-1)
-        return localized_divergence(p, q, divergence, "partial", beta)
-
-    parts = [
-        checkpoint(of, h, t, use_reentrant=False)
-        for h, t in zip(hidden.split(chunk), teacher_hidden.split(chunk), strict=True)
-    ]
-    return torch.cat(parts)

@@ -20,6 +20,7 @@ from safesteer.lora import as_base
 from safesteer.models import ChatModel, final_hidden
 from safesteer.prompts import PromptBatch, batches
 from safesteer.refusal import REFUSING_SYSTEM
+from safesteer.sharding import in_step
 
 
 def draw(n_items: int, n: int, step: int, seed: int) -> list[int]:
@@ -93,9 +94,9 @@ def answer(
     shape = (len(texts), n_rollouts, max_new_tokens)
     ids = torch.full(shape, eos[0] if eos else 0, device=student.device)
     logps = torch.full(shape, torch.nan, dtype=torch.float64)
-    for steered in by_teacher.unique().tolist():
-        at = by_teacher == steered
-        rows = at.nonzero()[:, 0].tolist()
+    for steered in (False, True) if teacher else (False,):
+        author = teacher[0] if steered and teacher else student
+        rows = (by_teacher == steered).nonzero()[:, 0].tolist()
         keys = [(*key, places[i]) for i in rows]
         if sampler is not None and not steered:
             prompts = [batch.prompt_ids[i][batch.attention_mask[i].bool()].tolist() for i in rows]
@@ -104,17 +105,18 @@ def answer(
                     ids[i, n, : len(sampled.ids)] = torch.tensor(sampled.ids, device=ids.device)
                     logps[i, n, : len(sampled.logps)] = torch.tensor(sampled.logps, dtype=logps.dtype)
             continue
-        author = teacher[0] if steered and teacher else student
-        with _as_teacher(teacher, student) if steered and teacher else nullcontext():
+        with _as_teacher(teacher, student) if steered and teacher else nullcontext(), in_step(author.model):
+            if not rows:
+                continue
             new = generate_ids(
                 author,
-                batch.rows(at),
+                batch.rows(torch.tensor(rows)),
                 max_new_tokens=max_new_tokens,
                 temperature=1.0,
                 n_samples=n_rollouts,
                 uniform=torch.cat([uniforms(k, n_rollouts, max_new_tokens) for k in keys]),
             )
-        ids[at, :, : new.shape[1]] = new.view(-1, n_rollouts, new.shape[1])
+        ids[rows, :, : new.shape[1]] = new.view(-1, n_rollouts, new.shape[1])
     ids = ids.flatten(0, 1)
     ended = torch.isin(ids, torch.tensor(eos, device=student.device))
     mask = ended.cumsum(1) - ended.long() == 0  # the end-of-answer token itself counts
@@ -151,15 +153,16 @@ def teacher_hidden(
     n_new = answers.mask.shape[1]
     dtype = next(base.model.parameters()).dtype
     out = torch.zeros((*answers.mask.shape, base.d_model), dtype=dtype, device=base.device)
-    for is_harmful in answers.harmful.unique().tolist():
-        for at in torch.nonzero(answers.harmful == is_harmful)[:, 0].split(micro_batch):
-            if is_harmful and teacher == "prompt":
-                batch = _with_system(base, answers, at)
-            else:
-                batch = answers.batch.rows(at)
-            steered = is_harmful and teacher == "steered"
-            with steer(base, direction) if steered else nullcontext():
-                out[at] = final_hidden(base.model, batch)[:, -n_new - 1 : -1]
+    with in_step(base.model):
+        for is_harmful in answers.harmful.unique().tolist():
+            for at in torch.nonzero(answers.harmful == is_harmful)[:, 0].split(micro_batch):
+                if is_harmful and teacher == "prompt":
+                    batch = _with_system(base, answers, at)
+                else:
+                    batch = answers.batch.rows(at)
+                steered = is_harmful and teacher == "steered"
+                with steer(base, direction) if steered else nullcontext():
+                    out[at] = final_hidden(base.model, batch)[:, -n_new - 1 : -1]
     return out[answers.mask]
 
 

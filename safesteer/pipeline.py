@@ -44,6 +44,7 @@ from safesteer.prompts import PromptSet, load_prompts
 from safesteer.recipes import Recipe, quick
 from safesteer.refusal import as_expected, learn_refusal_tokens, refusal_scores
 from safesteer.run import STAGES, Run, digest, finished, locked, open_run, record
+from safesteer.sharding import aside, shard
 from safesteer.student import begin
 from safesteer.sweep import sweep
 from safesteer.tokens import TokenSet, select_tokens
@@ -173,12 +174,22 @@ def find_tokens(run: Run, base: ChatModel) -> list[str]:
 
 def train(run: Run, base: ChatModel) -> list[str]:
     """Stage 3: history.jsonl and the trained weights, checkpointed every few steps."""
+    if not run.recipe.distill.sharded:
+        return _train(run, base)
+    with aside(base.model):  # other stages need it whole; meanwhile the device holds shares of a second one
+        return _train(run, load_model(run.model, dtype=run.recipe.dtype, device="cpu"))
+
+
+def _train(run: Run, base: ChatModel) -> list[str]:
     recipe, config = run.recipe, run.recipe.distill
     direction = Direction.load(run.path / "direction.safetensors", base)
     tokens = TokenSet.load(run.path / "tokens.json")
     # An adapter sits on the base itself; full fine-tuning needs weights of its own.
-    student = base if config.lora_rank else load_model(run.model, dtype="float32")
+    loads = "cpu" if config.sharded else "auto"
+    student = base if config.lora_rank else load_model(run.model, dtype="float32", device=loads)
     state = begin(student, direction, config)
+    if config.sharded:
+        shard(base.model)
     stamp = {"recipe": recipe.hash, "tokens": digest(run.path / "tokens.json")}
     checkpoint, history = run.path / "checkpoint.safetensors", run.path / "history.jsonl"
     records: list[dict] = []
@@ -204,10 +215,11 @@ def train(run: Run, base: ChatModel) -> list[str]:
                 log(records[-1], step.step)
                 enough = _good_enough(run, base, state.student, step.step)
                 last_step = enough or step.step == config.n_steps
-                if first and (last_step or step.step % config.checkpoint_every == 0):
+                if last_step or step.step % config.checkpoint_every == 0:
                     # History first: it may run ahead of the checkpoint, never behind it.
-                    write_text(history, "".join(json.dumps(r) + "\n" for r in records))
-                    state.save(checkpoint, stamp)
+                    if first:
+                        write_text(history, "".join(json.dumps(r) + "\n" for r in records))
+                    state.save(checkpoint, stamp, writes=first)
                 if enough:
                     break
     finally:
@@ -248,7 +260,8 @@ def _student(run: Run) -> ChatModel:
 def write_model(run: Run, base: ChatModel) -> list[str]:
     """Export: model/ as a plain Hugging Face folder, reloaded once in a fresh process."""
     direction = Direction.load(run.path / "direction.safetensors", base)
-    state = begin(load_model(run.model, dtype="float32"), direction, run.recipe.distill)
+    alone = replace(run.recipe.distill, sharded=False)
+    state = begin(load_model(run.model, dtype="float32"), direction, alone)
     stamp = {"recipe": run.recipe.hash, "tokens": digest(run.path / "tokens.json")}
     state.load(run.path / "checkpoint.safetensors", stamp)
     student, written = state.student, []
@@ -266,10 +279,8 @@ def write_model(run: Run, base: ChatModel) -> list[str]:
 def measure(run: Run, base: ChatModel) -> list[str]:
     """Evaluate base, teacher and student on the test split: evaluation.json and answers.jsonl."""
     direction = Direction.load(run.path / "direction.safetensors", base)
-    test, config = (
-        run.prompts.split("test").head(run.recipe.evaluation.n_prompts),
-        run.recipe.evaluation,
-    )
+    config = run.recipe.evaluation
+    test = run.prompts.split("test").head(config.n_prompts)
     scores, answers, judge = {}, {}, Remembered(run.judge)
     with run.progress("evaluating", total=3.0) as progress:
         scores["base"], answers["base"] = evaluate(base, base, test, config, judge=judge)

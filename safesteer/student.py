@@ -16,6 +16,7 @@ from safesteer.lora import with_adapter
 from safesteer.models import ChatModel, blocks, final_norm, hf_model
 from safesteer.objective import Support
 from safesteer.settings import AT_LEAST_1, FINITE, POSITIVE, SHARE, check_settings
+from safesteer.sharding import by_kind, shard, share_of, whole
 from safesteer.tokens import TokenSet
 
 
@@ -41,6 +42,7 @@ class DistillConfig:
     lora_rank: int = 0  # above 0: an adapter of this rank, and one copy of the weights
     lora_alpha: int = 32
     precision: Literal["float32", "bfloat16"] = "float32"  # of the forward passes; weights stay
+    sharded: bool = False  # spread the blocks over the processes of torchrun or accelerate launch
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     refresh_every: int = 0  # steps after which direction and S are found again; 0: never
     lr: float = 3e-4
@@ -88,13 +90,19 @@ class DistillState:
     def trained(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.student.model.named_parameters() if p.requires_grad}
 
-    def save(self, path: Path, stamp: dict) -> None:
-        """Weights that train, both Adam moments, the step and what was refreshed, as one file."""
+    def save(self, path: Path, stamp: dict, *, writes: bool = True) -> None:
+        """Weights that train, both Adam moments, the step and what was refreshed, as one file.
+
+        Of a sharded student the weights are put together: all processes call this, and one `writes`.
+        """
         tensors, found = {}, None
         for name, p in self.trained.items():
-            tensors[f"param.{name}"] = p.detach()
-            for key, value in self.optimizer.state.get(p, {}).items():
-                tensors[f"{key}.{name}"] = value
+            for key, value in {"param": p.detach(), **self.optimizer.state.get(p, {})}.items():
+                gathered = whole(value)
+                if writes:  # never more than one whole tensor on a device
+                    tensors[f"{key}.{name}"] = gathered.cpu()
+        if not writes:
+            return
         if self.refreshed is not None:
             direction, tokens = self.refreshed.direction, self.refreshed.tokens
             tensors["refreshed"] = direction.vector.contiguous()
@@ -108,11 +116,11 @@ class DistillState:
             raise SafeSteerError(f"{path} is the checkpoint of a run with other settings.")
         with torch.no_grad():
             for name, p in self.trained.items():
-                p.copy_(tensors[f"param.{name}"])
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                self.optimizer.state[p] = {
-                    k: tensors[f"{k}.{name}"].to("cpu" if k == "step" else p.device) for k in keys
+                p.copy_(share_of(tensors[f"param.{name}"], p))
+                moments = {
+                    k: share_of(tensors[f"{k}.{name}"].to(p.device), p) for k in ("exp_avg", "exp_avg_sq")
                 }
+                self.optimizer.state[p] = {"step": tensors[f"step.{name}"], **moments}
         self.step, found = meta["step"], meta["refreshed"]
         if found is not None:
             direction = Direction(vector=tensors["refreshed"], **found["direction"])
@@ -145,5 +153,8 @@ def begin(student: ChatModel, direction: Direction, config: DistillConfig) -> Di
         inner = hf_model(student.model)
         enable = getattr(inner, "activation_checkpointing_enable", inner.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(params, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    if config.sharded:
+        shard(student.model)
+    kinds = [{"params": kind} for kind in by_kind([p for p in student.model.parameters() if p.requires_grad])]
+    optimizer = torch.optim.AdamW(kinds, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     return DistillState(student, optimizer)

@@ -34,7 +34,8 @@ for below, above in [
     ("calibration", "directions"),
     ("tokens", "directions"),
     ("lora", "models"),
-    ("objective", "models"),
+    ("sharding", "models"),
+    ("objective", "divergence"),
     ("onpolicy", "directions"),
     ("student", "tokens"),
     ("distill", "student"),
@@ -58,10 +59,10 @@ for room in ("sweep", "tokens", "student", "distill"):
     MAY_IMPORT[room] |= {"settings"}
 MAY_IMPORT["sweep"] |= {"stats"}
 MAY_IMPORT["calibration"] |= {"perplexity"}
-MAY_IMPORT["onpolicy"] |= {"lora"}
-MAY_IMPORT["server"] |= {"onpolicy", "lora", "endpoint"}
-MAY_IMPORT["student"] |= {"lora", "objective"}
-MAY_IMPORT["distill"] |= {"onpolicy", "lora", "objective"}
+MAY_IMPORT["onpolicy"] |= {"lora", "sharding"}
+MAY_IMPORT["server"] |= {"onpolicy", "lora", "sharding", "endpoint"}
+MAY_IMPORT["student"] |= {"lora", "objective", "sharding"}
+MAY_IMPORT["distill"] |= {"onpolicy", "lora", "objective", "sharding"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

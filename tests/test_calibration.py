@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PROMPTS, batch_of, naive_logits
 
+from conftest import PROMPTS, batch_of, naive_logits
 from safesteer import calibration
 from safesteer.calibration import by_answers, by_refusals, calibrate, drift, grid
 from safesteer.directions import steer

@@ -5,8 +5,8 @@ import json
 import pandas as pd
 import pytest
 import torch
-from conftest import random_vector
 
+from conftest import random_vector
 from safesteer.attribution.direction_figures import (
     cosine_figure,
     plane_figure,

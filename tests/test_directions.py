@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_near, batch_of, copy_of, naive_logits
 
+from conftest import assert_near, batch_of, copy_of, naive_logits
 from safesteer.directions import Direction, steer
 from safesteer.errors import SafeSteerError
 from safesteer.files import write_json, write_tensors

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import PROMPTS, SIZES, _bpe, assert_near, batch_of, naive_logits, plainly_padded, random_vector
 from tokenizers import processors
 from transformers import (
     Gemma2Config,
@@ -26,6 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from conftest import PROMPTS, SIZES, _bpe, assert_near, batch_of, naive_logits, plainly_padded, random_vector
 from safesteer.errors import SafeSteerError
 from safesteer.extraction import mean_difference, system_contrast
 from safesteer.generation import generate, generate_ids

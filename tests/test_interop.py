@@ -8,8 +8,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import assert_near, batch_of, naive_logits, random_vector
 
+from conftest import assert_near, batch_of, naive_logits, random_vector
 from safesteer.directions import Direction, steer
 from safesteer.errors import SafeSteerError
 from safesteer.interop import (

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+
 from conftest import (
     PROMPTS,
     assert_near,
@@ -13,8 +15,6 @@ from conftest import (
     plainly_padded,
     random_vector,
 )
-from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
-
 from safesteer import steering
 from safesteer.divergence import logits_of
 from safesteer.errors import SafeSteerError

@@ -6,10 +6,10 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_near
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conftest import assert_near
 from safesteer import distill as _  # noqa: F401  (the import hook sees the package first)
 from safesteer import pipeline
 from safesteer.directions import Direction

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from conftest import copy_of
 
+from conftest import copy_of
 from safesteer.distill import distill
 from safesteer.errors import SafeSteerError
 from safesteer.files import read_tensors
@@ -38,12 +38,24 @@ direction = ss.Direction.load(folder / "direction.safetensors", base)
 tokens = ss.TokenSet.load(folder / "tokens.json")
 config = ss.DistillConfig(**settings)
 state = ss.begin(student, direction, config)
+if config.sharded and not config.lora_rank:
+    ss.shard(base.model)
+block = next(p for n, p in state.trained.items() if ".layers." in n)
+assert (block.to_local().numel() == block.numel() // 2) if config.sharded else not hasattr(block, "to_local")
 few = ss.load_prompts().split("val").head(6)
 records = [asdict(r) for r in ss.distill(state, base, direction, tokens, few.harmful, few.harmless, config)]
 rank = PartialState().process_index
 assert PartialState().num_processes == 2
 (folder / f"history{rank}.json").write_text(json.dumps(records))
 state.save(folder / f"end{rank}.safetensors", {})
+if config.sharded and not config.lora_rank:  # the file gives each process its share again
+    again = ss.begin(ss.load_model(str(folder / "tiny"), device="cpu"), direction, config)
+    again.load(folder / f"end{rank}.safetensors", {})
+    assert again.step == state.step
+    for name, p in again.trained.items():
+        q = state.trained[name]
+        pairs = [(p, q), (again.optimizer.state[p]["exp_avg"], state.optimizer.state[q]["exp_avg"])]
+        assert all(type(a) is type(b) and bool((a == b).all()) for a, b in pairs)
 PartialState().destroy_process_group()
 """
 
@@ -78,12 +90,22 @@ def folder(tiny_llama, direction, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"rollouts": "mixed"}, {"rollouts": "student", "lora_rank": 4}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rollouts": "mixed"},
+        {"rollouts": "student", "lora_rank": 4},
+        {"rollouts": "mixed", "sharded": True},
+        {"rollouts": "mixed", "sharded": True, "lora_rank": 4, "micro_batch": 1},
+        {"rollouts": "student", "sharded": True, "train": "all", "checkpointing": True, "micro_batch": 2},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
 def test_two_processes_take_the_steps_of_one(folder, tiny_llama, direction, few, tmp_path, settings):
     settings = {**SETTINGS, **settings}
     if "lora_rank" in settings:
         pytest.importorskip("peft")
-    config, tokens = DistillConfig(**settings), TokenSet.load(folder / "tokens.json")
+    config, tokens = DistillConfig(**{**settings, "sharded": False}), TokenSet.load(folder / "tokens.json")
     base = copy_of(tiny_llama)
     state = begin(base if config.lora_rank else copy_of(tiny_llama), direction, config)
     alone = [asdict(r) for r in distill(state, base, direction, tokens, few.harmful, few.harmless, config)]
@@ -98,20 +120,25 @@ def test_two_processes_take_the_steps_of_one(folder, tiny_llama, direction, few,
         assert worst < 0.02 * config.lr * config.n_steps
         shared = json.loads((folder / f"history{rank}.json").read_text())
         for a, b in zip(alone, shared, strict=True):
+            # The first step's numbers do not know AdamW yet.
+            exact = 1e-5 if a["step"] == 1 else 1e-3
             for name in ("loss", "grad_norm", "mass_on_s_student", "mass_on_s_teacher", "n_tokens"):
-                assert b[name] == pytest.approx(a[name], rel=1e-4), name
+                assert b[name] == pytest.approx(a[name], rel=exact), (name, a["step"])
 
 
 @pytest.mark.slow
-def test_the_command_line_under_torchrun_writes_one_run_folder(folder, tmp_path):
+@pytest.mark.parametrize(
+    "how", [[], ["distill.sharded=true"], ["distill.sharded=true", "distill.lora_rank=4"]]
+)
+def test_the_command_line_under_torchrun_writes_one_run_folder(folder, tmp_path, how):
     """The first process does the other stages and writes; the second helps to distil."""
     settings = ["n_direction=6", "sweep.n_prompts=3", "tokens.k=8", "tokens.n_samples=2", "tokens.horizon=3"]
     settings += ["tokens.min_steered_prob=1e-4", "extraction=prefill", "distill.n_steps=3"]
     settings += ["distill.harmful_per_step=2", "distill.harmless_per_step=2", "distill.max_new_tokens=3"]
-    options = [word for s in settings for word in ("--set", s)]
     for name, run in (("alone", subprocess_run), ("shared", launch)):
-        arguments = ["-m", "safesteer.cli", "distill", str(folder / "tiny")]
-        run([*arguments, "--out", str(tmp_path / name), *options])
+        arguments = ["-m", "safesteer.cli", "distill", str(folder / "tiny"), "--out", str(tmp_path / name)]
+        chosen = [*settings, *(s for s in how if name == "shared" or "sharded" not in s)]
+        run([*arguments, *(word for s in chosen for word in ("--set", s))])
     histories = []
     for name in ("alone", "shared"):
         lines = (tmp_path / name / "history.jsonl").read_text().splitlines()

@@ -6,8 +6,8 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import PROMPTS
 
+from conftest import PROMPTS
 from safesteer.errors import SafeSteerError
 from safesteer.prompts import (
     SPLITS,

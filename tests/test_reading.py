@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import assert_near, batch_of, random_vector
 
+from conftest import assert_near, batch_of, random_vector
 from safesteer import reading
 from safesteer.directions import Direction
 from safesteer.errors import SafeSteerError

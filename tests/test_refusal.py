@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import PROMPTS, assert_near, batch_of, naive_logits, plainly_padded
 
+from conftest import PROMPTS, assert_near, batch_of, naive_logits, plainly_padded
 from safesteer.divergence import refusal_score
 from safesteer.errors import SafeSteerError
 from safesteer.generation import cut_at_eos

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from conftest import (
     PROMPTS,
     assert_near,
@@ -12,7 +13,6 @@ from conftest import (
     plainly_padded,
     random_vector,
 )
-
 from safesteer.divergence import logits_of
 from safesteer.errors import SafeSteerError
 from safesteer.generation import generate_ids

@@ -5,8 +5,8 @@ import math
 import pandas as pd
 import pytest
 import torch
-from conftest import batch_of, n_hooks, naive_logits, random_vector
 
+from conftest import batch_of, n_hooks, naive_logits, random_vector
 from safesteer import scoring, steering
 from safesteer.divergence import kl_divergence, refusal_score
 from safesteer.errors import SafeSteerError

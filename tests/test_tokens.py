@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PROMPTS, assert_near, batch_of, copy_of, naive_logits
 from rich.console import Console
 
+from conftest import PROMPTS, assert_near, batch_of, copy_of, naive_logits
 from safesteer import generation, models, tokens
 from safesteer.directions import Direction, steer
 from safesteer.divergence import logits_of
