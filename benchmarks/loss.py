@@ -6,7 +6,7 @@ Each measurement runs in a process of its own: hidden states and heads are made 
 forward and backward pass is run, and peak resident memory above that start is read. The head's own
 gradient, which every path must hold when the head is trained, is taken off.
 
-    ours    logps_on for student and teacher, reverse generalized divergence on |S| = 50
+    ours    objective.compare, reverse generalized divergence on |S| = 50
     naive   log_softmax of student and teacher over the vocabulary, float32, then the 50 columns
     liger   fused linear JSD of liger-kernel over the whole vocabulary, if it is installed
 """
@@ -25,12 +25,11 @@ N_SET = 50
 
 
 def ours(hidden, weight, h_teacher, w_teacher, ids):
-    from safesteer.divergence import localized_divergence, logps_on
+    from safesteer.objective import compare
 
-    with torch.no_grad():
-        q = logps_on(h_teacher, w_teacher, ids)
-    p = logps_on(hidden, weight, ids)
-    return localized_divergence(p, q, "reverse", "generalized").mean()
+    heads = (weight, None, None), (w_teacher, None, None)
+    w = torch.full((len(hidden),), 1 / len(hidden))
+    return compare(hidden, h_teacher, w, *heads, ids, divergence="reverse", normalizer="generalized").loss
 
 
 def naive(hidden, weight, h_teacher, w_teacher, ids):
@@ -52,7 +51,7 @@ PATHS = {"ours": ours, "naive": naive, "liger": liger}
 
 
 def child(path: str, n: int, d_vocab: int, d_model: int, trained: bool, repeats: int) -> None:
-    import safesteer.divergence  # noqa: F401  (imports are not the loss's memory)
+    import safesteer.objective  # noqa: F401  (imports are not the loss's memory)
 
     if path == "liger":
         import liger_kernel.chunked_loss  # noqa: F401

@@ -25,6 +25,8 @@ class Benchmark:
     """Where a benchmark's prompts are. `where` keeps the rows whose column has the given value.
 
     `file` and `file_where` are the same for a local copy. `gated`: its page asks to accept terms.
+    `hub_file` is the JSON file to read in a repository that has a loading script, which `datasets` no
+    longer runs.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Benchmark:
     config: str | None = None
     where: tuple[str, str] | None = None
     gated: bool = False
+    hub_file: str | None = None
     file: str | None = None
     file_where: tuple[str, str] | None = None
 
@@ -91,6 +94,10 @@ BENCHMARKS = (
         "Goal",
         "benign",
         "behaviors",
+    ),
+    # Everyday instructions. A win rate needs a judge of helpfulness: here only refusals are counted.
+    Benchmark(
+        "alpaca-eval", "over-refusal", "tatsu-lab/alpaca_eval", "instruction", hub_file="alpaca_eval.json"
     ),
 )
 KNOWN = {b.name: b for b in BENCHMARKS}
@@ -164,6 +171,9 @@ def _from_hub(found: Benchmark) -> pd.DataFrame:
     from datasets import load_dataset  # heavy, and only needed here
 
     try:
+        if found.hub_file:
+            file = f"hf://datasets/{found.repo}/{found.hub_file}"
+            return load_dataset("json", data_files=file, split=found.split).to_pandas()  # type: ignore[union-attr,return-value]
         return load_dataset(found.repo, found.config, split=found.split).to_pandas()  # type: ignore[union-attr,return-value]
     except Exception as error:  # the Hub raises whatever it likes
         help_ = (

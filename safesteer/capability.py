@@ -29,7 +29,8 @@ class Task:
     """A task of the harness: its name, the metric we report, whether the chat template is on.
 
     `file` holds local rows and `row` rewrites one in the columns of the harness's data set;
-    `harness` is the harness's own task file, within its folder of tasks.
+    `harness` is the harness's own task file, within its folder of tasks; `shots` are worked examples
+    before each question, where that file has them written out.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Task:
     file: str
     harness: str
     row: Callable[[dict], dict]
+    shots: int = 0
 
 
 def _arc(r: dict) -> dict:
@@ -89,6 +91,15 @@ TASKS = (
         "gsm8k/gsm8k.yaml",
         lambda r: {"question": r["prompt"], "answer": r["solution"]},
     ),
+    Task(
+        "minerva_math500",
+        "math_verify",
+        True,
+        "math500.jsonl",
+        "minerva_math/minerva_math500.yaml",
+        lambda r: {"problem": r["prompt"], "solution": f"\\boxed{{{r['answer']}}}"},
+        shots=4,
+    ),
     Task("ifeval", "prompt_level_strict_acc", True, "ifeval.jsonl", "ifeval/ifeval.yaml", _ifeval),
 )
 KNOWN = {task.name: task for task in TASKS}
@@ -131,7 +142,7 @@ def write_tasks(folder: Path, data: Path, names: Sequence[str]) -> None:
             "validation_split": None,
             "fewshot_split": None,
             "test_split": "test",
-            "num_fewshot": 0,
+            "num_fewshot": task.shots,
         }
         write_text(folder / f"{local_name(task)}.yaml", yaml.safe_dump(changes))
 

@@ -6,6 +6,6 @@ class SafeSteerError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error of another library says, or its kind where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """The first line with words of what an error of another library says, or its kind."""
+    lines = (line.strip() for line in str(error).splitlines() if any(map(str.isalnum, line)))
+    return next(lines, type(error).__name__)

@@ -70,9 +70,10 @@ SUITES = {
             "xstest",
             "or-bench",
             "jailbreakbench-benign",
+            "alpaca-eval",
             *OWN,
         ),
-        ("mmlu_stem", "gsm8k", HUMANEVAL, "ifeval", "arc_easy", "piqa", "lambada_openai"),
+        ("mmlu_stem", "gsm8k", "minerva_math500", HUMANEVAL, "ifeval", "arc_easy", "piqa", "lambada_openai"),
         max_new_tokens=256,
     ),
 }

@@ -36,6 +36,7 @@ ROWS = {  # two rows and a repeated one, in the columns that the repository has
     ],
     "or-bench": [{"prompt": p, "category": "c"} for p in "AB"],
     "jailbreakbench-benign": [{"Index": i, "Goal": p} for i, p in enumerate("AB")],
+    "alpaca-eval": [{"instruction": p, "output": "x", "generator": "g", "dataset": "d"} for p in "AB"],
 }
 
 
@@ -48,14 +49,15 @@ def test_every_benchmark_has_a_case():
 def test_prompts_come_from_the_hub_by_repository_config_split_and_column(name, monkeypatch):
     asked = []
 
-    def fake(repo, config, split):
-        asked.append((repo, config, split))
+    def fake(repo, config=None, *, split, data_files=None):
+        asked.append((data_files or repo, config, split))
         return datasets.Dataset.from_list([*ROWS[name], ROWS[name][0]])
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     assert load_benchmark(name) == ["A", "B"]
     found = KNOWN[name]
-    assert asked == [(found.repo, found.config, found.split)]
+    where = f"hf://datasets/{found.repo}/{found.hub_file}" if found.hub_file else found.repo
+    assert asked == [(where, found.config, found.split)]
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -32,6 +32,7 @@ LOCAL = {
     "lambada_openai": [{"prompt": "The dog chased the", "answer": "cat"}] * 3,
     "mmlu_stem": [{"prompt": "2 + 2?", "choices": ["1", "2", "3", "4"], "answer": 3}] * 3,
     "gsm8k": [{"prompt": "What is 2 + 2?", "answer": "4", "solution": "2 + 2 = 4\n#### 4"}] * 3,
+    "minerva_math500": [{"prompt": "What is $2 + 2$?", "answer": "4"}] * 3,
     "ifeval": [
         {
             "id": "a",
