@@ -22,6 +22,7 @@ from safesteer.divergence import (
     rows_a_chunk,
 )
 
+CHUNKS = 3  # of rows_a_chunk: this sweep holds one buffer of logits where others hold several
 OFF_SET_POSITIONS = 128  # positions a step on which the divergence outside S is measured
 
 Support = Literal["safety", "topk", "full"]
@@ -59,7 +60,7 @@ def compare(
     """
     weight, bias, softcap = head
     how = divergence, "partial" if support == "full" else normalizer, beta
-    chunk = chunk or rows_a_chunk(len(weight))
+    chunk = chunk or CHUNKS * rows_a_chunk(len(weight))
     args = (h_teacher, weights, softcap, teacher_head, ids, support, how, n_topk, chunk)
     return Compared(*_Sweep.apply(hidden, weight, bias, *args))  # type: ignore[misc]
 
@@ -79,15 +80,14 @@ class _Sweep(torch.autograd.Function):
             at = slice(start, start + chunk)
             q = logits_of(h_teacher[at], *teacher_head)
             on = q.topk(n_topk, -1).indices if support == "topk" else ids.expand(len(q), -1)
-            lse = q.logsumexp(-1, keepdim=True)
-            teacher_mass[at] = (q[:, ids] - lse).exp().sum(-1)
-            q = (q if support == "full" else q.gather(1, on)) - lse
+            q, in_s = _on_support(q, on, ids, support)[:2]  # its logits are let go before the student's
+            teacher_mass[at] = in_s.exp().sum(-1)
             z = logits_of(h[at], weight, bias, softcap)
             slope = None if softcap is None else 1 - (z / softcap) ** 2
-            z -= z.logsumexp(-1, keepdim=True)  # now log-probabilities
-            mass[at] = z[:, ids].exp().sum(-1)
+            p, in_s, z, total = _on_support(z, on, ids, support)
+            mass[at] = in_s.exp().sum(-1)
             with torch.enable_grad():
-                p = (z if support == "full" else z.gather(1, on)).detach().requires_grad_()
+                p = p.detach().requires_grad_()
                 parts = localized_divergence(p, q, *how)
                 (g,) = torch.autograd.grad((parts * weights[at]).sum(), p)
             found[at] = parts.detach()
@@ -95,7 +95,7 @@ class _Sweep(torch.autograd.Function):
                 continue
             # A token suppressed with -inf stays suppressed, and 0 x inf is not a number.
             g = g.masked_fill(p == -torch.inf, 0.0)
-            dz = z.exp_().mul_(-g.sum(-1, keepdim=True))
+            dz = z.mul_(-g.sum(-1, keepdim=True) / total)
             dz = dz.add_(g) if support == "full" else dz.scatter_add_(1, on, g)
             dz = dz if slope is None else dz.mul_(slope)
             narrow = dz.to(weight.dtype)
@@ -105,6 +105,7 @@ class _Sweep(torch.autograd.Function):
                 of_weight.addmm_(narrow.T.to(wide), h[at].to(wide))
             if of_bias is not None:
                 of_bias += dz.sum(0)
+            del z, dz, narrow
         ctx.save_for_backward(of_h, of_weight, of_bias)
         ctx.dtypes = h.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(found, mass, teacher_mass)
@@ -117,6 +118,17 @@ class _Sweep(torch.autograd.Function):
         scaled = (g if g is None or float(scale) == 1 else g * scale for g in ctx.saved_tensors)
         grads = (g if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True))
         return *grads, *[None] * 9
+
+
+def _on_support(
+    z: Tensor, on: Tensor, ids: Tensor, support: Support
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities on the support and on S, then exp(z - max) in the place of z, and its row sums."""
+    logits, in_s, top = z.gather(1, on), z[:, ids], z.amax(-1, keepdim=True)
+    logits = z.clone() if support == "full" else logits
+    total = z.sub_(top).exp_().sum(-1, keepdim=True)
+    lse = top + total.log()
+    return logits.sub_(lse), in_s - lse, z, total
 
 
 @torch.no_grad()
