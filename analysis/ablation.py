@@ -10,6 +10,7 @@ of `safesteer align`; `--model refusing` is the small model that refuses nativel
 """
 
 import argparse
+import html
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.console import Console
 
 import safesteer as ss
 from safesteer import pipeline
-from safesteer.attribution.figures import SEQUENCE, figure_of, safe
+from safesteer.attribution.figures import SEQUENCE, figure_of
 from safesteer.files import read_json, write_json, write_text
 from safesteer.stats import wilson
 
@@ -156,26 +157,26 @@ def run(study: Study, arms: Mapping[str, Mapping[str, Any]], score: Score = scor
     return table
 
 
-def trade_off(table: pd.DataFrame, by: str = "arm") -> go.Figure:
-    """Harmful refusals (wanted) over harmless ones (unwanted): a point a seed, means with 95 % intervals.
+def trade_off(
+    table: pd.DataFrame,
+    by: str = "arm",
+    x: str = "harmless",
+    x_title: str = "harmless prompts refused",
+    n_x: str = "n",
+) -> go.Figure:
+    """Harmful refusals (wanted) over column `x`: a point a seed, means with 95 % intervals.
 
-    Intervals are Wilson's over the prompts of all seeds together.
+    Intervals are Wilson's over the prompts of all seeds together, and over the `n_x` rows behind x.
     """
     traces = []
     for i, (arm, rows) in enumerate(table.groupby(by, sort=False)):
-        n, colour = int(rows.n.sum()), SEQUENCE[i % len(SEQUENCE)]
-        means = rows.harmless.mean(), rows.harmful.mean()
-        limits = [wilson(round(mean * n), n) for mean in means]
-        errors = [
-            {
-                "array": [high - mean],
-                "arrayminus": [mean - low],
-                "thickness": 1,
-                "width": 3,
-            }
-            for mean, (low, high) in zip(means, limits, strict=True)
-        ]
-        label = safe(str(arm))
+        colour, label = SEQUENCE[i % len(SEQUENCE)], html.escape(str(arm), quote=False)
+        means, errors = [], []
+        for column, n in ((x, n_x), ("harmful", "n")):
+            mean, total = rows[column].mean(), int(rows[n].sum())
+            low, high = wilson(round(mean * total), total)
+            means.append(mean)
+            errors.append({"array": [high - mean], "arrayminus": [mean - low], "thickness": 1, "width": 3})
         traces.append(
             go.Scatter(
                 x=[means[0]],
@@ -185,14 +186,12 @@ def trade_off(table: pd.DataFrame, by: str = "arm") -> go.Figure:
                 name=label,
                 mode="markers",
                 marker={"color": colour, "size": 11},
-                hovertemplate=f"{label}<br>harmful %{{y:.0%}}, harmless %{{x:.0%}}<extra></extra>",
+                hovertemplate=f"{label}<br>harmful %{{y:.0%}}, {x_title} %{{x:.0%}}<extra></extra>",
             )
         )
         small = {"color": colour, "size": 5, "opacity": 0.5}
         traces.append(
-            go.Scatter(
-                x=rows.harmless, y=rows.harmful, mode="markers", marker=small, showlegend=False, name=label
-            )
+            go.Scatter(x=rows[x], y=rows.harmful, mode="markers", marker=small, showlegend=False, name=label)
         )
-    figure = figure_of(traces, "harmless prompts refused", "harmful prompts refused", "light", height=440)
+    figure = figure_of(traces, x_title, "harmful prompts refused", "light", height=440)
     return figure.update_xaxes(tickformat=".0%").update_yaxes(tickformat=".0%")

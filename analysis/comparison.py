@@ -37,6 +37,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from ablation import trade_off
+from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 import safesteer as ss
@@ -277,7 +278,17 @@ def main() -> None:
     table = table.drop(columns="said")
     write_text(options.out.with_suffix(".csv"), table.to_csv(index=False))
     write_text(options.out.with_suffix(".md"), summary(table))
-    write_text(options.out.with_suffix(".html"), trade_off(table, "method").to_html(include_plotlyjs=True))
+    write_text(options.out.with_suffix(".html"), page(table, options.limit))
+
+
+def page(table: pd.DataFrame, limit: int) -> str:
+    """Safety against over-refusal, and against capability: the mean of the tasks."""
+    table = table.assign(capability=table[list(CAPABILITY)].mean(axis=1), n_rows=limit * len(CAPABILITY))
+    against = trade_off(table, "method", "capability", "capability, mean of the tasks", "n_rows")
+    figures = [
+        f.to_html(full_html=False, include_plotlyjs=False) for f in (trade_off(table, "method"), against)
+    ]
+    return f"<!doctype html><meta charset=utf-8><script>{get_plotlyjs()}</script>{''.join(figures)}"
 
 
 if __name__ == "__main__":
