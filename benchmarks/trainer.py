@@ -5,12 +5,14 @@
 Each path runs in a process of its own: models are loaded, one warm-up step of two short answers is
 run, then the steps are timed and peak resident memory above the loaded models is read.
 
-    ours      distill as it is, blocks from the steered layer up
-    adapter   distill with a rank-16 adapter: one copy of the weights
+    ours      distill as it is, blocks from the steered layer up, float32
+    narrow    the same with passes in bfloat16 and a bfloat16 teacher; the trained weights stay float32
+    adapter   a rank-16 adapter on one bfloat16 copy of the weights, passes in bfloat16
     naive     a second whole model as teacher, prompts padded to the longest and read again for every
               answer, logits of all answer positions, log-softmax over the vocabulary, autograd
     trl       DistillationTrainer of TRL, if it is installed: the steered copy as its teacher, full
-              vocabulary, the same blocks trained, micro-batches of the same size
+              vocabulary, the same blocks trained, micro-batches of the same size, float32
+    trl-bf16  the same with its mixed precision
 """
 
 import argparse
@@ -36,9 +38,15 @@ def set_up():
     return chat, direction, tokens, prompts.split("distil").harmful
 
 
-def ours(options, adapter: bool):
+def ours(options, adapter: bool, dtype: str):
     chat, direction, tokens, harmful = set_up()
-    settings = {"harmless_per_step": 0, "rollouts": "student", "lora_rank": 16 if adapter else 0}
+    chat = ss.load_model("smollm2-135m", dtype=dtype)
+    settings = {
+        "harmless_per_step": 0,
+        "rollouts": "student",
+        "lora_rank": 16 if adapter else 0,
+        "precision": dtype,
+    }
     few = ss.DistillConfig(n_steps=1, harmful_per_step=2, max_new_tokens=4, **settings)
     student = chat if adapter else ss.load_model("smollm2-135m")
     state = ss.begin(student, direction, few)
@@ -96,7 +104,7 @@ def naive(options):
     return (time.perf_counter() - started) / options.steps, extra_mb(before), {}
 
 
-def trl(options):
+def trl(options, bf16: bool):
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
@@ -115,7 +123,7 @@ def trl(options):
             max_completion_length=options.new_tokens,
             learning_rate=1e-5,
             gradient_checkpointing=False,
-            bf16=False,
+            bf16=bf16,
             use_cpu=True,
             report_to=[],
             save_strategy="no",
@@ -129,28 +137,39 @@ def trl(options):
         return (time.perf_counter() - started) / options.steps, extra_mb(before), {}
 
 
+OURS = {
+    "ours": lambda options: ours(options, adapter=False, dtype="float32"),
+    "narrow": lambda options: ours(options, adapter=False, dtype="bfloat16"),
+    "adapter": lambda options: ours(options, adapter=True, dtype="bfloat16"),
+}
+PATHS = OURS | {
+    "naive": naive,
+    "trl": lambda options: trl(options, bf16=False),
+    "trl-bf16": lambda options: trl(options, bf16=True),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--path", choices=["all", "ours", "adapter", "naive", "trl"], default="all")
+    parser.add_argument("--path", choices=["all", *PATHS], default="all")
     options = parser.parse_args()
     if options.path != "all":
-        other = {"naive": naive, "trl": trl}.get(options.path)
-        made = other(options) if other else ours(options, options.path == "adapter")
+        made = PATHS[options.path](options)
         print(json.dumps({"seconds": round(made[0], 1), "extra_mb": round(made[1]), **made[2]}))
         return
     results = {}
-    peers = ["naive", "trl"] if importlib.util.find_spec("trl") else ["naive"]
-    for path in ("ours", "adapter", *peers):
+    peers = ["naive", "trl", "trl-bf16"] if importlib.util.find_spec("trl") else ["naive"]
+    for path in (*OURS, *peers):
         sizes = (options.sequences, "--new-tokens", options.new_tokens, "--steps", options.steps)
         results[path] = in_process(__file__, "--path", path, "--sequences", *sizes)
         print(path, results[path], flush=True)
     ratios = {
         f"{what}_{peer}_over_{path}": round(results[peer][key] / max(1e-9, results[path][key]), 2)
         for peer in peers
-        for path in ("ours", "adapter")
+        for path in OURS
         for what, key in (("time", "seconds"), ("memory", "extra_mb"))
     }
     print(json.dumps({**ratios, "results": results, **machine()}))

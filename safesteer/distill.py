@@ -216,7 +216,7 @@ def _pull(
     head, row = output_head(student.model), answers.mask.nonzero()[:, 0]
     how = {name: getattr(config, name) for name in ("divergence", "normalizer", "beta", "n_topk")}
     starts = answers.mask.sum(1).cumsum(0) - answers.mask.sum(1)
-    loss, h_student = 0.0, torch.zeros_like(h_teacher)
+    loss, h_student = 0.0, h_teacher.new_zeros(h_teacher.shape, dtype=head[0].dtype)
     found = torch.zeros((3, len(w)), dtype=torch.float32, device=w.device)
     for at in torch.arange(len(answers.mask)).split(config.micro_batch):
         first = int(starts[at[0]])

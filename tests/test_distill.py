@@ -570,6 +570,22 @@ def test_bfloat16_passes_are_near_and_weights_stay_wide(run):
     assert all(p.dtype == torch.float32 for p in state.trained.values())
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_teacher_in_half_precision_teaches_a_wide_student(
+    run, tiny_llama, direction, tokens, few, precision
+):
+    """The base as a bfloat16 copy: what it says is near, and the student's head stays its own."""
+    wide, _ = run(steps=1, rollouts="student")
+    options = {**SMALL, "rollouts": "student", "precision": precision}
+    narrow, config = copy_of(tiny_llama), DistillConfig(**options)
+    narrow.model.to(torch.bfloat16)
+    state = begin(copy_of(tiny_llama), direction, config)
+    first = next(distill(state, narrow, direction, tokens, few.harmful, few.harmless, config))
+    assert first.mass_on_s_teacher == pytest.approx(wide[0]["mass_on_s_teacher"], rel=0.2)
+    assert first.kl_off_s == pytest.approx(wide[0]["kl_off_s"], rel=0.2)
+    assert all(p.dtype == torch.float32 for p in state.trained.values())
+
+
 def test_recomputing_activations_changes_nothing_but_the_work(run, tiny_llama):
     def ran(**options):
         student, passes = copy_of(tiny_llama), []
