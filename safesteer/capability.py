@@ -7,6 +7,7 @@ same files serve the harness's own command line (`lm_eval --include_path`), whic
 numbers.
 
 Tasks that ask a question are asked through the chat template; continuations of plain text are not.
+Without a network IFEval also needs nltk's `punkt_tab`, where NLTK_DATA says it is.
 """
 
 import io
