@@ -95,27 +95,39 @@ def read_command_line(name: str, about: str) -> Study:
 
 
 @dataclass(frozen=True, eq=False)
-class Trained:
-    """One arm's result, with what it came from."""
+class Selected:
+    """The teacher and S under an arm's settings."""
 
     base: ss.ChatModel
     direction: ss.Direction
     tokens: ss.TokenSet
-    student: ss.ChatModel
     recipe: ss.Recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Trained(Selected):
+    """One arm's student, with what it came from."""
+
+    student: ss.ChatModel
+
+
+def selected(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int) -> Selected:
+    """The first two steps under the arm's settings."""
+    recipe, val, direction = study.recipe(arm, seed), ss.load_prompts().split("val"), study.direction(base)
+    texts = val.harmless if recipe.tokens.prompts == "harmless" else val.harmful
+    tokens = ss.select_tokens(base, direction, texts[:4] if study.quick else texts, recipe.tokens)
+    return Selected(base, direction, tokens, recipe)
 
 
 def trained(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int) -> Trained:
     """The paper's three steps under the arm's settings."""
-    recipe, prompts, direction = study.recipe(arm, seed), ss.load_prompts(), study.direction(base)
-    val, distil = prompts.split("val"), prompts.split("distil")
-    texts = val.harmless if recipe.tokens.prompts == "harmless" else val.harmful
-    tokens = ss.select_tokens(base, direction, texts[:4] if study.quick else texts, recipe.tokens)
-    state = ss.begin(ss.load_model(study.model), direction, recipe.distill)
+    found, distil = selected(study, base, arm, seed), ss.load_prompts().split("distil")
+    config = found.recipe.distill
+    state = ss.begin(ss.load_model(study.model), found.direction, config)
     harmful = distil.harmful[: arm.get(N_HARMFUL)]
-    for _ in ss.distill(state, base, direction, tokens, harmful, distil.harmless, recipe.distill):
+    for _ in ss.distill(state, base, found.direction, found.tokens, harmful, distil.harmless, config):
         pass
-    return Trained(base, direction, tokens, state.student, recipe)
+    return Trained(base, found.direction, found.tokens, found.recipe, state.student)
 
 
 def scored(found: Trained) -> dict[str, Any]:
@@ -136,17 +148,19 @@ def scored(found: Trained) -> dict[str, Any]:
     }
 
 
-Score = Callable[[Trained], dict[str, Any]]
-
-
-def run(study: Study, arms: Mapping[str, Mapping[str, Any]], score: Score = scored) -> pd.DataFrame:
-    """Every arm with every seed, the base first; returns and writes the table."""
+def run(
+    study: Study,
+    arms: Mapping[str, Mapping[str, Any]],
+    score: Callable[..., dict[str, Any]] = scored,
+    make: Callable[..., Selected] = trained,
+) -> pd.DataFrame:
+    """`score` of what `make` makes of every arm with every seed; returns and writes the table."""
     base, rows = ss.load_model(study.model), []
     jobs: list[tuple[str, int]] = [(arm, seed) for seed in range(study.seeds) for arm in arms]
     for arm, seed in jobs:
         path = study.folder / f"{arm.replace(' ', '-').replace('/', '-')}-{seed}.json"
         if not path.exists():
-            write_json(path, {"arm": arm, "seed": seed, **score(trained(study, base, arms[arm], seed))})
+            write_json(path, {"arm": arm, "seed": seed, **score(make(study, base, arms[arm], seed))})
         rows.append(read_json(path))
         study.console.print(rows[-1], highlight=False)
     table = pd.DataFrame(rows)

@@ -43,7 +43,7 @@ def test_every_arm_changes_what_it_names_and_nothing_else(name, preset):
 
 def test_the_makefile_runs_every_study():
     listed = (PACKAGE.parent / "Makefile").read_text()
-    assert len(STUDIES) == 9
+    assert len(STUDIES) == 10
     assert all(name in listed for name in STUDIES)
 
 

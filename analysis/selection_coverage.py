@@ -1,0 +1,78 @@
+"""What S covers before anything is trained: horizon, size, ranking and source of the samples.
+
+Fresh answers of the steered teacher to 32 harmful and 32 harmless prompts that selection never saw:
+`kl_share_harmful` and `kl_share_harmless` are the shares of KL(teacher || base) over them that lie on S.
+These are the paper's claims about selection, one step before their effect on training. Refuted if S from
+the base's samples or by the mean covers as much as the paper's way, if the share stops growing before
+K = 50, or if the kinds of words (columns of groups, shares of S) do not change with the horizon.
+"""
+
+from collections import Counter
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from ablation import Selected, Study, read_command_line, run, selected
+
+import safesteer as ss
+from safesteer.attribution.coverage import totals
+from safesteer.attribution.figures import SEQUENCE, figure_of
+from safesteer.attribution.groups import WORD_GROUPS, by_word
+from safesteer.files import write_text
+from safesteer.tokens import TokenConfig, rollouts
+
+ARMS = {
+    "K = 50": {},
+    "K = 10": {"tokens.k": 10},
+    "K = 25": {"tokens.k": 25},
+    "K = 100": {"tokens.k": 100},
+    "K = 200": {"tokens.k": 200},
+    "K = 500": {"tokens.k": 500},
+    "H = 1": {"tokens.horizon": 1},
+    "H = 3": {"tokens.horizon": 3},
+    "H = 5": {"tokens.horizon": 5},
+    "by the mean": {"tokens.method": "mean"},
+    "base's samples": {"tokens.rollouts": "base"},
+    "harmful prompts": {"tokens.prompts": "harmful"},
+}
+N_PROMPTS, HELD_OUT_SEED = 32, 1000
+
+
+def covered(found: Selected) -> dict[str, Any]:
+    """Shares of KL on S along fresh samples, and the kinds of words in S."""
+    config = TokenConfig(n_samples=2, horizon=7, seed=HELD_OUT_SEED)
+    distil, row = ss.load_prompts().split("distil").head(N_PROMPTS), {}
+    for label, texts in (("harmful", distil.harmful), ("harmless", distil.harmless)):
+        sums = totals(found.base, rollouts(found.base, found.direction, texts, config)).kl.sum(0)
+        row[f"kl_share_{label}"] = float(sums[found.tokens.ids].sum() / sums.sum())
+    groups = Counter(named[0] for t in found.tokens.tokens if (named := by_word(t.text)))
+    shares = {group: groups[group] / len(found.tokens) for group in WORD_GROUPS}
+    return {
+        **row,
+        "n_tokens": len(found.tokens),
+        **shares,
+        "tokens": " ".join(repr(t.text) for t in found.tokens.tokens[:12]),
+    }
+
+
+def bars(table: pd.DataFrame) -> go.Figure:
+    """Means over seeds, and the seeds' own range."""
+    traces = []
+    for colour, label in zip(SEQUENCE, ("harmful", "harmless"), strict=False):
+        rows = table.groupby("arm", sort=False)[f"kl_share_{label}"]
+        error = {"array": rows.max() - rows.mean(), "arrayminus": rows.mean() - rows.min()}
+        traces.append(
+            go.Bar(x=list(rows.groups), y=rows.mean(), error_y=error, name=label, marker={"color": colour})
+        )
+    figure = figure_of(traces, "", "share of KL(teacher || base) on S", "light", height=380, barmode="group")
+    return figure.update_yaxes(tickformat=".0%")
+
+
+def main(study: Study) -> pd.DataFrame:
+    table = run(study, ARMS, covered, selected)
+    write_text(study.folder.with_suffix(".html"), bars(table).to_html(include_plotlyjs=True))
+    return table
+
+
+if __name__ == "__main__":
+    print(main(read_command_line("selection_coverage", __doc__)).to_string())
