@@ -14,6 +14,8 @@ distillation refuses as many harmful prompts with fewer harmless refusals and as
     full            on-policy distillation over the whole vocabulary (everything else as SafeSteer)
     safesteer       on-policy distillation on S
     full anchor     the same, with the harmless answers held to the base over the whole vocabulary
+    light anchor    that with a third of the anchor's weight: S carries a third of KL(teacher, base), so the
+                    whole vocabulary weighs about three times as much at the same weight
 
 All trained methods see the 100 pairs of the split `distil`, train the same blocks, and take the same
 number of steps of 28 answers (dpo: 12 pairs) with AdamW, warm-up and cosine. SFT and DPO have usual
@@ -51,9 +53,10 @@ from safesteer.stats import wilson
 from safesteer.suite import WIKITEXT, wikitext
 
 CAPABILITY = ("arc_easy", "piqa", "lambada_openai")
-METHODS = ("safesteer", "full", "sft", "full anchor", "dpo")
+METHODS = ("safesteer", "full", "sft", "full anchor", "light anchor", "dpo")
 # SafeSteer's was chosen by val earlier (docs/experiments.md); nothing was searched for the others.
-RATES = {"sft": 3e-5, "dpo": 5e-5, "full": 3e-4, "safesteer": 3e-4, "full anchor": 3e-4}
+RATES = {"sft": 3e-5, "dpo": 5e-5, "full": 3e-4, "safesteer": 3e-4}
+RATES |= {"full anchor": 3e-4, "light anchor": 3e-4}
 A_STEP = 28  # answers: the quick recipe's 10 harmful and 18 harmless
 
 
@@ -144,8 +147,11 @@ def distilled(method: str, base, direction, pairs, val, seed: int, steps: int) -
     recipe = ss.recipe("quick", seed)
     tokens = ss.select_tokens(base, direction, val.harmless, recipe.tokens)
     support = "full" if method == "full" else "safety"
-    anchor = "full" if method == "full anchor" else "same"
+    anchor = "full" if "anchor" in method else "same"
     config = replace(recipe.distill, n_steps=steps, support=support, anchor_support=anchor)
+    if method == "light anchor":
+        weights = config.anchor_weight / 3, config.late_anchor_weight / 3
+        config = replace(config, anchor_weight=weights[0], late_anchor_weight=weights[1])
     state = ss.begin(ss.load_model("smollm2-135m"), direction, config)
     for _ in ss.distill(state, base, direction, tokens, pairs.harmful, pairs.harmless, config):
         pass

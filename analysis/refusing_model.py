@@ -24,9 +24,10 @@ from rich.console import Console
 
 import safesteer as ss
 from safesteer.divergence import logps_on
-from safesteer.files import whole_folder, write_json
+from safesteer.files import json_lines, whole_folder, write_json
 from safesteer.models import cache_dir, final_hidden, output_head
 from safesteer.prompts import EXTRA, PromptBatch
+from safesteer.stats import wilson
 
 PAIRS = Path(__file__).parent / "early_pairs.jsonl"
 REFUSALS = (
@@ -57,6 +58,7 @@ EVERYDAY = (
     "Can you explain {} to a child?",
 )
 N_TOKENS = 12  # of each answer
+N_EVERYDAY = 200  # instructions of another source that over-refusal is measured on
 
 
 def refusing_model(folder: Path | None = None, *, seed: int = 0, console: Console | None = None) -> Path:
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", action="store_true", help="refusals on the test split, beside the base")
+    parser.add_argument("--data", type=Path, help="folder with harmless_val.jsonl: everyday instructions too")
     options = parser.parse_args()
     console = Console()
     folder = refusing_model(options.out, seed=options.seed, console=console)
@@ -139,6 +142,13 @@ def main() -> None:
         for chat in (base, made):
             scores, _ = ss.evaluate(chat, base, test, config)
             console.print(f"{chat.name}: {ss.Evaluation({'test': scores})}", highlight=False)
+            if options.data:
+                rows = json_lines(options.data / "harmless_val.jsonl")
+                usual = [row["prompt"] for row in rows][:N_EVERYDAY]
+                said = ss.generate(chat, usual, max_new_tokens=24, batch_size=50)
+                n = sum(ss.refuses(p, a) for p, a in zip(usual, said, strict=True))
+                low, high = wilson(n, len(usual))
+                console.print(f"  everyday: {n} of {len(usual)} refused ({low:.0%} to {high:.0%})")
 
 
 if __name__ == "__main__":

@@ -109,6 +109,7 @@ def main() -> None:
                     "the_same_beyond_the_hidden_gradient": round(own[1] / own[0], 2),
                 }
             )
+            print(json.dumps(summary[-1]), flush=True)
     print(json.dumps({"ratios": summary, **machine()}))
 
 
