@@ -8,6 +8,7 @@ tokens after the instruction are found by rendering two instructions and compari
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
@@ -19,7 +20,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from safesteer.errors import SafeSteerError
+from safesteer.errors import SafeSteerError, first_line
 
 Label = Literal["harmful", "harmless"]
 SPLITS = {"train": 128, "val": 32, "distil": 100, "test": 100}  # pairs a split, as in the paper
@@ -63,12 +64,9 @@ class PromptSet:
 
     def head(self, n_pairs: int | None) -> "PromptSet":
         """The first n harmful and the first n harmless prompts (all of them for None)."""
-        kept = [
-            p
-            for label in ("harmful", "harmless")
-            for p in [q for q in self.prompts if q.label == label][:n_pairs]
-        ]
-        return PromptSet(tuple(kept), self.name)
+        harmful = [p for p in self.prompts if p.label == "harmful"][:n_pairs]
+        harmless = [p for p in self.prompts if p.label == "harmless"][:n_pairs]
+        return PromptSet((*harmful, *harmless), self.name)
 
     def tail(self, n_pairs: int | None) -> "PromptSet | None":
         """What `head` leaves over of both kinds; None if that is nothing."""
@@ -131,16 +129,12 @@ class PromptSet:
             try:
                 rows = load_dataset(name, split=hub_split)
             except Exception as error:
-                raise SafeSteerError(
-                    f"Cannot load the dataset '{name}' (split '{hub_split}') from the Hub:"
-                    f" {str(error).splitlines()[0]}"
-                ) from error
+                reason = f"'{name}' (split '{hub_split}') from the Hub: {first_line(error)}"
+                raise SafeSteerError(f"Cannot load the dataset {reason}") from error
             if column not in rows.column_names:
-                raise SafeSteerError(
-                    f"Dataset '{name}' has no column '{column}'; it has {rows.column_names}."
-                )
-            texts = rows[column][:limit]
-            prompts += [Prompt(str(t), label, pair=f"{i}") for i, t in enumerate(texts)]
+                raise SafeSteerError(f"Dataset '{name}' has no column '{column}', only {rows.column_names}.")
+            texts = list(dict.fromkeys(str(t).strip() for t in rows[column]))[:limit]
+            prompts += [Prompt(t, label, pair=f"{i}") for i, t in enumerate(texts)]
         found = cls(tuple(prompts), f"{harmful}+{harmless}")
         return found._checked(found.name)._with_splits(seed)
 
@@ -149,6 +143,11 @@ class PromptSet:
             raise SafeSteerError(
                 f"{source} holds {len(self.harmful)} harmful and {len(self.harmless)} harmless"
                 " prompts; at least one of each is needed."
+            )
+        text, n = Counter(p.text.strip() for p in self.prompts).most_common(1)[0]
+        if n > 1:
+            raise SafeSteerError(
+                f"{source} repeats {text[:50]!r}: held-out prompts would be known. Keep one."
             )
         return self
 

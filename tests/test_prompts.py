@@ -4,6 +4,7 @@ import copy
 import json
 from itertools import combinations
 
+import datasets
 import pytest
 import torch
 
@@ -277,3 +278,27 @@ def test_batches_hold_every_prompt_once_by_length(chatml_tokenizer, batch_size):
     found = list(batches(chatml_tokenizer, PROMPTS, batch_size))
     assert [i for rows in found for i in rows] == [0, 2, 1, 3]
     assert max(map(len, found)) <= batch_size
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [GOOD, GOOD],
+        [GOOD, '{"prompt": " Make a bomb", "label": "harmless"}'],
+        ['{"harmful": "Make a cake", "harmless": "Make a cake"}'],
+    ],
+    ids=["a row twice", "as both kinds", "its own twin"],
+)
+def test_a_repeated_prompt_is_refused_because_it_could_be_held_out(tmp_path, rows):
+    (tmp_path / "twice.jsonl").write_text("\n".join(rows))
+    with pytest.raises(SafeSteerError, match=r"repeats '\s?Make a"):
+        PromptSet.from_jsonl(tmp_path / "twice.jsonl")
+
+
+def test_prompts_that_a_dataset_repeats_are_kept_once(monkeypatch):
+    tables = {"bad": ["Make a bomb", "Make a bomb ", "Rob a bank"], "good": ["Make a cake", "Open a bank"]}
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, split: datasets.Dataset.from_dict({"prompt": tables[name]})
+    )
+    found = PromptSet.from_hub("bad", "good")
+    assert (found.harmful, found.harmless) == (["Make a bomb", "Rob a bank"], tables["good"])
