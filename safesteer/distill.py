@@ -173,10 +173,8 @@ def distill(
             nn.utils.clip_grads_with_norm_(kind, config.max_grad_norm, norm)
         # Before the weights move: a trained head must be the one that these states came from.
         head = output_head(student.model)
-        gap, off_s = (
-            _sampler_gap(answers, h_student, head),
-            off_set(h_student, h_teacher, head, base_head, ids),
-        )
+        gap = _sampler_gap(answers, h_student, head)
+        off_s = off_set(h_student, h_teacher, head, base_head, ids)
         state.optimizer.step()
         state.step += 1
         bad_ones = answers.harmful[answers.mask.nonzero()[:, 0]]

@@ -100,13 +100,14 @@ def answer(
         keys = [(*key, places[i]) for i in rows]
         if sampler is not None and not steered:
             prompts = [batch.prompt_ids[i][batch.attention_mask[i].bool()].tolist() for i in rows]
-            for i, samples in zip(rows, sampler(prompts, n_rollouts, max_new_tokens, keys), strict=True):
+            drawn = sampler(prompts, n_rollouts, max_new_tokens, keys) if rows else []
+            for i, samples in zip(rows, drawn, strict=True):
                 for n, sampled in enumerate(samples):
                     ids[i, n, : len(sampled.ids)] = torch.tensor(sampled.ids, device=ids.device)
                     logps[i, n, : len(sampled.logps)] = torch.tensor(sampled.logps, dtype=logps.dtype)
             continue
         with _as_teacher(teacher, student) if steered and teacher else nullcontext(), in_step(author.model):
-            if not rows:
+            if not rows:  # entered all the same: another process may have some
                 continue
             new = generate_ids(
                 author,

@@ -44,7 +44,7 @@ from safesteer.prompts import PromptSet, load_prompts
 from safesteer.recipes import Recipe, quick
 from safesteer.refusal import as_expected, learn_refusal_tokens, refusal_scores
 from safesteer.run import STAGES, Run, digest, finished, locked, open_run, record
-from safesteer.sharding import aside, shard
+from safesteer.sharding import aside, several_processes, shard
 from safesteer.student import begin
 from safesteer.sweep import sweep
 from safesteer.tokens import TokenSet, select_tokens
@@ -81,6 +81,8 @@ def align(
         if stage not in STAGES:
             raise SafeSteerError(f"Unknown stage '{stage}': use some of {', '.join(STAGES)}.")
     chosen, pairs = recipe or quick(), prompts or load_prompts()
+    if chosen.distill.sharded:
+        several_processes()
     for name in ("train", "val", "distil", "test"):
         pairs.split(name)  # a missing split is reported before any work
     base = load_model(model, dtype=chosen.dtype)

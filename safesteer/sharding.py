@@ -22,15 +22,21 @@ from safesteer.errors import SafeSteerError
 from safesteer.models import blocks, hf_model
 
 
+def several_processes() -> PartialState:
+    """This process among the others; raises SafeSteerError where it is alone."""
+    processes = PartialState(cpu=not torch.accelerator.is_available())
+    if processes.num_processes == 1:
+        raise SafeSteerError("distill.sharded needs several processes: use torchrun or accelerate launch.")
+    return processes
+
+
 def shard(model: nn.Module) -> None:
     """Spread the blocks of `model` over the processes, in place; once is enough.
 
     A model on the CPU is taken to the process's device block by block, so no device ever holds it whole.
     Raises SafeSteerError where there is one process only.
     """
-    processes = PartialState(cpu=not torch.accelerator.is_available())
-    if processes.num_processes == 1:
-        raise SafeSteerError("distill.sharded needs several processes: use torchrun or accelerate launch.")
+    processes = several_processes()
     for block in blocks(model):
         if not isinstance(block, FSDPModule):
             fully_shard(block, reshard_after_forward=True)

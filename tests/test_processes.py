@@ -13,6 +13,8 @@ from conftest import copy_of
 from safesteer.distill import distill
 from safesteer.errors import SafeSteerError
 from safesteer.files import read_tensors
+from safesteer.pipeline import align
+from safesteer.recipes import recipe
 from safesteer.student import DistillConfig, begin
 from safesteer.tokens import SafetyToken, TokenSet
 
@@ -147,6 +149,14 @@ def test_the_command_line_under_torchrun_writes_one_run_folder(folder, tmp_path,
     assert [h["step"] for h in histories[1]] == [1, 2, 3]
     for alone, shared in zip(*histories, strict=True):
         assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+
+
+def test_one_process_has_nobody_to_share_with(folder, tiny_llama, direction, tmp_path):
+    with pytest.raises(SafeSteerError, match="needs several processes"):
+        begin(copy_of(tiny_llama), direction, DistillConfig(sharded=True))
+    with pytest.raises(SafeSteerError, match="needs several processes"):
+        align(str(folder / "tiny"), tmp_path / "run", recipe("quick", **{"distill.sharded": "true"}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_more_processes_than_prompts_is_one_sentence(tiny_llama, direction, few, folder, monkeypatch):
