@@ -11,7 +11,6 @@ Drift: KL(base || student) along the base's answers to harmless prompts, and the
 hidden state at the last prompt position in units of the base's spread (paper, Figure 3).
 """
 
-import html
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from safesteer.attribution.figures import suite_figure
+from safesteer.attribution.report import suite_page
 from safesteer.benchmarks import benchmark_named, load_benchmark
 from safesteer.capability import capability, command_line
 from safesteer.code_eval import humaneval, problems
@@ -40,14 +39,6 @@ from safesteer.run import locked
 from safesteer.stats import bootstrap, wilson
 
 HUMANEVAL, WIKITEXT = "humaneval", "wikitext2_test.jsonl"
-STYLE = """
-:root { color-scheme: light dark; --ink: #1f2933; --line: #e4e2dc }
-body { font: 14px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.2rem } table { border-collapse: collapse } th { text-align: left }
-td, th { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line) }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e4df; --line: #34393f } }
-.main-svg text { fill: var(--ink) !important } .gridlayer path { stroke: var(--line) !important }
-"""
 OWN = {"own-harmful": "harmful", "own-harmless": "over-refusal"}  # the project's held-out pairs
 
 
@@ -130,7 +121,7 @@ def run_suite(
         table = pd.DataFrame(rows, columns=["model", "kind", "name", "metric", "value", "low", "high", "n"])
         write_json(folder / "evaluation.json", {"suite": asdict(chosen), "rows": rows})
         write_text(folder / "evaluation.csv", table.to_csv(index=False))
-        write_text(folder / "evaluation.html", _page(table, f"{target}: suite {name}"))
+        write_text(folder / "evaluation.html", suite_page(table, f"{target}: suite {name}"))
         answers = [
             a for p in sorted((folder / "parts").glob("*.json")) for a in read_json(p).get("answers", [])
         ]
@@ -142,16 +133,6 @@ def run_suite(
                 )
                 console.print(f"the same by the harness ({label}): {text}", highlight=False, soft_wrap=True)
     return table
-
-
-def _page(table: pd.DataFrame, title: str) -> str:
-    """The figure over its table, offline, light or dark as the reader's system is."""
-    figure = suite_figure(table).to_html(include_plotlyjs=True, full_html=False)
-    cells = table.to_html(index=False, border=0, na_rep="", float_format=lambda x: f"{x:.3f}")
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{figure}<p>With 95 % intervals.</p>{cells}"
-    )
 
 
 def _sources(target: str | Path) -> dict[str, str]:

@@ -87,7 +87,9 @@ def test_a_suite_is_a_table_with_intervals_and_an_interrupted_one_continues(
     assert len(answers) == 9
     assert {a["judge"] for a in answers} == {"refuses"}
     assert pd.read_csv(out / "evaluation.csv").shape == found.shape
-    assert "<script src" not in (out / "evaluation.html").read_text()
+    page = (out / "evaluation.html").read_text()
+    assert "<script src" not in page
+    assert "default-src &#x27;none&#x27;; script-src &#x27;sha256-" in page
     with pytest.raises(SafeSteerError, match="another suite"):
         run_suite(model_folder, Suite(("own-harmful",), n_prompts=2), out, data=data)
 

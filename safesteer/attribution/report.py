@@ -17,13 +17,23 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from safesteer import __version__
+from safesteer.attribution.figures import suite_figure
 from safesteer.attribution.page_data import page_data
 from safesteer.files import write_text
 
 NAME = "report.html"
+SUITE_STYLE = """
+:root { color-scheme: light dark; --ink: #1f2933; --line: #e4e2dc }
+body { font: 14px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.2rem } table { border-collapse: collapse } th { text-align: left }
+td, th { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line) }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e4df; --line: #34393f } }
+.main-svg text { fill: var(--ink) !important } .gridlayer path { stroke: var(--line) !important }
+"""
 
 
 def write_report(run: str | Path) -> Path:
@@ -46,7 +56,7 @@ def build_page(data: dict[str, Any]) -> str:
         "title": html.escape(f"SafeSteer: {facts['model']}"),
         "model": html.escape(facts["model"]),
         "about": html.escape(" · ".join(a for a in about if not a.endswith(" ") and a)),
-        "policy": html.escape(_policy(script, plotly)),
+        "policy": html.escape(policy(script, plotly)),
         "style": _file("report.css"),
         "data": as_json(data),
         "plotly": plotly,
@@ -54,6 +64,20 @@ def build_page(data: dict[str, Any]) -> str:
     }
     # One pass, so that a placeholder inside the data stays what it is: text.
     return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], _file("report.html"))
+
+
+def suite_page(table: pd.DataFrame, title: str) -> str:
+    """A suite's figure and table (`suite.run_suite`): offline, light or dark as the reader's system is."""
+    figure = _lines(suite_figure(table).to_html(include_plotlyjs=True, full_html=False))
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", figure, re.DOTALL)
+    cells = table.to_html(index=False, border=0, na_rep="", float_format=lambda x: f"{x:.3f}")
+    name = html.escape(title)
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy(*scripts))}">'
+        f"<title>{name}</title><style>{SUITE_STYLE}</style>"
+        f"<h1>{name}</h1>{figure}<p>With 95 % intervals.</p>{cells}"
+    )
 
 
 def as_json(value: Any) -> str:
@@ -64,7 +88,7 @@ def as_json(value: Any) -> str:
     return text
 
 
-def _policy(*scripts: str) -> str:
+def policy(*scripts: str) -> str:
     """Nothing may be loaded; only the given scripts may run. Plotly needs inline styles."""
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts
