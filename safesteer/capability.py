@@ -12,8 +12,9 @@ Without a network IFEval also needs nltk's `punkt_tab`, where NLTK_DATA says it 
 
 import io
 import json
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -174,7 +175,7 @@ def capability(
         write_tasks(folder, Path(data), names)
     rows = []
     # The harness draws a bar for every step and logs the rest: what a caller wants is the table.
-    with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+    with _quiet_children(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
         manager = TaskManager(include_path=str(folder) if data is not None else None)
         lm = HFLM(pretrained=hf_model(chat.model), tokenizer=chat.tokenizer, batch_size=batch_size)
         for task in tasks:
@@ -196,6 +197,19 @@ def capability(
             assert found is not None
             rows.append(_row(task, name, dict(found)))
     return pd.DataFrame(rows, columns=["task", "metric", "value", "stderr", "n"])
+
+
+@contextmanager
+def _quiet_children() -> Iterator[None]:
+    """The harness asks git for a revision, and outside of a repository git complains to the terminal."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _row(task: Task, name: str, found: dict) -> tuple:

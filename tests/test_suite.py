@@ -185,10 +185,19 @@ def test_the_harness_command_line_gives_the_same_numbers(model_folder, tmp_path,
 
 
 @harness
-def test_every_local_task_runs_or_says_what_is_missing(model_folder, tmp_path, data):  # noqa: F811
+def test_every_local_task_runs_or_says_what_is_missing(
+    model_folder,  # noqa: F811
+    tmp_path,
+    data,
+    monkeypatch,
+    capfd,
+):
+    monkeypatch.chdir(tmp_path)  # no repository: git would say so
     chat = load_model(str(model_folder))
     for name in ("piqa", "mmlu_stem"):
+        capfd.readouterr()
         found = capability(chat, [name], tmp_path / "tasks", data=data)
+        assert "fatal" not in capfd.readouterr().err
         assert found.n.tolist() == [3]
         assert 0 <= found.value[0] <= 1
     if find_spec("langdetect") is None:
