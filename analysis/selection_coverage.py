@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 from ablation import Selected, Study, read_command_line, run, selected
+from torch import Tensor
 
 import safesteer as ss
 from safesteer.attribution.coverage import totals
@@ -38,13 +39,20 @@ ARMS = {
 N_PROMPTS, HELD_OUT_SEED = 32, 1000
 
 
-def covered(found: Selected) -> dict[str, Any]:
-    """Shares of KL on S along fresh samples, and the kinds of words in S."""
+def held_out(found: Selected) -> dict[str, Tensor]:
+    """KL of every token along fresh samples: the same for all arms, which share a direction."""
     config = TokenConfig(n_samples=2, horizon=7, seed=HELD_OUT_SEED)
-    distil, row = ss.load_prompts().split("distil").head(N_PROMPTS), {}
-    for label, texts in (("harmful", distil.harmful), ("harmless", distil.harmless)):
-        sums = totals(found.base, rollouts(found.base, found.direction, texts, config)).kl.sum(0)
-        row[f"kl_share_{label}"] = float(sums[found.tokens.ids].sum() / sums.sum())
+    distil = ss.load_prompts().split("distil").head(N_PROMPTS)
+    return {
+        label: totals(found.base, rollouts(found.base, found.direction, texts, config)).kl.sum(0)
+        for label, texts in (("harmful", distil.harmful), ("harmless", distil.harmless))
+    }
+
+
+def covered(found: Selected, kl: dict[str, Tensor]) -> dict[str, Any]:
+    """Shares of KL on S along fresh samples, and the kinds of words in S."""
+    ids = found.tokens.ids
+    row = {f"kl_share_{label}": float(parts[ids].sum() / parts.sum()) for label, parts in kl.items()}
     groups = Counter(named[0] for t in found.tokens.tokens if (named := by_word(t.text)))
     shares = {group: groups[group] / len(found.tokens) for group in WORD_GROUPS}
     return {
@@ -69,7 +77,14 @@ def bars(table: pd.DataFrame) -> go.Figure:
 
 
 def main(study: Study) -> pd.DataFrame:
-    table = run(study, ARMS, covered, selected)
+    kl: dict[str, Tensor] = {}
+
+    def score(found: Selected) -> dict[str, Any]:
+        if not kl:
+            kl.update(held_out(found))
+        return covered(found, kl)
+
+    table = run(study, ARMS, score, selected)
     write_text(study.folder.with_suffix(".html"), bars(table).to_html(include_plotlyjs=True))
     return table
 

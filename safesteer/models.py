@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from safesteer.errors import SafeSteerError
+from safesteer.errors import SafeSteerError, first_line
 from safesteer.prompts import PromptBatch, render
 
 # Column where each row's answer starts, for the passes now running: steering with a scope asks.
@@ -215,10 +215,9 @@ def load_model(
                 source, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SafeSteerError(
             f"Cannot load the model '{name}': give a Hub id, a local folder or 'smollm2-135m'."
-            f" ({reason[:300]})"
+            f" ({first_line(error)[:300]})"
         ) from error
     if model.config.is_encoder_decoder:
         raise SafeSteerError(f"'{name}' is an encoder-decoder; SafeSteer needs a decoder-only model.")

@@ -56,7 +56,7 @@ def build_page(data: dict[str, Any]) -> str:
         "title": html.escape(f"SafeSteer: {facts['model']}"),
         "model": html.escape(facts["model"]),
         "about": html.escape(" · ".join(a for a in about if not a.endswith(" ") and a)),
-        "policy": html.escape(policy(script, plotly)),
+        "policy": html.escape(_policy(script, plotly)),
         "style": _file("report.css"),
         "data": as_json(data),
         "plotly": plotly,
@@ -74,7 +74,7 @@ def suite_page(table: pd.DataFrame, title: str) -> str:
     name = html.escape(title)
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy(*scripts))}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(_policy(*scripts))}">'
         f"<title>{name}</title><style>{SUITE_STYLE}</style>"
         f"<h1>{name}</h1>{figure}<p>With 95 % intervals.</p>{cells}"
     )
@@ -88,7 +88,7 @@ def as_json(value: Any) -> str:
     return text
 
 
-def policy(*scripts: str) -> str:
+def _policy(*scripts: str) -> str:
     """Nothing may be loaded; only the given scripts may run. Plotly needs inline styles."""
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts
