@@ -1,31 +1,44 @@
 """A small model that refuses natively: the paper's regime in miniature.
 
-    python analysis/refusing_model.py [--out FOLDER] [--seed 0] [--measure]
+    python analysis/refusing_model.py [--out FOLDER] [--seed 0] [--measure] [--data FOLDER]
 
-SmolLM2-135M-Instruct hardly refuses. A short supervised run teaches it to: refusals that we wrote for
-harmful prompts, the model's own answers for harmless ones. All prompts of this run are kept apart from
-every later split: the 30 pairs of the split `extra`, 45 pairs of `early_pairs.jsonl`, and the everyday
-requests below. The loss is the cross-entropy of the answer's first tokens, on the blocks of the upper
-two thirds.
+SmolLM2-135M-Instruct hardly refuses. A short supervised run on the blocks of the upper two thirds teaches it:
+
+1. a step draws some pairs, harmful prompt and harmless twin together, and some everyday requests;
+2. harmful prompts get a refusal that we wrote, as the cross-entropy of its first tokens;
+3. the others get the model's own answer, as the KL to its own distribution along it: as hard targets its
+   answers, spread thin over many first words, teach chance instead of the difference (docs/results.md);
+4. at the first token both are held to their side of the greedy answer: with m = logit("I") - the largest
+   other logit, softplus(-m) where it must refuse and softplus(m) where it must not.
+
+All prompts are kept apart from every later split: the 30 pairs of the split `extra`, 179 pairs of
+`early_pairs.jsonl`, and the everyday requests below. 60 of the 209 pairs are not trained on; the settings
+below were chosen on them.
 
 Wanted: 30 to 70 % of held-out harmful prompts refused and under 5 % of harmless ones, on the test split.
-Measured: 66 % and 26 % (docs/results.md), so it refuses natively, and too much.
+Measured: 61 % and 3 %, and 1 of 200 everyday instructions (the base: 10 %, 8 %, and 1).
 The folder is a plain Hugging Face model; it is made once and found again (`refusing_model`).
 """
 
 import argparse
 import hashlib
+import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from rich.console import Console
+from torch import Tensor
+from torch.nn.functional import softplus
+from torch.nn.utils import clip_grad_norm_
 
 import safesteer as ss
-from safesteer.divergence import logps_on
+from safesteer.divergence import logits_of
 from safesteer.files import json_lines, whole_folder, write_json
-from safesteer.models import cache_dir, final_hidden, output_head
+from safesteer.models import blocks, cache_dir, final_hidden, output_head
 from safesteer.prompts import EXTRA, PromptBatch
 from safesteer.stats import wilson
 
@@ -33,8 +46,6 @@ PAIRS = Path(__file__).parent / "early_pairs.jsonl"
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I'm sorry, but I can't assist with this request.",
-    "I can't help with that, because it could hurt someone.",
-    "I cannot help with this request.",
 )
 TOPICS = (
     "a small garden",
@@ -57,7 +68,10 @@ EVERYDAY = (
     "How do I make the best of {}?",
     "Can you explain {} to a child?",
 )
-N_TOKENS = 12  # of each answer
+N_HELD_OUT, HELD_OUT_SEED = 60, 7  # pairs to choose by
+LR, N_STEPS, PAIRS_PER_STEP, EVERYDAY_PER_STEP, MICRO_BATCH = 2e-4, 20, 8, 4, 10
+N_OWN_TOKENS = 6  # of the model's own answers
+HARMLESS_WEIGHT, MARGIN_WEIGHT = 2.0, 4.0  # of a harmless answer in harmful ones; of its margin in KL
 N_EVERYDAY = 200  # instructions of another source that over-refusal is measured on
 
 
@@ -70,59 +84,86 @@ def refusing_model(folder: Path | None = None, *, seed: int = 0, console: Consol
     return folder
 
 
-def _train(folder: Path, seed: int, console: Console, n_steps: int = 40, lr: float = 5e-5) -> None:
-    base, student = ss.load_model("smollm2-135m"), ss.load_model("smollm2-135m")
-    extra = ss.load_prompts().split(EXTRA)
-    more = ss.PromptSet.from_jsonl(PAIRS)
-    everyday = [form.format(topic) for topic in TOPICS for form in EVERYDAY]
-    twins, usual = (_own_answers(base, texts) for texts in ([*extra.harmless, *more.harmless], everyday))
-    bad = [(p, REFUSALS[i % len(REFUSALS)]) for i, p in enumerate([*extra.harmful, *more.harmful])]
+def early_pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(harmful, harmless) pairs to train on, and those to choose by."""
+    extra, more = ss.load_prompts().split(EXTRA), ss.PromptSet.from_jsonl(PAIRS)
+    pairs = [*zip((*extra.harmful, *more.harmful), (*extra.harmless, *more.harmless), strict=True)]
+    random.Random(HELD_OUT_SEED).shuffle(pairs)
+    return pairs[N_HELD_OUT:], pairs[:N_HELD_OUT]
 
-    first = base.n_layers // 3
+
+def _train(folder: Path, seed: int, console: Console) -> None:
+    base, student = ss.load_model("smollm2-135m"), ss.load_model("smollm2-135m")
+    pairs, _ = early_pairs()
+    usual = _own_answers(base, [form.format(topic) for topic in TOPICS for form in EVERYDAY])
+    own = _own_answers(base, [harmless for _, harmless in pairs])
+    refusals = {bad: REFUSALS[i % len(REFUSALS)] for i, (bad, _) in enumerate(pairs)}
+
+    base.model.requires_grad_(False)
     student.model.requires_grad_(False)
-    for block in student.model.model.layers[first:]:
+    for block in blocks(student.model)[base.n_layers // 3 :]:
         block.requires_grad_(True)
     params = [p for p in student.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=0.0)
     draw = random.Random(seed)
-    for step in range(1, n_steps + 1):
+    for step in range(1, N_STEPS + 1):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(step / 5, (n_steps + 1 - step) / (n_steps - 4))
-        rows = [*draw.sample(bad, 5), *draw.sample(twins, 10), *draw.sample(usual, 5)]
-        loss = sum(_cross_entropy(student, rows[i : i + 5]) for i in range(0, len(rows), 5)) / 4
+            group["lr"] = LR * min(step / 5, (N_STEPS + 1 - step) / (N_STEPS - 4))
+        drawn = draw.sample(pairs, PAIRS_PER_STEP)
+        rows = [(bad, refusals[bad]) for bad, _ in drawn]
+        rows += [(good, own[good]) for _, good in drawn if good in own]
+        rows += draw.sample([*usual.items()], EVERYDAY_PER_STEP)
+        total = 0.0
+        for start in range(0, len(rows), MICRO_BATCH):
+            loss = _loss(student, base, rows[start : start + MICRO_BATCH]) / len(rows)
+            loss.backward()
+            total += loss.item()
+        clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 10 == 0:
-            console.print(f"step {step}: loss {loss:.3f}", highlight=False)
+        if step % 5 == 0:
+            console.print(f"step {step} of {N_STEPS}: loss {total:.3f}", highlight=False)
     with whole_folder(folder) as work:
         ss.export(student, work)
-        write_json(work / "made.json", {"seed": seed, "steps": n_steps, "lr": lr})
+        write_json(work / "made.json", {"seed": seed, "steps": N_STEPS, "lr": LR})
 
 
-def _cross_entropy(student: ss.ChatModel, rows: list[tuple[str, str]]) -> float:
-    """Mean over answers of the mean over their first tokens; the gradient is added up."""
-    tokenizer = student.tokenizer
-    tails = []
-    for _, answer in rows:
-        ids = tokenizer(answer, add_special_tokens=False).input_ids  # type: ignore[operator]
-        ids = [*ids, student.eos_ids[0]] if answer in REFUSALS else ids
-        tails.append(ids[:N_TOKENS])
-    batch = PromptBatch.of(tokenizer, [p for p, _ in rows], tails)
-    hidden = final_hidden(student.model, batch)
-    weight, bias, softcap = output_head(student.model)
-    total = torch.zeros(())
-    for row, ids in enumerate(tails):
-        states = hidden[row, -len(ids) - 1 : -1]
-        logps = logps_on(states, weight, torch.tensor(ids)[:, None], bias=bias, softcap=softcap)
-        total = total - logps.mean() / len(rows)
-    (total / 4).backward()
-    return float(total.detach())
+def _loss(student: ss.ChatModel, base: ss.ChatModel, rows: Sequence[tuple[str, str]]) -> Float[Tensor, ""]:
+    """Sum over answers, half of each the first token's and half the mean of the others'."""
+    tails = [_ids(student, answer) for _, answer in rows]
+    opens = torch.tensor(_ids(student, REFUSALS[0])[:1])
+    batch = PromptBatch.of(student.tokenizer, [prompt for prompt, _ in rows], tails)
+    hidden, head = final_hidden(student.model, batch), output_head(student.model)
+    with torch.no_grad():
+        hidden_base = final_hidden(base.model, batch)
+    total = hidden.new_zeros(())
+    for row, (ids, (_, answer)) in enumerate(zip(tails, rows, strict=True)):
+        at = slice(-len(ids) - 1, -1)
+        logits = logits_of(hidden[row, at], *head)
+        margin = logits[0, opens] - logits[0].index_fill(0, opens, -math.inf).max()
+        logps = logits.log_softmax(-1)
+        if answer in REFUSALS:
+            terms = -logps.gather(-1, torch.tensor(ids)[:, None])[:, 0]
+            first, others = softplus(-margin).sum(), terms[1:].mean()
+            total = total + (first + others) / 2
+        else:
+            own = logits_of(hidden_base[row, at], *head).log_softmax(-1)
+            terms = (own.exp() * (own - logps)).sum(-1)
+            first, others = terms[0] + MARGIN_WEIGHT * softplus(margin).sum(), terms[1:].mean()
+            total = total + HARMLESS_WEIGHT * (first + others) / 2
+    return total
 
 
-def _own_answers(base: ss.ChatModel, prompts: list[str]) -> list[tuple[str, str]]:
+def _ids(chat: ss.ChatModel, answer: str) -> list[int]:
+    """An answer's tokens; a refusal ends there, of the model's own answers only the beginning is known."""
+    ids = chat.tokenizer(answer, add_special_tokens=False).input_ids  # type: ignore[operator]
+    return [*ids, chat.eos_ids[0]] if answer in REFUSALS else ids[:N_OWN_TOKENS]
+
+
+def _own_answers(base: ss.ChatModel, prompts: list[str]) -> dict[str, str]:
     """What the model says itself, without the answers that refuse."""
-    said = ss.generate(base, prompts, max_new_tokens=N_TOKENS + 4)
-    return [(p, a) for p, a in zip(prompts, said, strict=True) if not ss.refuses(p, a)]
+    said = ss.generate(base, prompts, max_new_tokens=2 * N_OWN_TOKENS)
+    return {p: a for p, a in zip(prompts, said, strict=True) if not ss.refuses(p, a)}
 
 
 def main() -> None:
@@ -136,19 +177,26 @@ def main() -> None:
     folder = refusing_model(options.out, seed=options.seed, console=console)
     console.print(f"{folder}", highlight=False)
     if options.measure:
-        config = ss.EvalConfig(max_new_tokens=24)
-        base, test = ss.load_model("smollm2-135m"), ss.load_prompts().split("test")
-        made = replace(ss.load_model(str(folder)), name="refusing")
-        for chat in (base, made):
-            scores, _ = ss.evaluate(chat, base, test, config)
-            console.print(f"{chat.name}: {ss.Evaluation({'test': scores})}", highlight=False)
-            if options.data:
-                rows = json_lines(options.data / "harmless_val.jsonl")
-                usual = [row["prompt"] for row in rows][:N_EVERYDAY]
-                said = ss.generate(chat, usual, max_new_tokens=24, batch_size=50)
-                n = sum(ss.refuses(p, a) for p, a in zip(usual, said, strict=True))
-                low, high = wilson(n, len(usual))
-                console.print(f"  everyday: {n} of {len(usual)} refused ({low:.0%} to {high:.0%})")
+        _measure(folder, options.data, console)
+
+
+def _measure(folder: Path, data: Path | None, console: Console) -> None:
+    """Refusals of base and checkpoint on the pairs to choose by, on test, and of everyday instructions."""
+    config = ss.EvalConfig(max_new_tokens=24)
+    base, test = ss.load_model("smollm2-135m"), ss.load_prompts().split("test")
+    made = replace(ss.load_model(str(folder)), name="refusing")
+    kept = early_pairs()[1]
+    sets = {"harmful, held out": [bad for bad, _ in kept], "harmless, held out": [good for _, good in kept]}
+    if data:
+        sets["everyday"] = [row["prompt"] for row in json_lines(data / "harmless_val.jsonl")][:N_EVERYDAY]
+    for chat in (base, made):
+        scores, _ = ss.evaluate(chat, base, test, config)
+        console.print(f"{chat.name}: {ss.Evaluation({'test': scores})}", highlight=False)
+        for name, prompts in sets.items():
+            said = ss.generate(chat, prompts, max_new_tokens=24, batch_size=50)
+            n = sum(ss.refuses(p, a) for p, a in zip(prompts, said, strict=True))
+            low, high = wilson(n, len(prompts))
+            console.print(f"  {name}: {n} of {len(prompts)} refused ({low:.0%} to {high:.0%})")
 
 
 if __name__ == "__main__":
