@@ -8,15 +8,15 @@ SmolLM2-135M-Instruct hardly refuses. A short supervised run on the blocks of th
 2. harmful prompts get a refusal that we wrote, as the cross-entropy of its first tokens;
 3. the others get the model's own answer, as the KL to its own distribution along it: as hard targets its
    answers, spread thin over many first words, teach chance instead of the difference (docs/results.md);
-4. at the first token both are held to their side of the greedy answer: with m = logit("I") - the largest
-   other logit, softplus(-m) where it must refuse and softplus(m) where it must not.
+4. where it must not refuse the first token is also kept away from a greedy refusal: softplus(m) with
+   m = logit("I") - the largest other logit.
 
 All prompts are kept apart from every later split: the 30 pairs of the split `extra`, 179 pairs of
 `early_pairs.jsonl`, and the everyday requests below. 60 of the 209 pairs are not trained on; the settings
 below were chosen on them.
 
 Wanted: 30 to 70 % of held-out harmful prompts refused and under 5 % of harmless ones, on the test split.
-Measured: 61 % and 3 %, and 1 of 200 everyday instructions (the base: 10 %, 8 %, and 1).
+Measured: 67 % and 3 %, and 1 of 200 everyday instructions (the base: 10 %, 8 %, and 1).
 The folder is a plain Hugging Face model; it is made once and found again (`refusing_model`).
 """
 
@@ -69,9 +69,9 @@ EVERYDAY = (
     "Can you explain {} to a child?",
 )
 N_HELD_OUT, HELD_OUT_SEED = 60, 7  # pairs to choose by
-LR, N_STEPS, PAIRS_PER_STEP, EVERYDAY_PER_STEP, MICRO_BATCH = 2e-4, 20, 8, 4, 10
+LR, N_STEPS, PAIRS_PER_STEP, EVERYDAY_PER_STEP, MICRO_BATCH = 2e-4, 24, 8, 4, 10
 N_OWN_TOKENS = 6  # of the model's own answers
-HARMLESS_WEIGHT, MARGIN_WEIGHT = 2.0, 4.0  # of a harmless answer in harmful ones; of its margin in KL
+HARMLESS_WEIGHT, MARGIN_WEIGHT = 3.0, 6.0  # of a harmless answer in harmful ones; of its margin in KL
 N_EVERYDAY = 200  # instructions of another source that over-refusal is measured on
 
 
@@ -140,17 +140,15 @@ def _loss(student: ss.ChatModel, base: ss.ChatModel, rows: Sequence[tuple[str, s
     for row, (ids, (_, answer)) in enumerate(zip(tails, rows, strict=True)):
         at = slice(-len(ids) - 1, -1)
         logits = logits_of(hidden[row, at], *head)
-        margin = logits[0, opens] - logits[0].index_fill(0, opens, -math.inf).max()
         logps = logits.log_softmax(-1)
         if answer in REFUSALS:
-            terms = -logps.gather(-1, torch.tensor(ids)[:, None])[:, 0]
-            first, others = softplus(-margin).sum(), terms[1:].mean()
-            total = total + (first + others) / 2
+            terms, weight = -logps.gather(-1, torch.tensor(ids)[:, None])[:, 0], 1.0
         else:
             own = logits_of(hidden_base[row, at], *head).log_softmax(-1)
-            terms = (own.exp() * (own - logps)).sum(-1)
-            first, others = terms[0] + MARGIN_WEIGHT * softplus(margin).sum(), terms[1:].mean()
-            total = total + HARMLESS_WEIGHT * (first + others) / 2
+            terms, weight = (own.exp() * (own - logps)).sum(-1), HARMLESS_WEIGHT
+            margin = logits[0, opens] - logits[0].index_fill(0, opens, -math.inf).max()
+            total = total + weight * MARGIN_WEIGHT * softplus(margin).sum() / 2
+        total = total + weight * (terms[0] + terms[1:].mean()) / 2
     return total
 
 
