@@ -4,12 +4,14 @@ import importlib
 import runpy
 import sys
 from dataclasses import asdict
+from itertools import combinations
 
 import pandas as pd
 import pytest
 from test_pipeline import model_folder  # noqa: F401
 
 from conftest import PACKAGE
+from safesteer.prompts import load_prompts
 from safesteer.recipes import recipe
 
 ANALYSIS = PACKAGE.parent / "analysis"
@@ -62,3 +64,43 @@ def test_a_study_runs_to_its_csv_and_continues(name, model_folder, tmp_path, mon
     assert len(parts) == len(arms)
     runpy.run_path(script, run_name="__main__")
     assert {p: p.stat().st_mtime_ns for p in parts} == parts
+
+
+@pytest.mark.slow
+def test_the_paper_preset_is_searched_on_val_and_continues(model_folder, tmp_path, monkeypatch):  # noqa: F811
+    study = importlib.import_module("paper_preset")
+    small = {"extraction": "prefill", "sweep.max_kl": 100.0, "sweep.min_steering": -100.0}
+    monkeypatch.setattr(study, "SMALL", study.SMALL | small)
+    monkeypatch.setattr(study, "SELECTIONS", [{"tokens.min_steered_prob": p} for p in (1e-9, 0.0)])
+    monkeypatch.setattr(study, "LOOKS", (1, 2))
+    command = ["paper_preset", "--model", str(model_folder), "--quick", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    study.main()
+    table = pd.read_csv(tmp_path / "paper_preset-quick.csv")
+    assert table.model[0] == "base"
+    assert len(table) in (2, 3)
+    parts = {p: p.stat().st_mtime_ns for p in (tmp_path / "paper_preset-quick").glob("*.json")}
+    assert len(parts) == len(study.RECIPES) + len(table) + 1
+    study.main()
+    assert {p: p.stat().st_mtime_ns for p in parts} == parts
+
+
+def test_the_choice_is_bounded_by_harmless_refusals():
+    study = importlib.import_module("paper_preset")
+    rows = pd.DataFrame({"harmful": [0.9, 0.8, 0.7], "harmless": [0.2, 0.08, 0.0]})
+    assert study.choose(rows, 0.03).harmful == 0.8
+    assert study.choose(rows.assign(harmless=[0.2, 0.2, 0.3]), 0.0).harmful == 0.9
+
+
+def test_the_refusing_model_is_taught_on_prompts_of_its_own():
+    study = importlib.import_module("refusing_model")
+    taught, held_out = study.early_pairs()
+    assert (len(taught), len(held_out)) == (149, 60)
+    shipped = [p for p in load_prompts().prompts if p.split != "extra"]
+    for i, label in enumerate(("harmful", "harmless")):
+        early = [pair[i] for pair in taught + held_out]
+        others = [p.text for p in shipped if p.label == label]
+        assert all(text.isascii() and text == text.strip() for text in early)
+        words = [(frozenset(t.lower().split()), t) for t in early + others]
+        close = [(s, t) for (a, s), (b, t) in combinations(words, 2) if len(a & b) >= 0.6 * len(a | b)]
+        assert close == []
