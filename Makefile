@@ -31,7 +31,7 @@ faults: setup
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python faults.py
 
 ABLATIONS := table3_teachers table4_support table5_normalizers selection_rollouts selection_horizon \
-  selection_size selection_method selection_coverage harmful_samples figure3_shift
+  selection_size selection_method selection_coverage harmful_samples figure3_shift paper_preset
 
 # Hours on two cores; every arm is a file in analysis/results, so it can be stopped and continued.
 ablations: setup

@@ -52,14 +52,20 @@ ANCHOR = {
     "distill.anchor_weight": 1.0,
     "distill.late_anchor_weight": 3.0,
 }
+# Eq. 6 as published is lowest at p = q / e, which a model that refuses a half may already have reached.
+DIVERGENCE = {**ANCHOR, "distill.divergence": "symmetric", "distill.normalizer": "generalized"}
 RECIPES = {
     "paper, lr 1e-5": {"distill.lr": 1e-5},
     "anchor, lr 5e-5": {"distill.lr": 5e-5, **ANCHOR},
-    "anchor, lr 1e-4": {"distill.lr": 1e-4, **ANCHOR},
-    "paper, lr 5e-5": {"distill.lr": 5e-5},
+    "divergence, lr 1e-4": {"distill.lr": 1e-4, **DIVERGENCE},
+    "margin, lr 1e-4": {"distill.lr": 1e-4, **DIVERGENCE, "distill.anchor_margin": 4.0},
 }
 LOOKS = (5, 10, 15, 20, 25)  # steps after which val is looked at
 UP = 0.05  # harmless refusals above the base's that a choice may have
+
+
+def looks_of(study: Study) -> tuple[int, ...]:
+    return (1, 2) if study.quick else LOOKS
 
 
 def row(path: Path, make: Callable[[], Any]) -> Any:
@@ -78,7 +84,7 @@ def students(
     tokens = ss.select_tokens(base, direction, val.harmless, recipe.tokens)
     state = ss.begin(ss.load_model(study.model), direction, recipe.distill)
     for _ in ss.distill(state, base, direction, tokens, distil.harmful, distil.harmless, recipe.distill):
-        if state.step in LOOKS:
+        if state.step in looks_of(study):
             yield state.step, state.student
 
 
@@ -134,7 +140,7 @@ def search(study: Study, base: ss.ChatModel, direction: ss.Direction) -> pd.Data
             return [{"arm": arm, "steps": n, **rates(chat, val), "settings": all_} for n, chat in steps]
 
         rows += row(study.folder / f"search-{arm.replace(' ', '-').replace(',', '')}.json", looks)
-        study.console.print(pd.DataFrame(rows[-len(LOOKS) :]).drop(columns="settings"))
+        study.console.print(pd.DataFrame(rows[-len(looks_of(study)) :]).drop(columns="settings"))
     return pd.DataFrame(rows)
 
 
