@@ -33,7 +33,7 @@ from safesteer.divergence import logps_on
 from safesteer.errors import SafeSteerError
 from safesteer.lora import as_base, shares_weights
 from safesteer.models import ChatModel, final_hidden, output_head
-from safesteer.objective import Compared, Head, Support, compare, off_set, overtaken
+from safesteer.objective import Compared, Head, Support, compare, off_set
 from safesteer.onpolicy import Answers, Sampler, answer, counting, draw, teacher_hidden
 from safesteer.sharding import by_kind, in_step, total_norm, whole
 from safesteer.student import DistillConfig, DistillState, Refreshed
@@ -236,10 +236,6 @@ def _pull(
                 part = compare(*three, head, base_head, ids, support=support, **how)
                 losses.append(part.loss)
                 found[:, first + n] = torch.stack(part[1:]).to(found)
-        anchor = (~answers.harmful[row[span]]).nonzero()[:, 0]
-        if config.anchor_margin and len(anchor):
-            three = hidden[anchor], h_teacher[span][anchor], w[span][anchor]
-            losses.append(config.anchor_margin * overtaken(*three, head, base_head, ids))
         objective = torch.stack(losses).sum()
         if not torch.isfinite(objective):
             worst = (~found[0, span].isfinite()).int().argmax()  # the first, if only their sum overflows

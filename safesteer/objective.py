@@ -6,9 +6,6 @@ For each chunk of positions, with student logits z = head(h) and p = softmax(z):
 3. dL/dz_v = 1[v in support] g_v - p_v sum(g), and with it, while z is at hand, dL/dh = dL/dz W and,
    if the head is trained, dL/dW = (dL/dz)^T h.
 No more than a chunk of (position x vocabulary) ever lives, and nothing is computed twice.
-
-`overtaken` is what a divergence does not see: a token of S that becomes the likeliest where the base's greedy
-token was another. It reads |S| + 1 rows of the head at each position.
 """
 
 from typing import Literal, NamedTuple
@@ -132,35 +129,6 @@ def _on_support(
     total = z.sub_(top).exp_().sum(-1, keepdim=True)
     lse = top + total.log()
     return logits.sub_(lse), in_s - lse, z, total
-
-
-def overtaken(
-    hidden: Float[Tensor, "n d_model"],
-    h_base: Float[Tensor, "n d_model"],
-    weights: Float[Tensor, " n"],
-    head: Head,
-    base_head: Head,
-    ids: Int[Tensor, " n_set"],
-) -> Float[Tensor, ""]:
-    """Sum of weight x max(0, m - max(m of the base, -1))^2, in squared nats.
-
-    m is the best logit on S less the logit of the base's greedy token. Zero while no token of S comes within
-    a nat of that token, or closer than it was in the base, and at positions where the greedy token is itself
-    in S. The gradient reaches `hidden` and a trained head.
-    """
-    own, of_base = h_base.new_empty(len(h_base), dtype=torch.long), []
-    with torch.no_grad():
-        for at in torch.arange(len(h_base)).split(rows_a_chunk(len(base_head[0]))):
-            z = logits_of(h_base[at], *base_head)
-            own[at] = z.argmax(-1)
-            of_base.append(z[:, ids].amax(-1) - z.amax(-1))
-    weight, bias, softcap = head
-    on_s = logits_of(hidden, weight[ids], None if bias is None else bias[ids], softcap).amax(-1)
-    of_own = (hidden * weight[own]).sum(-1).to(on_s)
-    of_own = of_own if bias is None else of_own + bias[own]
-    of_own = of_own if softcap is None else softcap * torch.tanh(of_own / softcap)
-    excess = torch.relu(on_s - of_own - torch.cat(of_base).clamp(min=-1.0))
-    return (weights * excess**2 * ~torch.isin(own, ids)).sum()
 
 
 @torch.no_grad()

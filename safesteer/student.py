@@ -35,7 +35,6 @@ class DistillConfig:
     n_rollouts: int = 1
     max_new_tokens: int = 8
     anchor_support: Literal["same", "full"] = "same"  # "full": harmless answers over the whole vocabulary
-    anchor_margin: float = 0.0  # of the squared nats by which S overtakes the base's greedy token
     anchor_weight: float = 2.0  # of a harmless answer, in harmful ones
     late_anchor_weight: float = 6.0  # the same in the last third of the steps
     rollouts: Literal["student", "mixed"] = "mixed"  # "mixed": half are the steered teacher's
@@ -60,9 +59,7 @@ class DistillConfig:
         sizes = ("n_steps", "harmful_per_step", "n_rollouts", "max_new_tokens", "micro_batch", "n_topk")
         bounds = {
             **dict.fromkeys((*sizes, "checkpoint_every", "lora_alpha"), AT_LEAST_1),
-            **dict.fromkeys(
-                ("anchor_margin", "anchor_weight", "late_anchor_weight", "weight_decay"), (0.0, FINITE[1])
-            ),
+            **dict.fromkeys(("anchor_weight", "late_anchor_weight", "weight_decay"), (0.0, FINITE[1])),
             **dict.fromkeys(("lr", "max_grad_norm"), (POSITIVE[0], FINITE[1])),
             "warmup": SHARE,
             "decay": (POSITIVE[0], 1.0),

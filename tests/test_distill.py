@@ -238,13 +238,12 @@ def test_partial_reverse_pulls_even_without_a_teacher(run, direction):
     assert history[0]["grad_norm"] > 1e-3
 
 
-@pytest.mark.parametrize("changed", [{"anchor_support": "full"}, {"anchor_margin": 5.0}])
-def test_an_anchor_changes_only_what_harmless_answers_teach(run, changed):
+def test_a_full_anchor_changes_only_what_harmless_answers_teach(run):
     plain, _ = run(n_steps=3)
-    other, _ = run(n_steps=3, **changed)
-    assert other[0] == pytest.approx(plain[0], rel=1e-4)  # the student is still the base
-    assert other[1]["loss"] != plain[1]["loss"]
-    alone = [run(n_steps=3, harmless_per_step=0, **how)[0] for how in ({}, changed)]
+    full, _ = run(n_steps=3, anchor_support="full")
+    assert full[0] == pytest.approx(plain[0], rel=1e-5)  # the student is still the base
+    assert full[1]["loss"] != plain[1]["loss"]
+    alone = [run(n_steps=3, harmless_per_step=0, anchor_support=a)[0] for a in ("same", "full")]
     assert alone[0] == alone[1]
 
 

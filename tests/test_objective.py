@@ -8,7 +8,7 @@ import torch
 
 from conftest import LargestTensor, assert_near, reference_divergence
 from safesteer.divergence import Divergence, Normalizer, localized_divergence, logits_of
-from safesteer.objective import Support, compare, off_set, overtaken
+from safesteer.objective import Support, compare, off_set
 
 N, D, V, BETA = 5, 3, 9, 0.3
 S = torch.tensor([5, 0, 7])
@@ -123,27 +123,3 @@ def test_off_set_leaves_the_set_out():
     terms = p.exp() * (p - q) - p.exp() + q.exp()
     rest = [v for v in range(V) if v not in S.tolist()]
     assert off_set(h, t, head, base_head, S) == pytest.approx(float(terms[:, rest].sum(-1).mean()))
-
-
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_overtaken_equals_full_logits(with_bias, softcap):
-    h, t = (3 * normal(N, D)).requires_grad_(), 3 * normal(N, D, seed=5)
-    head, base_head = heads(with_bias, softcap)
-    z, q = logits_of(h, *head), logits_of(t, *base_head)
-    want = torch.zeros((), dtype=torch.float64)
-    for i, own in enumerate(q.argmax(-1).tolist()):
-        if own not in S:
-            excess = z[i, S].max() - z[i, own] - max(float(q[i, S].max() - q[i, own]), -1.0)
-            want = want + W[i] * excess.clamp(min=0.0) ** 2
-    got = overtaken(h, t, W, head, base_head, S)
-    assert float(want) > 0
-    assert_near(got, want, 1e-12)
-    leaves = [x for x in (h, *head[:2]) if x is not None]
-    for a, b in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True):
-        assert_near(a, b, 1e-12)
-
-
-def test_nothing_is_overtaken_where_nothing_moved():
-    h, head = normal(N, D), heads(True, None, trained=False)[0]
-    assert float(overtaken(h, h, W, head, head, S)) == 0.0
