@@ -58,7 +58,6 @@ RECIPES = {
     "paper, lr 1e-5": {"distill.lr": 1e-5},
     "anchor, lr 5e-5": {"distill.lr": 5e-5, **ANCHOR},
     "divergence, lr 1e-4": {"distill.lr": 1e-4, **DIVERGENCE},
-    "margin, lr 1e-4": {"distill.lr": 1e-4, **DIVERGENCE, "distill.anchor_margin": 4.0},
 }
 LOOKS = (5, 10, 15, 20, 25)  # steps after which val is looked at
 UP = 0.05  # harmless refusals above the base's that a choice may have
