@@ -133,8 +133,8 @@ def evaluate(
 ) -> tuple[Scores, dict[str, list[str]]]:
     """Scores of `chat` (possibly inside `steer(...)`) and its greedy answers by label.
 
-    `base_answers` are the base's answers to the harmless prompts, along which drift is measured;
-    they are the model's own where it is the base.
+    `base_answers` are the base's greedy answers to the harmless prompts, along which drift is measured;
+    without them the base is asked, and a model that is itself the base has no drift.
     """
     config = config or EvalConfig()
     prompts = prompts.head(config.n_prompts)
@@ -146,6 +146,11 @@ def evaluate(
     n_harmful = sum(judged(judge, harmful, answers["harmful"]))
     n_harmless = sum(judged(judge, harmless, answers["harmless"]))
     kls = [0.0] * len(harmless)
+    if base_answers is None and chat is not base:
+        with as_base(base, chat):
+            base_answers = generate(
+                base, harmless, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size
+            )
     if base_answers is not None:
         kls = kl_on_answers(base, chat, harmless, base_answers, config)
     scores = Scores(

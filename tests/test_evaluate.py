@@ -1,6 +1,8 @@
 """Intervals, perplexity and drift against plain references."""
 
 import math
+from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safesteer.directions import Direction, steer
 from safesteer.errors import SafeSteerError
 from safesteer.evaluate import EvalConfig, evaluate, kl_on_answers
 from safesteer.extraction import mean_difference
+from safesteer.generation import generate
 from safesteer.models import bridge
 from safesteer.perplexity import perplexity
 from safesteer.prompts import load_prompts, render
@@ -79,3 +82,16 @@ def test_evaluate_counts_what_the_judge_says(tiny_llama):
     assert scores.refusal_rate_harmless == 0.0
     assert scores.n == 4
     assert [len(answers[label]) for label in ("harmful", "harmless")] == [4, 4]
+
+
+def test_the_base_is_asked_where_its_answers_are_not_given(tiny_llama):
+    prompts, config = load_prompts().split("test").head(3), EvalConfig(max_new_tokens=4, perplexity_tokens=64)
+    moved = replace(tiny_llama, model=deepcopy(tiny_llama.model))
+    with torch.no_grad():
+        moved.model.model.layers[0].mlp.down_proj.weight.mul_(-3)
+    said = generate(tiny_llama, prompts.harmless, max_new_tokens=4)
+    given = evaluate(moved, tiny_llama, prompts, config, base_answers=said)[0]
+    asked = evaluate(moved, tiny_llama, prompts, config)[0]
+    assert asked.kl_harmless == pytest.approx(given.kl_harmless, rel=1e-5)
+    assert asked.kl_harmless > 1e-6
+    assert evaluate(tiny_llama, tiny_llama, prompts, config)[0].kl_harmless == 0.0
