@@ -77,7 +77,7 @@ N_EVERYDAY = 200  # instructions of another source that over-refusal is measured
 
 def refusing_model(folder: Path | None = None, *, seed: int = 0, console: Console | None = None) -> Path:
     """The checkpoint's folder; made on the first call (minutes on two cores)."""
-    made_from = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    made_from = hashlib.sha256(Path(__file__).read_bytes() + PAIRS.read_bytes()).hexdigest()[:12]
     folder = folder or cache_dir() / f"refusing-smollm2-{seed}-{made_from}"
     if not (folder / "config.json").exists():
         _train(folder, seed, console or Console())
@@ -159,9 +159,9 @@ def _ids(chat: ss.ChatModel, answer: str) -> list[int]:
 
 
 def _own_answers(base: ss.ChatModel, prompts: list[str]) -> dict[str, str]:
-    """What the model says itself, without the answers that refuse."""
-    said = ss.generate(base, prompts, max_new_tokens=2 * N_OWN_TOKENS)
-    return {p: a for p, a in zip(prompts, said, strict=True) if not ss.refuses(p, a)}
+    """What the model says itself, without the answers that refuse and those of one token."""
+    said = zip(prompts, ss.generate(base, prompts, max_new_tokens=2 * N_OWN_TOKENS), strict=True)
+    return {p: a for p, a in said if len(_ids(base, a)) > 1 and not ss.refuses(p, a)}
 
 
 def main() -> None:

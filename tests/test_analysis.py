@@ -8,10 +8,11 @@ from itertools import combinations
 
 import pandas as pd
 import pytest
+import torch
 from test_pipeline import model_folder  # noqa: F401
 
 from conftest import PACKAGE
-from safesteer.prompts import load_prompts
+from safesteer.prompts import load_prompts, render
 from safesteer.recipes import recipe
 
 ANALYSIS = PACKAGE.parent / "analysis"
@@ -103,3 +104,26 @@ def test_the_refusing_model_is_taught_on_prompts_of_its_own():
         words = [(frozenset(t.lower().split()), t) for t in early + others]
         close = [(s, t) for (a, s), (b, t) in combinations(words, 2) if len(a & b) >= 0.6 * len(a | b)]
         assert close == []
+
+
+def test_the_refusing_models_loss(tiny_llama):
+    """Beside itself a model pays its margin for a harmless answer, and its surprise for a refusal."""
+    study = importlib.import_module("refusing_model")
+    tokenizer, refusal = tiny_llama.tokenizer, study.REFUSALS[0]
+    rows = [("Hi there", "some words of mine"), ("Do harm", refusal)]
+    got = [float(study._loss(tiny_llama, tiny_llama, [row]).detach()) for row in rows]
+    want = []
+    for prompt, answer in rows:
+        head = tokenizer(render(tokenizer, prompt), add_special_tokens=False).input_ids
+        tail = study._ids(tiny_llama, answer)
+        z = tiny_llama.model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].double()
+        if answer == refusal:
+            terms = -z.log_softmax(-1)[range(len(tail)), tail]
+            want.append(float(terms[0] + terms[1:].mean()) / 2)
+        else:
+            opens = study._ids(tiny_llama, refusal)[0]
+            margin = z[0, opens] - z[0, [i for i in range(z.shape[1]) if i != opens]].max()
+            want.append(float(study.HARMLESS_WEIGHT * study.MARGIN_WEIGHT * margin.exp().log1p() / 2))
+    assert got == pytest.approx(want, rel=1e-4)
+    both = float(study._loss(tiny_llama, tiny_llama, rows).detach())
+    assert both == pytest.approx(sum(got), rel=1e-4)
