@@ -41,6 +41,8 @@ SMALL = {
     "distill.precision": "bfloat16",
     "evaluation.max_new_tokens": 24,
 }
+# Two prompts find no direction worth having, and a quick run does not need one.
+ANY_DIRECTION = {"extraction": "prefill", "sweep.max_kl": 100.0, "sweep.min_steering": -100.0}
 CAPABILITY = ("arc_easy", "piqa", "lambada_openai")
 SELECTIONS = [{"tokens.horizon": h, "tokens.min_steered_prob": p} for h in (3, 7) for p in (1e-6, 1e-3)]
 # Sixteen prompts of each kind once, not four harmful ones eight times; harmless answers held to the base.
@@ -67,6 +69,10 @@ def looks_of(study: Study) -> tuple[int, ...]:
     return (1, 2) if study.quick else LOOKS
 
 
+def val_of(study: Study) -> ss.PromptSet:
+    return ss.load_prompts().split("val").head(4 if study.quick else None)
+
+
 def row(path: Path, make: Callable[[], Any]) -> Any:
     """What the file holds; made and written on the first call."""
     if not path.exists():
@@ -78,9 +84,8 @@ def students(
     study: Study, base: ss.ChatModel, direction: ss.Direction, settings: Mapping[str, Any], seed: int
 ) -> Iterator[tuple[int, ss.ChatModel]]:
     """(steps, student) at every look; the student trains on when the next one is asked for."""
-    recipe, prompts = study.recipe(settings, seed), ss.load_prompts()
-    val, distil = prompts.split("val"), prompts.split("distil")
-    tokens = ss.select_tokens(base, direction, val.harmless, recipe.tokens)
+    recipe, distil = study.recipe(settings, seed), ss.load_prompts().split("distil")
+    tokens = ss.select_tokens(base, direction, val_of(study).harmless, recipe.tokens)
     state = ss.begin(ss.load_model(study.model), direction, recipe.distill)
     for _ in ss.distill(state, base, direction, tokens, distil.harmful, distil.harmless, recipe.distill):
         if state.step in looks_of(study):
@@ -117,7 +122,7 @@ def scored(
 
 def search(study: Study, base: ss.ChatModel, direction: ss.Direction) -> pd.DataFrame:
     """Refusals on val of every arm after every look, with the S that carries most of the KL."""
-    val = ss.load_prompts().split("val")
+    val = val_of(study)
 
     def selections() -> list[dict]:
         found = []
@@ -162,11 +167,12 @@ def main() -> None:
     given = parser.parse_args()
     model = str(refusing_model()) if given.model == "refusing" else given.model
     seeds = 1 if given.quick else given.seeds
-    study = Study("paper_preset", given.out, model, "paper", seeds, given.quick, SMALL, Console())
+    settings = SMALL | (ANY_DIRECTION if given.quick else {})
+    study = Study("paper_preset", given.out, model, "paper", seeds, given.quick, settings, Console())
     base = ss.load_model(model)
     direction = study.direction(base)
     rows = search(study, base, direction)
-    before = row(study.folder / "val-base.json", lambda: rates(base, ss.load_prompts().split("val")))
+    before = row(study.folder / "val-base.json", lambda: rates(base, val_of(study)))
     picks = {"chosen": choose(rows, before["harmless"])}
     picks["paper's own"] = choose(rows.query("arm.str.startswith('paper')"), before["harmless"])
     first = row(study.folder / "test-base.json", lambda: scored(base, base, study, given.data, given.limit))

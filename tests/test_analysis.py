@@ -70,8 +70,6 @@ def test_a_study_runs_to_its_csv_and_continues(name, model_folder, tmp_path, mon
 @pytest.mark.slow
 def test_the_paper_preset_is_searched_on_val_and_continues(model_folder, tmp_path, monkeypatch):  # noqa: F811
     study = importlib.import_module("paper_preset")
-    small = {"extraction": "prefill", "sweep.max_kl": 100.0, "sweep.min_steering": -100.0}
-    monkeypatch.setattr(study, "SMALL", study.SMALL | small)
     monkeypatch.setattr(study, "SELECTIONS", [{"tokens.min_steered_prob": p} for p in (1e-9, 0.0)])
     command = ["paper_preset", "--model", str(model_folder), "--quick", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
