@@ -79,7 +79,8 @@ class Study:
         return ss.Direction.load(run / "direction.safetensors", base)
 
 
-def read_command_line(name: str, about: str) -> Study:
+def command_line(about: str) -> argparse.ArgumentParser:
+    """What every study understands."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="Hub id, folder, smollm2-135m or refusing")
     parser.add_argument("--preset", default="quick", choices=["quick", "paper"])
@@ -87,11 +88,26 @@ def read_command_line(name: str, about: str) -> Study:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="minutes, one seed: does the script work?")
     parser.add_argument("--out", type=Path, default=Path("analysis/results"))
-    given = parser.parse_args()
+    return parser
+
+
+def study_of(name: str, given: argparse.Namespace) -> Study:
     model = str(refusing_model()) if given.model == "refusing" else given.model
     settings = dict(pair.split("=", 1) for pair in given.settings)
     seeds = 1 if given.quick else given.seeds
     return Study(name, given.out, model, given.preset, seeds, given.quick, settings, Console())
+
+
+def read_command_line(name: str, about: str) -> Study:
+    return study_of(name, command_line(about).parse_args())
+
+
+def row(folder: Path, name: str, make: Callable[..., Any], *args: Any) -> Any:
+    """What the file of that name holds; made by `make(*args)` and written on the first call."""
+    path = folder / f"{name.replace(' ', '-').replace('/', '-').replace(',', '')}.json"
+    if not path.exists():
+        write_json(path, make(*args))
+    return read_json(path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,18 +146,22 @@ def trained(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int)
     return Trained(base, found.direction, found.tokens, found.recipe, state.student)
 
 
-def scored(found: Trained) -> dict[str, Any]:
-    """Refusals on test, drift and perplexity of the student; S and its size."""
-    test, config = ss.load_prompts().split("test"), found.recipe.evaluation
-    few = test.head(config.n_prompts)
-    said = ss.generate(found.base, few.harmless, max_new_tokens=config.max_new_tokens)
-    scores, _ = ss.evaluate(found.student, found.base, test, config, base_answers=said)
+def on_test(chat: ss.ChatModel, base: ss.ChatModel, config: ss.EvalConfig) -> dict[str, Any]:
+    """Refusals on test, drift from the base and perplexity."""
+    scores, _ = ss.evaluate(chat, base, ss.load_prompts().split("test"), config)
     return {
         "harmful": scores.refusal_rate_harmful,
         "harmless": scores.refusal_rate_harmless,
         "n": scores.n,
         "kl_harmless": scores.kl_harmless,
         "perplexity": scores.perplexity,
+    }
+
+
+def scored(found: Trained) -> dict[str, Any]:
+    """The student on test; S and its size."""
+    return {
+        **on_test(found.student, found.base, found.recipe.evaluation),
         "n_tokens": len(found.tokens),
         "kl_share_of_s": found.tokens.coverage["kl_share"],
         "tokens": " ".join(repr(t.text) for t in found.tokens.tokens[:12]),
@@ -157,11 +177,12 @@ def run(
     """`score` of what `make` makes of every arm with every seed; returns and writes the table."""
     base, rows = ss.load_model(study.model), []
     jobs: list[tuple[str, int]] = [(arm, seed) for seed in range(study.seeds) for arm in arms]
+
+    def made(arm: str, seed: int) -> dict[str, Any]:
+        return {"arm": arm, "seed": seed, **score(make(study, base, arms[arm], seed))}
+
     for arm, seed in jobs:
-        path = study.folder / f"{arm.replace(' ', '-').replace('/', '-')}-{seed}.json"
-        if not path.exists():
-            write_json(path, {"arm": arm, "seed": seed, **score(make(study, base, arms[arm], seed))})
-        rows.append(read_json(path))
+        rows.append(row(study.folder, f"{arm}-{seed}", made, arm, seed))
         study.console.print(rows[-1], highlight=False)
     table = pd.DataFrame(rows)
     write_text(study.folder.with_suffix(".csv"), table.to_csv(index=False))

@@ -20,19 +20,17 @@ Every row is a file, so an interrupted study continues.
 """
 
 import tempfile
-from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from ablation import Study
-from refusing_model import refusing_model
-from rich.console import Console
+from ablation import Study, command_line, on_test, row, study_of
 
 import safesteer as ss
 from safesteer.capability import capability
-from safesteer.files import read_json, write_json, write_text
+from safesteer.files import write_text
 
 SMALL = {
     "sweep.n_prompts": 8,
@@ -73,13 +71,6 @@ def val_of(study: Study) -> ss.PromptSet:
     return ss.load_prompts().split("val").head(4 if study.quick else None)
 
 
-def row(path: Path, make: Callable[[], Any]) -> Any:
-    """What the file holds; made and written on the first call."""
-    if not path.exists():
-        write_json(path, make())
-    return read_json(path)
-
-
 def students(
     study: Study, base: ss.ChatModel, direction: ss.Direction, settings: Mapping[str, Any], seed: int
 ) -> Iterator[tuple[int, ss.ChatModel]]:
@@ -104,15 +95,7 @@ def scored(
     chat: ss.ChatModel, base: ss.ChatModel, study: Study, data: Path | None, limit: int
 ) -> dict[str, Any]:
     """Refusals on test, drift, and with `data` the three tasks."""
-    config = study.recipe({}, 0).evaluation
-    scores, _ = ss.evaluate(chat, base, ss.load_prompts().split("test"), config)
-    found = {
-        "harmful": scores.refusal_rate_harmful,
-        "harmless": scores.refusal_rate_harmless,
-        "n": scores.n,
-        "kl_harmless": scores.kl_harmless,
-        "perplexity": scores.perplexity,
-    }
+    found = on_test(chat, base, study.recipe({}, 0).evaluation)
     if data:
         with tempfile.TemporaryDirectory() as folder:
             tasks = capability(chat, CAPABILITY, folder, data=data, limit=limit)
@@ -120,31 +103,35 @@ def scored(
     return found
 
 
+def selections(study: Study, base: ss.ChatModel, direction: ss.Direction) -> list[dict]:
+    """What S holds for every horizon and minimum probability."""
+    found, val = [], val_of(study)
+    for settings in SELECTIONS:
+        tokens = ss.select_tokens(base, direction, val.harmless, study.recipe(settings, 0).tokens)
+        found.append({**settings, "kl_share": tokens.coverage["kl_share"], "n_tokens": len(tokens)})
+    return found
+
+
+def looked_at(
+    study: Study, base: ss.ChatModel, direction: ss.Direction, arm: str, settings: dict[str, Any]
+) -> list[dict]:
+    """Refusals on val after every look."""
+    looks, val = students(study, base, direction, settings, 0), val_of(study)
+    return [{"arm": arm, "steps": n, **rates(chat, val), "settings": settings} for n, chat in looks]
+
+
 def search(study: Study, base: ss.ChatModel, direction: ss.Direction) -> pd.DataFrame:
-    """Refusals on val of every arm after every look, with the S that carries most of the KL."""
-    val = val_of(study)
-
-    def selections() -> list[dict]:
-        found = []
-        for settings in SELECTIONS:
-            tokens = ss.select_tokens(base, direction, val.harmless, study.recipe(settings, 0).tokens)
-            found.append({**settings, "kl_share": tokens.coverage["kl_share"], "n_tokens": len(tokens)})
-        return found
-
-    found = row(study.folder / "selections.json", selections)
+    """All looks at all recipes, with the S that carries most of the KL."""
+    found, rows = row(study.folder, "selections", selections, study, base, direction), []
     best = max(found, key=lambda row: row["kl_share"])
     chosen = {name: best[name] for name in SELECTIONS[0]}
     study.console.print(pd.DataFrame(found), chosen)
-    rows = []
     for arm, settings in RECIPES.items():
-        all_ = {**chosen, **settings}
-
-        def looks(arm: str = arm, all_: dict = all_) -> list[dict]:
-            steps = students(study, base, direction, all_, 0)
-            return [{"arm": arm, "steps": n, **rates(chat, val), "settings": all_} for n, chat in steps]
-
-        rows += row(study.folder / f"search-{arm.replace(' ', '-').replace(',', '')}.json", looks)
-        study.console.print(pd.DataFrame(rows[-len(looks_of(study)) :]).drop(columns="settings"))
+        looks = row(
+            study.folder, f"search-{arm}", looked_at, study, base, direction, arm, {**chosen, **settings}
+        )
+        study.console.print(pd.DataFrame(looks).drop(columns="settings"))
+        rows += looks
     return pd.DataFrame(rows)
 
 
@@ -157,40 +144,32 @@ def choose(rows: pd.DataFrame, base_harmless: float) -> pd.Series:
 
 
 def main() -> None:
-    parser = ArgumentParser()
+    parser = command_line(__doc__ or "")
     parser.add_argument("--data", type=Path, help="folder of local rows (ARC-Easy, PIQA, LAMBADA)")
-    parser.add_argument("--model", default="refusing")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--limit", type=int, default=200, help="rows a task")
-    parser.add_argument("--quick", action="store_true", help="minutes, one seed: does the script work?")
-    parser.add_argument("--out", type=Path, default=Path("analysis/results"))
+    parser.set_defaults(model="refusing", preset="paper")
     given = parser.parse_args()
-    model = str(refusing_model()) if given.model == "refusing" else given.model
-    seeds = 1 if given.quick else given.seeds
-    settings = SMALL | (ANY_DIRECTION if given.quick else {})
-    study = Study("paper_preset", given.out, model, "paper", seeds, given.quick, settings, Console())
-    base = ss.load_model(model)
+    study = study_of("paper_preset", given)
+    settings = SMALL | (ANY_DIRECTION if study.quick else {}) | study.settings
+    study = replace(study, settings=settings)
+    base = ss.load_model(study.model)
     direction = study.direction(base)
     rows = search(study, base, direction)
-    before = row(study.folder / "val-base.json", lambda: rates(base, val_of(study)))
-    picks = {"chosen": choose(rows, before["harmless"])}
-    picks["paper's own"] = choose(rows.query("arm.str.startswith('paper')"), before["harmless"])
-    first = row(study.folder / "test-base.json", lambda: scored(base, base, study, given.data, given.limit))
+    before = row(study.folder, "val-base", rates, base, val_of(study))["harmless"]
+    picks = (choose(rows, before), choose(rows.query("arm.str.startswith('paper')"), before))
+    named = {f"{pick.arm}, {pick.steps} steps": pick for pick in picks}  # both may be the same row
+    first = row(study.folder, "test-base", scored, base, base, study, given.data, given.limit)
     table = [{"model": "base", "seed": 0, **first}]
-    done: dict[tuple[str, int], str] = {}
+
+    def tested(pick: pd.Series, seed: int) -> dict[str, Any]:
+        steps = students(study, base, direction, pick.settings, seed)
+        chat = next(chat for n, chat in steps if n == pick.steps)
+        return scored(chat, base, study, given.data, given.limit)
+
     for seed in range(study.seeds):
-        for name, pick in picks.items():
-            at = f"{pick.arm}, {pick.steps} steps"
-            if done.setdefault((at, seed), name) != name:
-                continue  # both are the same row of the search
-
-            def student(pick: pd.Series = pick, seed: int = seed) -> dict[str, Any]:
-                steps = students(study, base, direction, pick.settings, seed)
-                chat = next(chat for n, chat in steps if n == pick.steps)
-                return scored(chat, base, study, given.data, given.limit)
-
-            path = study.folder / f"test-{at.replace(' ', '-').replace(',', '')}-{seed}.json"
-            table.append({"model": at, "seed": seed, **row(path, student)})
+        for name, pick in named.items():
+            found = row(study.folder, f"test-{name}-{seed}", tested, pick, seed)
+            table.append({"model": name, "seed": seed, **found})
             study.console.print(table[-1], highlight=False)
     write_text(study.folder.with_suffix(".csv"), pd.DataFrame(table).to_csv(index=False))
 
