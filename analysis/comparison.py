@@ -188,14 +188,14 @@ def untrained(method: str, base: ChatModel, direction) -> Iterator[ChatModel]:
 def measured(chat: ChatModel, base: ChatModel, options, method: str, said: list[str] | None) -> dict:
     test = ss.load_prompts().split("test").head(options.pairs)
     # A system prompt changes the prompt itself, so positions do not match and there is no drift to read.
-    along = None if method == "system prompt" else said
+    drifts = said is not None and method != "system prompt"
     config, text = EvalConfig(perplexity_tokens=8192), wikitext(options.data / WIKITEXT)
-    scores, answers = evaluate(chat, base, test, config, text=text, base_answers=along)
+    scores, answers = evaluate(chat, base, test, config, text=text, base_answers=said)
     row = {
         "harmful": scores.refusal_rate_harmful,
         "harmless": scores.refusal_rate_harmless,
         "n": scores.n,
-        "kl_harmless": None if along is None else scores.kl_harmless,
+        "kl_harmless": scores.kl_harmless if drifts else None,
         "wikitext2_perplexity": scores.perplexity,
     }
     with tempfile.TemporaryDirectory() as folder:

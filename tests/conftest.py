@@ -6,6 +6,7 @@ import json
 import math
 import os
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,9 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.numel())
         return out
+
+
+def near_duplicates(texts: list[str]) -> list[tuple[str, str]]:
+    """Pairs of texts that share six tenths of their words."""
+    words = [(frozenset(text.lower().split()), text) for text in texts]
+    return [(s, t) for (a, s), (b, t) in combinations(words, 2) if len(a & b) >= 0.6 * len(a | b)]

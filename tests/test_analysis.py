@@ -4,14 +4,13 @@ import importlib
 import runpy
 import sys
 from dataclasses import asdict
-from itertools import combinations
 
 import pandas as pd
 import pytest
 import torch
 from test_pipeline import model_folder  # noqa: F401
 
-from conftest import PACKAGE
+from conftest import PACKAGE, near_duplicates
 from safesteer.prompts import load_prompts, render
 from safesteer.recipes import recipe
 
@@ -99,9 +98,7 @@ def test_the_refusing_model_is_taught_on_prompts_of_its_own():
         early = [pair[i] for pair in taught + held_out]
         others = [p.text for p in shipped if p.label == label]
         assert all(text.isascii() and text == text.strip() for text in early)
-        words = [(frozenset(t.lower().split()), t) for t in early + others]
-        close = [(s, t) for (a, s), (b, t) in combinations(words, 2) if len(a & b) >= 0.6 * len(a | b)]
-        assert close == []
+        assert near_duplicates(early + others) == []
 
 
 def test_the_refusing_models_loss(tiny_llama):

@@ -2,13 +2,12 @@
 
 import copy
 import json
-from itertools import combinations
 
 import datasets
 import pytest
 import torch
 
-from conftest import PROMPTS
+from conftest import PROMPTS, near_duplicates
 from safesteer.errors import SafeSteerError
 from safesteer.prompts import (
     SPLITS,
@@ -160,9 +159,7 @@ def test_shipped_prompts_are_ascii_and_unique(pairs):
 
 @pytest.mark.parametrize("label", ["harmful", "harmless"])
 def test_shipped_prompts_have_no_near_duplicates(pairs, label):
-    words = [(frozenset(p.text.lower().split()), p.text) for p in pairs.prompts if p.label == label]
-    close = [(s, t) for (a, s), (b, t) in combinations(words, 2) if len(a & b) >= 0.6 * len(a | b)]
-    assert close == []
+    assert near_duplicates([p.text for p in pairs.prompts if p.label == label]) == []
 
 
 # --- templates and batches ---
