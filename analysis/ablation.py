@@ -4,15 +4,18 @@
 2. for each arm and seed: select S, distil, and score the student on the test split;
 3. a csv, and a figure of harmful against harmless refusals with 95 % intervals.
 
-Every (arm, seed) is a file, so an interrupted study continues. `--quick` shrinks everything to minutes:
+What a recipe gives with a seed is a file named after the recipe's hash: an interrupted study continues, and
+studies with an arm in common train it once. `--quick` shrinks everything to minutes:
 it shows that a script works and says nothing about its claim. `--model`, `--preset` and `--set` are those
-of `safesteer align`; `--model refusing` is the small model that refuses natively (refusing_model.py).
+of `safesteer align`; `--model refusing` is the small model that refuses natively (refusing_model.py), and
+`--laptop` are the settings with which the paper's preset fits it (found by paper_preset.py) and two cores.
 """
 
 import argparse
 import html
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,25 @@ import safesteer as ss
 from safesteer import pipeline
 from safesteer.attribution.figures import SEQUENCE, figure_of
 from safesteer.files import read_json, write_json, write_text
+from safesteer.reading import representation_shift
 from safesteer.stats import wilson
 
+STAGES = ("sweep", "tokens", "distill", "evaluation", "explain")
 # The one key of an arm that is not a setting: how many harmful prompts are distilled on.
 N_HARMFUL = "n_harmful"
+# Answers of this model have a refusal's 12 tokens, so 16 are sampled; the paper's own steps past 5 add
+# refusals of harmless prompts alone, and its minimum probability leaves S without tokens that occur.
+LAPTOP = {
+    "sweep.n_prompts": 8,
+    "sweep.n_controls": 2,
+    "tokens.horizon": 3,
+    "tokens.min_steered_prob": 1e-3,
+    "distill.n_steps": 5,
+    "distill.max_new_tokens": 16,
+    "distill.precision": "bfloat16",
+    "distill.micro_batch": 16,
+    "evaluation.max_new_tokens": 24,
+}
 QUICK = {
     "n_direction": 8,
     "sweep.n_prompts": 2,
@@ -70,10 +88,15 @@ class Study:
             changes |= QUICK | ({"distill.harmless_per_step": 4} if self.preset == "quick" else {})
         return ss.recipe(self.preset, seed, **changes)
 
+    def key(self, recipe: ss.Recipe, *stages: str) -> str:
+        """The name of what the model gives under a recipe, of which these stages' settings count."""
+        others = {name for name in STAGES if name not in stages}
+        plain = replace(recipe, **{name: type(getattr(recipe, name))() for name in others})
+        return f"{Path(self.model).name}-{plain.hash}"
+
     def direction(self, base: ss.ChatModel) -> ss.Direction:
-        """Stage 1 with seed 0, once for all studies of a model and preset."""
-        short = Path(self.model).name
-        run = self.out / f"direction-{short}-{self.preset}{'-quick' if self.quick else ''}"
+        """Stage 1 with seed 0, once for all studies that find it in the same way."""
+        run = self.out / "rows" / f"direction-{self.key(self.recipe({}, 0), 'sweep')}"
         if not (run / "direction.safetensors").exists():
             pipeline.align(self.model, run, self.recipe({}, 0), stages=("direction",), console=self.console)
         return ss.Direction.load(run / "direction.safetensors", base)
@@ -85,6 +108,7 @@ def command_line(about: str) -> argparse.ArgumentParser:
     parser.add_argument("--model", default="smollm2-135m", help="Hub id, folder, smollm2-135m or refusing")
     parser.add_argument("--preset", default="quick", choices=["quick", "paper"])
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--laptop", action="store_true", help="the paper's preset for the refusing model")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="minutes, one seed: does the script work?")
     parser.add_argument("--out", type=Path, default=Path("analysis/results"))
@@ -93,7 +117,7 @@ def command_line(about: str) -> argparse.ArgumentParser:
 
 def study_of(name: str, given: argparse.Namespace) -> Study:
     model = str(refusing_model()) if given.model == "refusing" else given.model
-    settings = dict(pair.split("=", 1) for pair in given.settings)
+    settings = (LAPTOP if given.laptop else {}) | dict(pair.split("=", 1) for pair in given.settings)
     seeds = 1 if given.quick else given.seeds
     return Study(name, given.out, model, given.preset, seeds, given.quick, settings, Console())
 
@@ -131,8 +155,12 @@ def selected(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int
     """The first two steps under the arm's settings."""
     recipe, val, direction = study.recipe(arm, seed), ss.load_prompts().split("val"), study.direction(base)
     texts = val.harmless if recipe.tokens.prompts == "harmless" else val.harmful
-    tokens = ss.select_tokens(base, direction, texts[:4] if study.quick else texts, recipe.tokens)
-    return Selected(base, direction, tokens, recipe)
+
+    def found() -> dict[str, Any]:
+        return asdict(ss.select_tokens(base, direction, texts[:4] if study.quick else texts, recipe.tokens))
+
+    raw = row(study.out / "rows" / "selected", study.key(recipe, "sweep", "tokens"), found)
+    return Selected(base, direction, ss.TokenSet.of(raw), recipe)
 
 
 def trained(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int) -> Trained:
@@ -146,9 +174,18 @@ def trained(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int)
     return Trained(base, found.direction, found.tokens, found.recipe, state.student)
 
 
+@cache
+def _base_answers(base: ss.ChatModel, config: ss.EvalConfig) -> list[str]:
+    """The base's greedy answers to the harmless test prompts, along which drift is measured."""
+    test = ss.load_prompts().split("test").head(config.n_prompts)
+    tokens, size = config.max_new_tokens, config.batch_size
+    return ss.generate(base, test.harmless, max_new_tokens=tokens, batch_size=size)
+
+
 def on_test(chat: ss.ChatModel, base: ss.ChatModel, config: ss.EvalConfig) -> dict[str, Any]:
     """Refusals on test, drift from the base and perplexity."""
-    scores, _ = ss.evaluate(chat, base, ss.load_prompts().split("test"), config)
+    said = None if chat is base else _base_answers(base, config)
+    scores, _ = ss.evaluate(chat, base, ss.load_prompts().split("test"), config, base_answers=said)
     return {
         "harmful": scores.refusal_rate_harmful,
         "harmless": scores.refusal_rate_harmless,
@@ -159,9 +196,13 @@ def on_test(chat: ss.ChatModel, base: ss.ChatModel, config: ss.EvalConfig) -> di
 
 
 def scored(found: Trained) -> dict[str, Any]:
-    """The student on test; S and its size."""
+    """The student on test, how far its representations moved (reading.py); S and its size."""
+    config = found.recipe.evaluation
+    general = ss.load_prompts().split("test").head(config.n_prompts).harmless
+    points = representation_shift({"base": found.base, "student": found.student}, general)
     return {
-        **on_test(found.student, found.base, found.recipe.evaluation),
+        **on_test(found.student, found.base, config),
+        "shift": float(points[points.model == "student"]["shift"].iloc[0]),
         "n_tokens": len(found.tokens),
         "kl_share_of_s": found.tokens.coverage["kl_share"],
         "tokens": " ".join(repr(t.text) for t in found.tokens.tokens[:12]),
@@ -174,15 +215,21 @@ def run(
     score: Callable[..., dict[str, Any]] = scored,
     make: Callable[..., Selected] = trained,
 ) -> pd.DataFrame:
-    """`score` of what `make` makes of every arm with every seed; returns and writes the table."""
-    base, rows = ss.load_model(study.model), []
+    """`score` of what `make` makes of every arm with every seed; returns and writes the table.
+
+    Rows lie in a folder of the name of `score`, so two ways of scoring need two names.
+    """
+    base, rows, n_distil = ss.load_model(study.model), [], len(ss.load_prompts().split("distil").harmful)
     jobs: list[tuple[str, int]] = [(arm, seed) for seed in range(study.seeds) for arm in arms]
 
     def made(arm: str, seed: int) -> dict[str, Any]:
-        return {"arm": arm, "seed": seed, **score(make(study, base, arms[arm], seed))}
+        return score(make(study, base, arms[arm], seed))
 
     for arm, seed in jobs:
-        rows.append(row(study.folder, f"{arm}-{seed}", made, arm, seed))
+        n = min(arms[arm].get(N_HARMFUL, n_distil), n_distil)
+        key = f"{study.key(study.recipe(arms[arm], seed), *STAGES)}-{n}"
+        found = row(study.out / "rows" / score.__name__, key, made, arm, seed)
+        rows.append({"arm": arm, "seed": seed, **found})
         study.console.print(rows[-1], highlight=False)
     table = pd.DataFrame(rows)
     write_text(study.folder.with_suffix(".csv"), table.to_csv(index=False))

@@ -24,7 +24,7 @@ def main() -> None:
     prompts = ss.load_prompts().split("test").head(6 if study.quick else None).harmless
     drawn: list[pd.DataFrame] = []
 
-    def score(found: Trained) -> dict:
+    def shifts(found: Trained) -> dict:
         teacher = replace(found.base, model=deepcopy(found.base.model))
         with ss.steer(teacher, found.direction):
             models = {"base": found.base, "teacher": teacher, "student": found.student}
@@ -32,7 +32,7 @@ def main() -> None:
         drawn.append(points)
         return {f"shift_{name}": float(rows["shift"].iloc[0]) for name, rows in points.groupby("model")}
 
-    print(run(study, ARMS, score).to_string())
+    print(run(study, ARMS, shifts).to_string())
     if drawn:
         page = shift_figure(drawn[0]).to_html(include_plotlyjs=True)
         write_text(study.folder.with_suffix(".html"), page)

@@ -164,6 +164,17 @@ def _own_answers(base: ss.ChatModel, prompts: list[str]) -> dict[str, str]:
     return {p: a for p, a in said if len(_ids(base, a)) > 1 and not ss.refuses(p, a)}
 
 
+def everyday(data: Path) -> list[str]:
+    """Instructions that are nobody's twin, from a folder of local rows."""
+    return [row["prompt"] for row in json_lines(data / "harmless_val.jsonl")][:N_EVERYDAY]
+
+
+def n_refused(chat: ss.ChatModel, prompts: Sequence[str], max_new_tokens: int) -> int:
+    """How many prompts the model's greedy answers refuse."""
+    said = ss.generate(chat, prompts, max_new_tokens=max_new_tokens, batch_size=50)
+    return sum(map(ss.refuses, prompts, said))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
@@ -186,13 +197,12 @@ def _measure(folder: Path, data: Path | None, console: Console) -> None:
     kept = early_pairs()[1]
     sets = {"harmful, held out": [bad for bad, _ in kept], "harmless, held out": [good for _, good in kept]}
     if data:
-        sets["everyday"] = [row["prompt"] for row in json_lines(data / "harmless_val.jsonl")][:N_EVERYDAY]
+        sets["everyday"] = everyday(data)
     for chat in (base, made):
         scores, _ = ss.evaluate(chat, base, test, config)
         console.print(f"{chat.name}: {ss.Evaluation({'test': scores})}", highlight=False)
         for name, prompts in sets.items():
-            said = ss.generate(chat, prompts, max_new_tokens=24, batch_size=50)
-            n = sum(ss.refuses(p, a) for p, a in zip(prompts, said, strict=True))
+            n = n_refused(chat, prompts, config.max_new_tokens)
             low, high = wilson(n, len(prompts))
             console.print(f"  {name}: {n} of {len(prompts)} refused ({low:.0%} to {high:.0%})")
 

@@ -79,12 +79,12 @@ def bars(table: pd.DataFrame) -> go.Figure:
 def main(study: Study) -> pd.DataFrame:
     kl: dict[str, Tensor] = {}
 
-    def score(found: Selected) -> dict[str, Any]:
+    def coverage(found: Selected) -> dict[str, Any]:
         if not kl:
             kl.update(held_out(found))
         return covered(found, kl)
 
-    table = run(study, ARMS, score, selected)
+    table = run(study, ARMS, coverage, selected)
     write_text(study.folder.with_suffix(".html"), bars(table).to_html(include_plotlyjs=True))
     return table
 

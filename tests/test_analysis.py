@@ -4,10 +4,12 @@ import importlib
 import runpy
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 from test_pipeline import model_folder  # noqa: F401
 
 from conftest import PACKAGE, near_duplicates
@@ -60,10 +62,35 @@ def test_a_study_runs_to_its_csv_and_continues(name, model_folder, tmp_path, mon
     table = pd.read_csv(tmp_path / f"{name}-quick.csv")
     assert table.arm.tolist() == list(arms)
     assert (tmp_path / f"{name}-quick.html").exists()
-    parts = {p: p.stat().st_mtime_ns for p in (tmp_path / f"{name}-quick").glob("*.json")}
-    assert len(parts) == len(arms)
+    parts = {p: p.stat().st_mtime_ns for p in (tmp_path / "rows").rglob("*.json")}
+    assert sum(p.parent.name in ("scored", "shifts", "coverage") for p in parts) == len(arms)
     runpy.run_path(script, run_name="__main__")
     assert {p: p.stat().st_mtime_ns for p in parts} == parts
+
+
+def test_studies_share_what_they_have_in_common():
+    ablation = importlib.import_module("ablation")
+    study = ablation.Study("one", Path("out"), "some/model", "paper", 3, False, {}, Console())
+    size, support = (
+        importlib.import_module("selection_size").ARMS,
+        importlib.import_module("table4_support").ARMS,
+    )
+
+    def keys(arm: dict, seed: int = 0) -> list[str]:
+        recipe = study.recipe(arm, seed)
+        return [study.key(recipe, *stages) for stages in ((), ("tokens",), ablation.STAGES)]
+
+    default = keys({})
+    assert keys(size["K = 50"]) == keys(support["safety, reverse"]) == default
+    assert keys(size["whole vocabulary"]) == keys(support["full, reverse"])
+    assert [a == b for a, b in zip(keys(support["full, forward"]), default, strict=True)] == [
+        True,
+        True,
+        False,
+    ]
+    assert [a == b for a, b in zip(keys(size["K = 10"]), default, strict=True)] == [True, False, False]
+    assert not set(keys({}, 1)) & set(default)
+    assert all(key.startswith("model-") for key in default)
 
 
 @pytest.mark.slow
