@@ -2,7 +2,7 @@
 
 1. the direction, once a model (stage 1 of a run folder, cached);
 2. for each arm and seed: select S, distil, and score the student on the test split;
-3. a csv, and a figure of harmful against harmless refusals with 95 % intervals.
+3. a csv, a Markdown table, and a figure of harmful against harmless refusals with 95 % intervals.
 
 What a recipe gives with a seed is a file named after the recipe's hash: an interrupted study continues, and
 studies with an arm in common train it once. `--quick` shrinks everything to minutes:
@@ -47,6 +47,16 @@ LAPTOP = {
     "distill.micro_batch": 16,
     "evaluation.max_new_tokens": 24,
 }
+TITLES = {
+    "harmful": "harmful refused",
+    "harmless": "harmless refused",
+    "everyday": "everyday refused",
+    "kl_harmless": "KL to base, harmless",
+    "perplexity": "perplexity, own prose",
+    "wikitext2_perplexity": "WikiText-2",
+    "kl_share_of_s": "S's share of KL",
+}
+NUMBERS = {"kl_harmless": 3, "shift": 2, "perplexity": 2, "n_tokens": 0, "kl_share_of_s": 2}
 QUICK = {
     "n_direction": 8,
     "sweep.n_prompts": 2,
@@ -234,9 +244,37 @@ def run(
     table = pd.DataFrame(rows)
     write_text(study.folder.with_suffix(".csv"), table.to_csv(index=False))
     if {"harmful", "harmless"} <= set(table):
+        write_text(study.folder.with_suffix(".md"), summary(table, "arm", NUMBERS))
         page = trade_off(table).to_html(include_plotlyjs=True)
         write_text(study.folder.with_suffix(".html"), page)
     return table
+
+
+def summary(table: pd.DataFrame, by: str, numbers: Mapping[str, int]) -> str:
+    """A Markdown table: means of seeds, in brackets 95 % over the prompts of one seed, then the seeds' range.
+
+    `numbers` are the columns beside the two refusal rates, with their digits.
+    """
+    titles = [by, "seeds", *(TITLES.get(name, name) for name in ("harmful", "harmless", *numbers))]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for name, rows in table.groupby(by, sort=False):
+        cells = [_rate(rows[column], int(rows.n.iloc[0])) for column in ("harmful", "harmless")]
+        cells += [_number(rows[column], digits) for column, digits in numbers.items()]
+        lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _rate(values: pd.Series, n: int) -> str:
+    low, high = wilson(round(values.mean() * n), n)
+    seeds = f"; {values.min():.0%} to {values.max():.0%}" if len(values) > 1 else ""
+    return f"{values.mean():.0%} ({low:.0%} to {high:.0%}{seeds})"
+
+
+def _number(values: pd.Series, digits: int) -> str:
+    if values.isna().any():
+        return ""
+    seeds = f" ({values.min():.{digits}f} to {values.max():.{digits}f})" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{seeds}"
 
 
 def trade_off(

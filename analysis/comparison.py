@@ -38,7 +38,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from ablation import trade_off
+from ablation import summary, trade_off
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
@@ -49,7 +49,6 @@ from safesteer.evaluate import EvalConfig, evaluate
 from safesteer.files import read_json, write_json, write_text
 from safesteer.models import ChatModel, hf_model
 from safesteer.refusal import REFUSING_SYSTEM
-from safesteer.stats import wilson
 from safesteer.suite import WIKITEXT, wikitext
 
 CAPABILITY = ("arc_easy", "piqa", "lambada_openai")
@@ -204,36 +203,6 @@ def measured(chat: ChatModel, base: ChatModel, options, method: str, said: list[
     return row | {"said": answers["harmless"] if method == "base" else None}
 
 
-def summary(table: pd.DataFrame) -> str:
-    """A Markdown table: means over seeds, in brackets 95 % over prompts, then the seeds' own range."""
-    names = ["base", "system prompt", "teacher", *METHODS]
-    lines = [
-        "| method | seeds | harmful refused | harmless refused | KL to base, harmless | WikiText-2 |"
-        + "".join(f" {task} |" for task in CAPABILITY),
-        "|---" * (6 + len(CAPABILITY)) + "|",
-    ]
-    for method in [n for n in names if n in set(table.method)]:
-        rows = table[table.method == method]
-        cells = [_rate(rows[column], int(rows.n.iloc[0])) for column in ("harmful", "harmless")]
-        cells += [_number(rows.kl_harmless, 3), _number(rows.wikitext2_perplexity, 2)]
-        cells += [_number(rows[task], 3) for task in CAPABILITY]
-        lines.append(f"| {method} | {len(rows)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _rate(values: pd.Series, n: int) -> str:
-    low, high = wilson(round(values.mean() * n), n)
-    seeds = f"; {values.min():.0%} to {values.max():.0%}" if len(values) > 1 else ""
-    return f"{values.mean():.0%} ({low:.0%} to {high:.0%}{seeds})"
-
-
-def _number(values: pd.Series, digits: int) -> str:
-    if values.isna().any():
-        return ""
-    seeds = f" ({values.min():.{digits}f} to {values.max():.{digits}f})" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{seeds}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
@@ -281,9 +250,11 @@ def main() -> None:
             write_json(path, {"method": method, "seed": seed, "lr": lr, "train_s": spent, **found})
         console.print(read_json(path) | {"said": None}, highlight=False)
     table = pd.DataFrame([read_json(p) for p in sorted(options.out.glob("*.json"))])
-    table = table.drop(columns="said")
+    order = ["base", "system prompt", "teacher", *METHODS]
+    table = table.drop(columns="said").sort_values("method", key=lambda names: names.map(order.index))
     write_text(options.out.with_suffix(".csv"), table.to_csv(index=False))
-    write_text(options.out.with_suffix(".md"), summary(table))
+    numbers = {"kl_harmless": 3, "wikitext2_perplexity": 2, **dict.fromkeys(CAPABILITY, 3)}
+    write_text(options.out.with_suffix(".md"), summary(table, "method", numbers))
     write_text(options.out.with_suffix(".html"), page(table, options.limit))
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from ablation import Study, command_line, on_test, row, study_of
+from ablation import Study, command_line, on_test, row, study_of, summary
 from refusing_model import everyday, n_refused
 
 import safesteer as ss
@@ -166,7 +166,11 @@ def main() -> None:
             found = row(study.folder, f"test-{name}-{seed}", tested, pick, seed)
             table.append({"model": name, "seed": seed, **found})
             study.console.print(table[-1], highlight=False)
-    write_text(study.folder.with_suffix(".csv"), pd.DataFrame(table).to_csv(index=False))
+    scores = pd.DataFrame(table)
+    write_text(study.folder.with_suffix(".csv"), scores.to_csv(index=False))
+    more = [name for name in ("everyday", *CAPABILITY) if name in scores]
+    numbers = {"kl_harmless": 3, "perplexity": 2, **dict.fromkeys(more, 3)}
+    write_text(study.folder.with_suffix(".md"), summary(scores, "model", numbers))
 
 
 if __name__ == "__main__":

@@ -93,6 +93,21 @@ def test_studies_share_what_they_have_in_common():
     assert all(key.startswith("model-") for key in default)
 
 
+def test_the_table_of_a_study():
+    ablation = importlib.import_module("ablation")
+    rows = {
+        "arm": ["a", "b", "a"],
+        "harmful": [0.8, 1.0, 0.6],
+        "harmless": [0.0, 0.1, 0.0],
+        "n": 100,
+        "kl_harmless": [0.5, None, 0.25],
+    }
+    titles, _, first, second = ablation.summary(pd.DataFrame(rows), "arm", {"kl_harmless": 2}).splitlines()
+    assert titles == "| arm | seeds | harmful refused | harmless refused | KL to base, harmless |"
+    assert first == "| a | 2 | 70% (60% to 78%; 60% to 80%) | 0% (0% to 4%; 0% to 0%) | 0.38 (0.25 to 0.50) |"
+    assert second == "| b | 1 | 100% (96% to 100%) | 10% (6% to 17%) |  |"
+
+
 @pytest.mark.slow
 def test_the_paper_preset_is_searched_on_val_and_continues(model_folder, tmp_path, monkeypatch):  # noqa: F811
     study = importlib.import_module("paper_preset")
