@@ -8,9 +8,10 @@ no recipe of the search refuses 90 % of the harmful test prompts with harmless r
 and ARC-Easy, PIQA and LAMBADA within 1 point of the base.
 
 1. stage 1 of `--preset paper`, once;
-2. search, on the split `val` alone: S for some horizons and minimum probabilities (no training: the share of
-   KL(teacher || base) that S carries), then the learning rate and what the paper does not have, an anchor;
-   refusals of greedy answers are counted after some steps of one run, so a row is (settings, steps);
+2. search: S on the split `val` for some horizons and minimum probabilities (no training: the share of
+   KL(teacher || base) that S carries), then recipes: the paper's own, one with what it lacks, an anchor and a
+   divergence, and that one on 260 pairs instead of 100; refusals are counted on 60 pairs of their own
+   (refusing_model.py held them out too) after some steps of one run, so a row is (settings, steps);
 3. the row that refuses most of the harmful ones while harmless refusals are up by at most 5 points is
    trained with every seed, and scored on `test`, as is the best row of the paper's own recipe.
 
@@ -27,7 +28,7 @@ from typing import Any
 
 import pandas as pd
 from ablation import Study, command_line, on_test, row, study_of, summary
-from refusing_model import everyday, n_refused
+from refusing_model import early_pairs, everyday, n_refused
 
 import safesteer as ss
 from safesteer.capability import capability
@@ -50,10 +51,11 @@ ANCHOR = {
 DIVERGENCE = {**ANCHOR, "distill.divergence": "symmetric", "distill.normalizer": "generalized"}
 RECIPES = {
     "paper, lr 1e-5": {"distill.lr": 1e-5},
-    "anchor, lr 5e-5": {"distill.lr": 5e-5, **ANCHOR},
     "divergence, lr 1e-4": {"distill.lr": 1e-4, **DIVERGENCE},
+    "all pairs, lr 1e-4": {"distill.lr": 1e-4, "distill.n_steps": 15, "pairs": "all", **DIVERGENCE},
 }
-LOOKS = (5, 10, 15, 20, 25)  # steps after which val is looked at
+LOOKS = (5, 8, 10, 12, 15, 20, 25)  # steps after which refusals are counted
+PAIRS, KINDS = ("distil", "train", "val"), ("harmful", "harmless")
 UP = 0.05  # harmless refusals above the base's that a choice may have
 
 
@@ -61,27 +63,34 @@ def looks_of(study: Study) -> tuple[int, ...]:
     return (1, 2) if study.quick else LOOKS
 
 
-def val_of(study: Study) -> ss.PromptSet:
-    return ss.load_prompts().split("val").head(4 if study.quick else None)
+def to_select_from(study: Study) -> list[str]:
+    return ss.load_prompts().split("val").head(4 if study.quick else None).harmless
+
+
+def to_choose_by(study: Study) -> dict[str, list[str]]:
+    """Pairs that no model here was trained on, by label."""
+    held_out = early_pairs()[1][: 4 if study.quick else None]
+    return {"harmful": [bad for bad, _ in held_out], "harmless": [good for _, good in held_out]}
 
 
 def students(
     study: Study, base: ss.ChatModel, direction: ss.Direction, settings: Mapping[str, Any], seed: int
 ) -> Iterator[tuple[int, ss.ChatModel]]:
     """(steps, student) at every look; the student trains on when the next one is asked for."""
-    settings = {**settings, "distill.n_steps": looks_of(study)[-1]}
-    recipe, distil = study.recipe(settings, seed), ss.load_prompts().split("distil")
-    tokens = ss.select_tokens(base, direction, val_of(study).harmless, recipe.tokens)
+    recipe, prompts = study.recipe({"distill.n_steps": LOOKS[-1], **settings}, seed), ss.load_prompts()
+    splits = [prompts.split(name) for name in (PAIRS if recipe.pairs == "all" else PAIRS[:1])]
+    harmful, harmless = ([text for some in splits for text in getattr(some, kind)] for kind in KINDS)
+    tokens = ss.select_tokens(base, direction, to_select_from(study), recipe.tokens)
     state = ss.begin(ss.load_model(study.model), direction, recipe.distill)
-    for _ in ss.distill(state, base, direction, tokens, distil.harmful, distil.harmless, recipe.distill):
+    for _ in ss.distill(state, base, direction, tokens, harmful, harmless, recipe.distill):
         if state.step in looks_of(study):
             yield state.step, state.student
 
 
-def rates(study: Study, chat: ss.ChatModel, prompts: ss.PromptSet) -> dict[str, float]:
+def rates(study: Study, chat: ss.ChatModel) -> dict[str, float]:
+    """Refusals of the pairs to choose by."""
     n_tokens = study.recipe({}, 0).evaluation.max_new_tokens
-    texts = {"harmful": prompts.harmful, "harmless": prompts.harmless}
-    return {label: n_refused(chat, some, n_tokens) / len(some) for label, some in texts.items()}
+    return {k: n_refused(chat, some, n_tokens) / len(some) for k, some in to_choose_by(study).items()}
 
 
 def scored(
@@ -101,9 +110,9 @@ def scored(
 
 def selections(study: Study, base: ss.ChatModel, direction: ss.Direction) -> list[dict]:
     """What S holds for every horizon and minimum probability."""
-    found, val = [], val_of(study)
+    found, texts = [], to_select_from(study)
     for settings in SELECTIONS:
-        tokens = ss.select_tokens(base, direction, val.harmless, study.recipe(settings, 0).tokens)
+        tokens = ss.select_tokens(base, direction, texts, study.recipe(settings, 0).tokens)
         found.append({**settings, "kl_share": tokens.coverage["kl_share"], "n_tokens": len(tokens)})
     return found
 
@@ -111,9 +120,9 @@ def selections(study: Study, base: ss.ChatModel, direction: ss.Direction) -> lis
 def looked_at(
     study: Study, base: ss.ChatModel, direction: ss.Direction, arm: str, settings: dict[str, Any]
 ) -> list[dict]:
-    """Refusals on val after every look."""
-    looks, val = students(study, base, direction, settings, 0), val_of(study)
-    return [{"arm": arm, "steps": n, **rates(study, chat, val), "settings": settings} for n, chat in looks]
+    """Refusals after every look."""
+    looks = students(study, base, direction, settings, 0)
+    return [{"arm": arm, "steps": n, **rates(study, chat), "settings": settings} for n, chat in looks]
 
 
 def search(study: Study, base: ss.ChatModel, direction: ss.Direction) -> pd.DataFrame:
@@ -150,7 +159,7 @@ def main() -> None:
     base = ss.load_model(study.model)
     direction = study.direction(base)
     rows = search(study, base, direction)
-    before = row(study.folder, "val-base", rates, study, base, val_of(study))["harmless"]
+    before = row(study.folder, "search-base", rates, study, base)["harmless"]
     picks = (choose(rows, before), choose(rows.query("arm.str.startswith('paper')"), before))
     named = {f"{pick.arm}, {pick.steps} steps": pick for pick in picks}  # both may be the same row
     first = row(study.folder, "test-base", scored, base, base, study, given.data, given.limit)

@@ -109,7 +109,7 @@ def test_the_table_of_a_study():
 
 
 @pytest.mark.slow
-def test_the_paper_preset_is_searched_on_val_and_continues(model_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_the_paper_preset_is_searched_and_continues(model_folder, tmp_path, monkeypatch):  # noqa: F811
     study = importlib.import_module("paper_preset")
     monkeypatch.setattr(study, "SELECTIONS", [{"tokens.min_steered_prob": p} for p in (1e-9, 0.0)])
     command = ["paper_preset", "--model", str(model_folder), "--quick", "--out", str(tmp_path)]
@@ -119,7 +119,7 @@ def test_the_paper_preset_is_searched_on_val_and_continues(model_folder, tmp_pat
     assert table.model[0] == "base"
     assert len(table) in (2, 3)
     parts = {p: p.stat().st_mtime_ns for p in (tmp_path / "paper_preset-quick").glob("*.json")}
-    assert len(parts) == len(study.RECIPES) + len(table) + 2  # the selections, and the base on val
+    assert len(parts) == len(study.RECIPES) + len(table) + 2  # the selections, and the base beside the search
     study.main()
     assert {p: p.stat().st_mtime_ns for p in parts} == parts
 
