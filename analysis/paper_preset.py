@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from ablation import Study, command_line, on_test, row, study_of, summary
+from ablation import Study, command_line, on_test, row, selected, study_of, summary
 from refusing_model import early_pairs, everyday, n_refused
 
 import safesteer as ss
@@ -55,16 +55,12 @@ RECIPES = {
     "all pairs, lr 1e-4": {"distill.lr": 1e-4, "distill.n_steps": 15, "pairs": "all", **DIVERGENCE},
 }
 LOOKS = (5, 8, 10, 12, 15, 20, 25)  # steps after which refusals are counted
-PAIRS, KINDS = ("distil", "train", "val"), ("harmful", "harmless")
+KINDS = ("harmful", "harmless")
 UP = 0.05  # harmless refusals above the base's that a choice may have
 
 
 def looks_of(study: Study) -> tuple[int, ...]:
     return (1, 2) if study.quick else LOOKS
-
-
-def to_select_from(study: Study) -> list[str]:
-    return ss.load_prompts().split("val").head(4 if study.quick else None).harmless
 
 
 def to_choose_by(study: Study) -> dict[str, list[str]]:
@@ -74,15 +70,14 @@ def to_choose_by(study: Study) -> dict[str, list[str]]:
 
 
 def students(
-    study: Study, base: ss.ChatModel, direction: ss.Direction, settings: Mapping[str, Any], seed: int
+    study: Study, base: ss.ChatModel, settings: Mapping[str, Any], seed: int
 ) -> Iterator[tuple[int, ss.ChatModel]]:
     """(steps, student) at every look; the student trains on when the next one is asked for."""
-    recipe, prompts = study.recipe({"distill.n_steps": LOOKS[-1], **settings}, seed), ss.load_prompts()
-    splits = [prompts.split(name) for name in (PAIRS if recipe.pairs == "all" else PAIRS[:1])]
+    found = selected(study, base, {"distill.n_steps": LOOKS[-1], **settings}, seed)
+    config, splits = found.recipe.distill, [ss.load_prompts().split(name) for name in found.recipe.splits]
     harmful, harmless = ([text for some in splits for text in getattr(some, kind)] for kind in KINDS)
-    tokens = ss.select_tokens(base, direction, to_select_from(study), recipe.tokens)
-    state = ss.begin(ss.load_model(study.model), direction, recipe.distill)
-    for _ in ss.distill(state, base, direction, tokens, harmful, harmless, recipe.distill):
+    state = ss.begin(ss.load_model(study.model), found.direction, config)
+    for _ in ss.distill(state, base, found.direction, found.tokens, harmful, harmless, config):
         if state.step in looks_of(study):
             yield state.step, state.student
 
@@ -108,33 +103,29 @@ def scored(
     return found
 
 
-def selections(study: Study, base: ss.ChatModel, direction: ss.Direction) -> list[dict]:
+def selections(study: Study, base: ss.ChatModel) -> list[dict]:
     """What S holds for every horizon and minimum probability."""
-    found, texts = [], to_select_from(study)
-    for settings in SELECTIONS:
-        tokens = ss.select_tokens(base, direction, texts, study.recipe(settings, 0).tokens)
-        found.append({**settings, "kl_share": tokens.coverage["kl_share"], "n_tokens": len(tokens)})
-    return found
+    found = [(settings, selected(study, base, settings, 0).tokens) for settings in SELECTIONS]
+    return [
+        {**settings, "kl_share": tokens.coverage["kl_share"], "n_tokens": len(tokens)}
+        for settings, tokens in found
+    ]
 
 
-def looked_at(
-    study: Study, base: ss.ChatModel, direction: ss.Direction, arm: str, settings: dict[str, Any]
-) -> list[dict]:
+def looked_at(study: Study, base: ss.ChatModel, arm: str, settings: dict[str, Any]) -> list[dict]:
     """Refusals after every look."""
-    looks = students(study, base, direction, settings, 0)
+    looks = students(study, base, settings, 0)
     return [{"arm": arm, "steps": n, **rates(study, chat), "settings": settings} for n, chat in looks]
 
 
-def search(study: Study, base: ss.ChatModel, direction: ss.Direction) -> pd.DataFrame:
+def search(study: Study, base: ss.ChatModel) -> pd.DataFrame:
     """All looks at all recipes, with the S that carries most of the KL."""
-    found, rows = row(study.folder, "selections", selections, study, base, direction), []
+    found, rows = row(study.folder, "selections", selections, study, base), []
     best = max(found, key=lambda row: row["kl_share"])
     chosen = {name: best[name] for name in SELECTIONS[0]}
     study.console.print(pd.DataFrame(found), chosen)
     for arm, settings in RECIPES.items():
-        looks = row(
-            study.folder, f"search-{arm}", looked_at, study, base, direction, arm, {**chosen, **settings}
-        )
+        looks = row(study.folder, f"search-{arm}", looked_at, study, base, arm, {**chosen, **settings})
         study.console.print(pd.DataFrame(looks).drop(columns="settings"))
         rows += looks
     return pd.DataFrame(rows)
@@ -157,8 +148,7 @@ def main() -> None:
     study = study_of("paper_preset", given)
     study = replace(study, settings=(ANY_DIRECTION if study.quick else {}) | study.settings)
     base = ss.load_model(study.model)
-    direction = study.direction(base)
-    rows = search(study, base, direction)
+    rows = search(study, base)
     before = row(study.folder, "search-base", rates, study, base)["harmless"]
     picks = (choose(rows, before), choose(rows.query("arm.str.startswith('paper')"), before))
     named = {f"{pick.arm}, {pick.steps} steps": pick for pick in picks}  # both may be the same row
@@ -166,7 +156,7 @@ def main() -> None:
     table = [{"model": "base", "seed": 0, **first}]
 
     def tested(pick: pd.Series, seed: int) -> dict[str, Any]:
-        steps = students(study, base, direction, pick.settings, seed)
+        steps = students(study, base, pick.settings, seed)
         chat = next(chat for n, chat in steps if n == pick.steps)
         return scored(chat, base, study, given.data, given.limit)
 

@@ -199,9 +199,8 @@ def _train(run: Run, base: ChatModel) -> list[str]:
         state.load(checkpoint, stamp)
         records = [json.loads(line) for line in history.read_text().splitlines()][: state.step]
         run.say(f"  continuing after step {state.step}")
-    names = ("distil", "train", "val") if recipe.pairs == "all" else ("distil",)
-    harmful = [text for name in names for text in run.prompts.split(name).harmful]
-    harmless = [text for name in names for text in run.prompts.split(name).harmless]
+    harmful = [text for name in recipe.splits for text in run.prompts.split(name).harmful]
+    harmless = [text for name in recipe.splits for text in run.prompts.split(name).harmless]
     refresh = partial(_found_again, run, direction) if config.refresh_every else None
     steps = distill(state, base, direction, tokens, harmful, harmless, config, refresh=refresh)
     first, settings = PartialState().is_main_process, {"model": run.model, **asdict(config)}

@@ -49,6 +49,11 @@ class Recipe:
         check_settings(self, "", {**bounds, "coeff": FINITE, "n_direction": AT_LEAST_1})
 
     @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits of the prompts that are distilled on."""
+        return ("distil", "train", "val") if self.pairs == "all" else ("distil",)
+
+    @property
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
