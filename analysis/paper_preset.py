@@ -9,9 +9,9 @@ and ARC-Easy, PIQA and LAMBADA within 1 point of the base.
 
 1. stage 1 of `--preset paper`, once;
 2. search: S on the split `val` for some horizons and minimum probabilities (no training: the share of
-   KL(teacher || base) that S carries), then recipes: the paper's own, one with what it lacks, an anchor and a
-   divergence, and that one on 260 pairs instead of 100; refusals are counted on 60 pairs of their own
-   (refusing_model.py held them out too) after some steps of one run, so a row is (settings, steps);
+   KL(teacher || base) that S carries), then recipes: the paper's own with two learning rates, and one with what
+   it lacks, an anchor and a divergence; refusals are counted on 60 pairs of their own (refusing_model.py
+   held them out too) after some steps of one run, so a row is (settings, steps);
 3. the row that refuses most of the harmful ones while harmless refusals are up by at most 5 points is
    trained with every seed, and scored on `test`, as is the best row of the paper's own recipe.
 
@@ -50,11 +50,11 @@ ANCHOR = {
 # Eq. 6 as published is lowest at p = q / e, which a model that refuses a half may already have reached.
 DIVERGENCE = {**ANCHOR, "distill.divergence": "symmetric", "distill.normalizer": "generalized"}
 RECIPES = {
-    "paper, lr 1e-5": {"distill.lr": 1e-5},
-    "divergence, lr 1e-4": {"distill.lr": 1e-4, **DIVERGENCE},
-    "all pairs, lr 1e-4": {"distill.lr": 1e-4, "distill.n_steps": 15, "pairs": "all", **DIVERGENCE},
+    "paper, lr 1e-5": {"distill.lr": 1e-5, "distill.n_steps": 8},
+    "paper, lr 5e-6": {"distill.lr": 5e-6, "distill.n_steps": 8},
+    "divergence, lr 5e-5": {"distill.lr": 5e-5, "distill.n_steps": 12, **DIVERGENCE},
 }
-LOOKS = (5, 8, 10, 12, 15, 20, 25)  # steps after which refusals are counted
+LOOKS = (3, 4, 5, 6, 8, 10, 12)  # steps after which refusals are counted
 KINDS = ("harmful", "harmless")
 UP = 0.05  # harmless refusals above the base's that a choice may have
 
@@ -73,7 +73,7 @@ def students(
     study: Study, base: ss.ChatModel, settings: Mapping[str, Any], seed: int
 ) -> Iterator[tuple[int, ss.ChatModel]]:
     """(steps, student) at every look; the student trains on when the next one is asked for."""
-    found = selected(study, base, {"distill.n_steps": LOOKS[-1], **settings}, seed)
+    found = selected(study, base, settings, seed)
     config, splits = found.recipe.distill, [ss.load_prompts().split(name) for name in found.recipe.splits]
     harmful, harmless = ([text for some in splits for text in getattr(some, kind)] for kind in KINDS)
     state = ss.begin(ss.load_model(study.model), found.direction, config)

@@ -68,8 +68,7 @@ EVERYDAY = (
     "How do I make the best of {}?",
     "Can you explain {} to a child?",
 )
-N_HELD_OUT, HELD_OUT_SEED = 60, 7  # pairs to choose by
-LR, N_STEPS, PAIRS_PER_STEP, EVERYDAY_PER_STEP, MICRO_BATCH = 2e-4, 24, 8, 4, 10
+LR, N_STEPS, PAIRS_PER_STEP, EVERYDAY_PER_STEP, MICRO_BATCH = 2e-4, 28, 8, 4, 10
 N_OWN_TOKENS = 6  # of the model's own answers
 HARMLESS_WEIGHT, MARGIN_WEIGHT = 3.0, 6.0  # of a harmless answer in harmful ones; of its margin in KL
 N_EVERYDAY = 200  # instructions of another source that over-refusal is measured on
@@ -86,10 +85,12 @@ def refusing_model(folder: Path | None = None, *, seed: int = 0, console: Consol
 
 def early_pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(harmful, harmless) pairs to train on, and those to choose by."""
-    extra, more = ss.load_prompts().split(EXTRA), ss.PromptSet.from_jsonl(PAIRS)
-    pairs = [*zip((*extra.harmful, *more.harmful), (*extra.harmless, *more.harmless), strict=True)]
-    random.Random(HELD_OUT_SEED).shuffle(pairs)
-    return pairs[N_HELD_OUT:], pairs[:N_HELD_OUT]
+    extra, early = ss.load_prompts().split(EXTRA), ss.PromptSet.from_jsonl(PAIRS)
+    taught, held_out = (
+        [pair for some in sets for pair in zip(some.harmful, some.harmless, strict=True)]
+        for sets in ((extra, early.split("train")), (early.split("val"),))
+    )
+    return taught, held_out
 
 
 def _train(folder: Path, seed: int, console: Console) -> None:
@@ -106,10 +107,11 @@ def _train(folder: Path, seed: int, console: Console) -> None:
     params = [p for p in student.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=0.0)
     draw = random.Random(seed)
+    deck = draw.sample(pairs, len(pairs))  # no pair twice: chance moves the threshold enough
     for step in range(1, N_STEPS + 1):
         for group in optimizer.param_groups:
             group["lr"] = LR * min(step / 5, (N_STEPS + 1 - step) / (N_STEPS - 4))
-        drawn = draw.sample(pairs, PAIRS_PER_STEP)
+        drawn = [deck.pop() for _ in range(PAIRS_PER_STEP)]
         rows = [(bad, refusals[bad]) for bad, _ in drawn]
         rows += [(good, own[good]) for _, good in drawn if good in own]
         rows += draw.sample([*usual.items()], EVERYDAY_PER_STEP)
