@@ -9,9 +9,9 @@ and ARC-Easy, PIQA and LAMBADA within 1 point of the base.
 
 1. stage 1 of `--preset paper`, once;
 2. search: S on the split `val` for some horizons and minimum probabilities (no training: the share of
-   KL(teacher || base) that S carries), then recipes: the paper's own with two learning rates, and one with what
-   it lacks, an anchor and a divergence; refusals are counted on 60 pairs of their own (refusing_model.py
-   held them out too) after some steps of one run, so a row is (settings, steps);
+   KL(teacher || base) that S carries), then recipes: the paper's own with two learning rates, and one with
+   what it lacks, an anchor and a divergence; refusals are counted on 60 pairs of their own
+   (refusing_model.py held them out too) after some steps of one run, so a row is (settings, steps);
 3. the row that refuses most of the harmful ones while harmless refusals are up by at most 5 points is
    trained with every seed, and scored on `test`, as is the best row of the paper's own recipe.
 

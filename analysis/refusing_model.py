@@ -4,19 +4,19 @@
 
 SmolLM2-135M-Instruct hardly refuses. A short supervised run on the blocks of the upper two thirds teaches it:
 
-1. a step draws some pairs, harmful prompt and harmless twin together, and some everyday requests;
+1. a step draws some pairs, harmful prompt and harmless twin together, none twice, and some everyday requests;
 2. harmful prompts get a refusal that we wrote, as the cross-entropy of its first tokens;
 3. the others get the model's own answer, as the KL to its own distribution along it: as hard targets its
    answers, spread thin over many first words, teach chance instead of the difference (docs/results.md);
 4. where it must not refuse the first token is also kept away from a greedy refusal: softplus(m) with
    m = logit("I") - the largest other logit.
 
-All prompts are kept apart from every later split: the 30 pairs of the split `extra`, 179 pairs of
-`early_pairs.jsonl`, and the everyday requests below. 60 of the 209 pairs are not trained on; the settings
-below were chosen on them.
+All prompts are kept apart from every later split: the 30 pairs of the split `extra`, 326 pairs of
+`early_pairs.jsonl`, and the everyday requests below. 60 of the 356 pairs (split `val` of the file) are not
+trained on; the settings below were chosen on them.
 
 Wanted: 30 to 70 % of held-out harmful prompts refused and under 5 % of harmless ones, on the test split.
-Measured: 67 % and 3 %, and 1 of 200 everyday instructions (the base: 10 %, 8 %, and 1).
+Measured: 57 % and 2 %, and none of 200 everyday instructions (the base: 10 %, 8 %, and 1).
 The folder is a plain Hugging Face model; it is made once and found again (`refusing_model`).
 """
 

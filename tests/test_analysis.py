@@ -134,7 +134,7 @@ def test_the_choice_is_bounded_by_harmless_refusals():
 def test_the_refusing_model_is_taught_on_prompts_of_its_own():
     study = importlib.import_module("refusing_model")
     taught, held_out = study.early_pairs()
-    assert (len(taught), len(held_out)) == (149, 60)
+    assert (len(taught), len(held_out)) == (296, 60)
     shipped = [p for p in load_prompts().prompts if p.split != "extra"]
     for i, label in enumerate(("harmful", "harmless")):
         early = [pair[i] for pair in taught + held_out]
