@@ -9,8 +9,8 @@ and ARC-Easy, PIQA and LAMBADA within 1 point of the base.
 
 1. stage 1 of `--preset paper`, once;
 2. search: S on the split `val` for some horizons and minimum probabilities (no training: the share of
-   KL(teacher || base) that S carries), then recipes: the paper's own with two learning rates, and one with
-   what it lacks, an anchor and a divergence; refusals are counted on 60 pairs of their own
+   KL(teacher || base) that S carries), then recipes: the paper's own, that with a loss that is lowest where
+   student and teacher agree, and that with an anchor; refusals are counted on 60 pairs of their own
    (refusing_model.py held them out too) after some steps of one run, so a row is (settings, steps);
 3. the row that refuses most of the harmful ones while harmless refusals are up by at most 5 points is
    trained with every seed, and scored on `test`, as is the best row of the paper's own recipe.
@@ -46,13 +46,16 @@ ANCHOR = {
     "distill.anchor_support": "full",
     "distill.anchor_weight": 1.0,
     "distill.late_anchor_weight": 3.0,
+    "distill.divergence": "symmetric",
 }
 # Eq. 6 as published is lowest at p = q / e, which a model that refuses a half may already have reached.
-DIVERGENCE = {**ANCHOR, "distill.divergence": "symmetric", "distill.normalizer": "generalized"}
+GENERALIZED = {"distill.normalizer": "generalized"}
 RECIPES = {
     "paper, lr 1e-5": {"distill.lr": 1e-5, "distill.n_steps": 8},
     "paper, lr 5e-6": {"distill.lr": 5e-6, "distill.n_steps": 8},
-    "divergence, lr 5e-5": {"distill.lr": 5e-5, "distill.n_steps": 12, **DIVERGENCE},
+    "generalized, lr 1e-5": {"distill.lr": 1e-5, "distill.n_steps": 8, **GENERALIZED},
+    "generalized, lr 5e-6": {"distill.lr": 5e-6, "distill.n_steps": 8, **GENERALIZED},
+    "anchor, lr 5e-5": {"distill.lr": 5e-5, "distill.n_steps": 12, **ANCHOR, **GENERALIZED},
 }
 LOOKS = (3, 4, 5, 6, 8, 10, 12)  # steps after which refusals are counted
 KINDS = ("harmful", "harmless")
