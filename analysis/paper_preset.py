@@ -55,6 +55,7 @@ RECIPES = {
     "paper, lr 5e-6": {"distill.lr": 5e-6, "distill.n_steps": 8},
     "generalized, lr 1e-5": {"distill.lr": 1e-5, "distill.n_steps": 8, **GENERALIZED},
     "generalized, lr 5e-6": {"distill.lr": 5e-6, "distill.n_steps": 8, **GENERALIZED},
+    "anchor, lr 3e-5": {"distill.lr": 3e-5, "distill.n_steps": 12, **ANCHOR, **GENERALIZED},
     "anchor, lr 5e-5": {"distill.lr": 5e-5, "distill.n_steps": 12, **ANCHOR, **GENERALIZED},
 }
 LOOKS = (3, 4, 5, 6, 8, 10, 12)  # steps after which refusals are counted
@@ -115,10 +116,10 @@ def selections(study: Study, base: ss.ChatModel) -> list[dict]:
     ]
 
 
-def looked_at(study: Study, base: ss.ChatModel, arm: str, settings: dict[str, Any]) -> list[dict]:
+def looked_at(study: Study, base: ss.ChatModel, settings: dict[str, Any], seed: int) -> list[dict]:
     """Refusals after every look."""
-    looks = students(study, base, settings, 0)
-    return [{"arm": arm, "steps": n, **rates(study, chat), "settings": settings} for n, chat in looks]
+    looks = students(study, base, settings, seed)
+    return [{"steps": n, **rates(study, chat)} for n, chat in looks]
 
 
 def search(study: Study, base: ss.ChatModel) -> pd.DataFrame:
@@ -127,10 +128,13 @@ def search(study: Study, base: ss.ChatModel) -> pd.DataFrame:
     best = max(found, key=lambda row: row["kl_share"])
     chosen = {name: best[name] for name in SELECTIONS[0]}
     study.console.print(pd.DataFrame(found), chosen)
-    for arm, settings in RECIPES.items():
-        looks = row(study.folder, f"search-{arm}", looked_at, study, base, arm, {**chosen, **settings})
-        study.console.print(pd.DataFrame(looks).drop(columns="settings"))
-        rows += looks
+    for arm, recipe in RECIPES.items():
+        settings, looks = {**chosen, **recipe}, []
+        for seed in range(study.seeds):
+            looks += row(study.folder, f"search-{arm}-{seed}", looked_at, study, base, settings, seed)
+        means = pd.DataFrame(looks).groupby("steps", as_index=False).mean()
+        study.console.print(arm, means)
+        rows += [{"arm": arm, "settings": settings, **look} for look in means.to_dict("records")]
     return pd.DataFrame(rows)
 
 
