@@ -54,7 +54,6 @@ RECIPES = {
     "paper, lr 1e-5": {"distill.lr": 1e-5, "distill.n_steps": 8},
     "paper, lr 5e-6": {"distill.lr": 5e-6, "distill.n_steps": 8},
     "generalized, lr 1e-5": {"distill.lr": 1e-5, "distill.n_steps": 8, **GENERALIZED},
-    "generalized, lr 5e-6": {"distill.lr": 5e-6, "distill.n_steps": 8, **GENERALIZED},
     "anchor, lr 3e-5": {"distill.lr": 3e-5, "distill.n_steps": 12, **ANCHOR, **GENERALIZED},
     "anchor, lr 5e-5": {"distill.lr": 5e-5, "distill.n_steps": 12, **ANCHOR, **GENERALIZED},
 }
