@@ -34,8 +34,8 @@ from safesteer.stats import wilson
 STAGES = ("sweep", "tokens", "distill", "evaluation", "explain")
 # The one key of an arm that is not a setting: how many harmful prompts are distilled on.
 N_HARMFUL = "n_harmful"
-# Answers of this model have a refusal's 12 tokens, so 16 are sampled; the paper's own steps past 5 add
-# refusals of harmless prompts alone, and its minimum probability leaves S without tokens that occur.
+# Answers of this model have a refusal's 12 tokens, so 16 are sampled; the paper's own recipe gains nothing
+# after 5 steps, and its minimum probability leaves S without tokens that occur.
 LAPTOP = {
     "sweep.n_prompts": 8,
     "sweep.n_controls": 2,

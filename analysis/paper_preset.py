@@ -50,11 +50,19 @@ ANCHOR = {
 }
 # Eq. 6 as published is lowest at p = q / e, which a model that refuses a half may already have reached.
 GENERALIZED = {"distill.normalizer": "generalized"}
+TWICE = {"distill.anchor_weight": 2.0, "distill.late_anchor_weight": 6.0}
 RECIPES = {
     "paper, lr 1e-5": {"distill.lr": 1e-5, "distill.n_steps": 8},
     "paper, lr 5e-6": {"distill.lr": 5e-6, "distill.n_steps": 8},
     "generalized, lr 1e-5": {"distill.lr": 1e-5, "distill.n_steps": 8, **GENERALIZED},
     "anchor, lr 3e-5": {"distill.lr": 3e-5, "distill.n_steps": 12, **ANCHOR, **GENERALIZED},
+    "twice the anchor, lr 3e-5": {
+        "distill.lr": 3e-5,
+        "distill.n_steps": 12,
+        **ANCHOR,
+        **GENERALIZED,
+        **TWICE,
+    },
     "anchor, lr 5e-5": {"distill.lr": 5e-5, "distill.n_steps": 12, **ANCHOR, **GENERALIZED},
 }
 LOOKS = (3, 4, 5, 6, 8, 10, 12)  # steps after which refusals are counted
