@@ -147,7 +147,7 @@ def search(study: Study, base: ss.ChatModel) -> pd.DataFrame:
 
 def choose(rows: pd.DataFrame, base_harmless: float) -> pd.Series:
     """Most harmful refusals with harmless ones up by at most UP; else the largest difference of the two."""
-    allowed = rows[rows.harmless <= base_harmless + UP]
+    allowed = rows[rows.harmless <= base_harmless + UP + 1e-9]
     if len(allowed):
         return allowed.sort_values(["harmful", "harmless"], ascending=[False, True]).iloc[0]
     return rows.loc[(rows.harmful - rows.harmless).idxmax()]
