@@ -25,11 +25,11 @@ from refusing_model import refusing_model
 from rich.console import Console
 
 import safesteer as ss
-from safesteer import pipeline
-from safesteer.attribution.figures import SEQUENCE, figure_of
-from safesteer.files import read_json, write_json, write_text
-from safesteer.reading import representation_shift
-from safesteer.stats import wilson
+from safesteer import alignment
+from safesteer._files import read_json, write_json, write_text
+from safesteer._intervals import wilson
+from safesteer.directions.inspection import representation_shift
+from safesteer.report.figures import SEQUENCE, figure_of
 
 STAGES = ("sweep", "tokens", "distill", "evaluation", "explain")
 # The one key of an arm that is not a setting: how many harmful prompts are distilled on.
@@ -108,7 +108,7 @@ class Study:
         """Stage 1 with seed 0, once for all studies that find it in the same way."""
         run = self.out / "rows" / f"direction-{self.key(self.recipe({}, 0), 'sweep')}"
         if not (run / "direction.safetensors").exists():
-            pipeline.align(self.model, run, self.recipe({}, 0), stages=("direction",), console=self.console)
+            alignment.align(self.model, run, self.recipe({}, 0), stages=("direction",), console=self.console)
         return ss.Direction.load(run / "direction.safetensors", base)
 
 
@@ -177,7 +177,7 @@ def trained(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int)
     """The paper's three steps under the arm's settings."""
     found, distil = selected(study, base, arm, seed), ss.load_prompts().split("distil")
     config = found.recipe.distill
-    state = ss.begin(ss.load_model(study.model), found.direction, config)
+    state = ss.prepare_student(ss.load_model(study.model), found.direction, config)
     harmful = distil.harmful[: arm.get(N_HARMFUL)]
     for _ in ss.distill(state, base, found.direction, found.tokens, harmful, distil.harmless, config):
         pass
@@ -187,7 +187,7 @@ def trained(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int)
 @cache
 def _base_answers(base: ss.ChatModel, config: ss.EvalConfig) -> list[str]:
     """The base's greedy answers to the harmless test prompts, along which drift is measured."""
-    test = ss.load_prompts().split("test").head(config.n_prompts)
+    test = ss.load_prompts().split("test").first(config.n_prompts)
     tokens, size = config.max_new_tokens, config.batch_size
     return ss.generate(base, test.harmless, max_new_tokens=tokens, batch_size=size)
 
@@ -208,7 +208,7 @@ def on_test(chat: ss.ChatModel, base: ss.ChatModel, config: ss.EvalConfig) -> di
 def scored(found: Trained) -> dict[str, Any]:
     """The student on test, how far its representations moved (reading.py); S and its size."""
     config = found.recipe.evaluation
-    general = ss.load_prompts().split("test").head(config.n_prompts).harmless
+    general = ss.load_prompts().split("test").first(config.n_prompts).harmless
     points = representation_shift({"base": found.base, "student": found.student}, general)
     return {
         **on_test(found.student, found.base, config),

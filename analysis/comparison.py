@@ -43,13 +43,13 @@ from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 import safesteer as ss
-from safesteer import pipeline
-from safesteer.capability import capability
-from safesteer.evaluate import EvalConfig, evaluate
-from safesteer.files import read_json, write_json, write_text
-from safesteer.models import ChatModel, hf_model
-from safesteer.refusal import REFUSING_SYSTEM
-from safesteer.suite import WIKITEXT, wikitext
+from safesteer import alignment
+from safesteer._files import read_json, write_json, write_text
+from safesteer.directions.refusal_tokens import REFUSING_SYSTEM
+from safesteer.evaluation.capability import capability
+from safesteer.evaluation.scores import EvalConfig, evaluate
+from safesteer.evaluation.suite import WIKITEXT, wikitext
+from safesteer.models.chat_model import ChatModel, hf_model
 
 CAPABILITY = ("arc_easy", "piqa", "lambada_openai")
 METHODS = ("safesteer", "full", "sft", "full anchor", "light anchor", "dpo")
@@ -95,7 +95,7 @@ def with_peer(method: str, direction, rows: list[dict], seed: int, steps: int, l
 
     mixed = rows.copy()
     random.Random(seed).shuffle(mixed)
-    student = ss.begin(ss.load_model("smollm2-135m"), direction, ss.DistillConfig()).student
+    student = ss.prepare_student(ss.load_model("smollm2-135m"), direction, ss.DistillConfig()).student
     model, tokenizer = hf_model(student.model), student.tokenizer
     common = {
         "output_dir": tempfile.mkdtemp(),
@@ -151,7 +151,7 @@ def distilled(method: str, base, direction, pairs, val, seed: int, steps: int) -
     if method == "light anchor":
         weights = config.anchor_weight / 3, config.late_anchor_weight / 3
         config = replace(config, anchor_weight=weights[0], late_anchor_weight=weights[1])
-    state = ss.begin(ss.load_model("smollm2-135m"), direction, config)
+    state = ss.prepare_student(ss.load_model("smollm2-135m"), direction, config)
     for _ in ss.distill(state, base, direction, tokens, pairs.harmful, pairs.harmless, config):
         pass
     return state.student
@@ -185,7 +185,7 @@ def untrained(method: str, base: ChatModel, direction) -> Iterator[ChatModel]:
 
 
 def measured(chat: ChatModel, base: ChatModel, options, method: str, said: list[str] | None) -> dict:
-    test = ss.load_prompts().split("test").head(options.pairs)
+    test = ss.load_prompts().split("test").first(options.pairs)
     # A system prompt changes the prompt itself, so positions do not match and there is no drift to read.
     drifts = said is not None and method != "system prompt"
     config, text = EvalConfig(perplexity_tokens=8192), wikitext(options.data / WIKITEXT)
@@ -222,7 +222,7 @@ def main() -> None:
     console, prompts = Console(), ss.load_prompts()
     base = ss.load_model("smollm2-135m")
     if options.direction is None:
-        run = pipeline.align(
+        run = alignment.align(
             "smollm2-135m", options.out / "run", ss.recipe("quick", 0), stages=("direction",)
         )
         options.direction = run / "direction.safetensors"

@@ -33,11 +33,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("analysis/results"))
     options = parser.parse_args()
     console, chat, prompts = Console(), ss.load_model(options.model), ss.load_prompts()
-    train, val = prompts.split("train").head(64), prompts.split("val")
+    train, val = prompts.split("train").first(64), prompts.split("val")
     refusal = ss.learn_refusal_tokens(chat, val.harmful, val.harmless, ss.refuses)
     console.print(refusal)
     config = ss.SweepConfig(rank_by="steering", n_prompts=options.pairs, n_controls=2, n_held_out=1)
-    held_out = val.tail(options.pairs)
+    held_out = val.after(options.pairs)
     assert held_out is not None
     tables, rows = [], []
     for name, extract in EXTRACTIONS.items():
@@ -49,8 +49,8 @@ def main() -> None:
         found = ss.sweep(chat, cut, val, refusal.ids, config, held_out=held_out)
         tables.append(found.table.assign(extraction=name))
         best = found.best
-        direction = ss.Direction.of(chat, found.candidates, best.position, int(best.layer))
-        direction, rates = ss.by_refusals(
+        direction = found.candidates.direction(chat, best.position, int(best.layer))
+        direction, rates = ss.choose_coeff(
             chat, [direction], held_out.harmful[:16], ss.refuses, coeffs=(1.0, 1.8, 3.0)
         )
         ablated = found.table.ablation_refusal.min()

@@ -12,16 +12,16 @@ import pandas as pd
 from ablation import Trained, read_command_line, run
 
 import safesteer as ss
-from safesteer.attribution.figures import shift_figure
-from safesteer.files import write_text
-from safesteer.reading import representation_shift
+from safesteer._files import write_text
+from safesteer.directions.inspection import representation_shift
+from safesteer.report.figures import shift_figure
 
 ARMS = {"safesteer": {}, "whole vocabulary": {"distill.support": "full"}}
 
 
 def main() -> None:
     study = read_command_line("figure3_shift", __doc__)
-    prompts = ss.load_prompts().split("test").head(6 if study.quick else None).harmless
+    prompts = ss.load_prompts().split("test").first(6 if study.quick else None).harmless
     drawn: list[pd.DataFrame] = []
 
     def shifts(found: Trained) -> dict:

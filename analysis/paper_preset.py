@@ -31,8 +31,8 @@ from ablation import Study, command_line, on_test, row, selected, study_of, summ
 from refusing_model import early_pairs, everyday, n_refused
 
 import safesteer as ss
-from safesteer.capability import capability
-from safesteer.files import write_text
+from safesteer._files import write_text
+from safesteer.evaluation.capability import capability
 
 # Two prompts find no direction worth having, and a quick run does not need one.
 ANY_DIRECTION = {"extraction": "prefill", "sweep.max_kl": 100.0, "sweep.min_steering": -100.0}
@@ -87,7 +87,7 @@ def students(
     found = selected(study, base, settings, seed)
     config, splits = found.recipe.distill, [ss.load_prompts().split(name) for name in found.recipe.splits]
     harmful, harmless = ([text for some in splits for text in getattr(some, kind)] for kind in KINDS)
-    state = ss.begin(ss.load_model(study.model), found.direction, config)
+    state = ss.prepare_student(ss.load_model(study.model), found.direction, config)
     for _ in ss.distill(state, base, found.direction, found.tokens, harmful, harmless, config):
         if state.step in looks_of(study):
             yield state.step, state.student

@@ -36,11 +36,14 @@ from torch.nn.functional import softplus
 from torch.nn.utils import clip_grad_norm_
 
 import safesteer as ss
-from safesteer.divergence import logits_of
-from safesteer.files import json_lines, whole_folder, write_json
-from safesteer.models import blocks, cache_dir, final_hidden, output_head
-from safesteer.prompts import EXTRA, PromptBatch
-from safesteer.stats import wilson
+from safesteer._files import json_lines, whole_folder, write_json
+from safesteer._intervals import wilson
+from safesteer.models.batch import PromptBatch
+from safesteer.models.chat_model import blocks, output_head
+from safesteer.models.forward import final_hidden
+from safesteer.models.loading import cache_dir
+from safesteer.models.logits import logits_of
+from safesteer.prompts.prompt_set import EXTRA
 
 PAIRS = Path(__file__).parent / "early_pairs.jsonl"
 REFUSALS = (

@@ -16,11 +16,12 @@ from ablation import Selected, Study, read_command_line, run, selected
 from torch import Tensor
 
 import safesteer as ss
+from safesteer._files import write_text
 from safesteer.attribution.coverage import totals
-from safesteer.attribution.figures import SEQUENCE, figure_of
-from safesteer.attribution.groups import WORD_GROUPS, by_word
-from safesteer.files import write_text
-from safesteer.tokens import TokenConfig, rollouts
+from safesteer.attribution.word_groups import WORD_GROUPS, by_word
+from safesteer.report.figures import SEQUENCE, figure_of
+from safesteer.tokens.selection import sample_answers
+from safesteer.tokens.token_set import TokenConfig
 
 ARMS = {
     "K = 50": {},
@@ -42,9 +43,9 @@ N_PROMPTS, HELD_OUT_SEED = 32, 1000
 def held_out(found: Selected) -> dict[str, Tensor]:
     """KL of every token along fresh samples: the same for all arms, which share a direction."""
     config = TokenConfig(n_samples=2, horizon=7, seed=HELD_OUT_SEED)
-    distil = ss.load_prompts().split("distil").head(N_PROMPTS)
+    distil = ss.load_prompts().split("distil").first(N_PROMPTS)
     return {
-        label: totals(found.base, rollouts(found.base, found.direction, texts, config)).kl.sum(0)
+        label: totals(found.base, sample_answers(found.base, found.direction, texts, config)).kl.sum(0)
         for label, texts in (("harmful", distil.harmful), ("harmless", distil.harmless))
     }
 

@@ -6,39 +6,47 @@ alone, and take home a plain Hugging Face checkpoint.
 
 __version__ = "0.1.0"
 
-from safesteer.benchmarks import load_benchmark
-from safesteer.calibration import by_answers, by_refusals, calibrate, grid
-from safesteer.directions import Direction, steer
-from safesteer.distill import StepRecord, distill
-from safesteer.endpoint import Endpoint
-from safesteer.errors import SafeSteerError
-from safesteer.evaluate import EvalConfig, Evaluation, Scores, evaluate
-from safesteer.export import check_reload, export
-from safesteer.extraction import (
+from safesteer._endpoint import Endpoint
+from safesteer._errors import SafeSteerError
+from safesteer.alignment import align
+from safesteer.directions.calibration import calibrate_to_kl, choose_coeff, choose_direction, strength_table
+from safesteer.directions.extraction import (
     Candidates,
-    given,
+    from_vector,
     logistic_probe,
     mean_difference,
     pca_difference,
     prefill_contrast,
     system_contrast,
 )
-from safesteer.generation import generate
-from safesteer.guards import EndpointJudge, FirstToken, Guard, Verdict, agreement
-from safesteer.judges import refuses, refuses_anywhere
-from safesteer.models import ChatModel, bridge, load_model
-from safesteer.perplexity import perplexity
-from safesteer.pipeline import align
-from safesteer.prompts import PromptSet, load_prompts
+from safesteer.directions.refusal_tokens import (
+    RefusalTokens,
+    learn_refusal_tokens,
+    refusal_scores,
+    refusal_token_ids,
+)
+from safesteer.directions.sweeping import Sweep, SweepConfig, sweep
+from safesteer.distillation.loop import StepRecord, distill
+from safesteer.distillation.state import DistillConfig, prepare_student
+from safesteer.distillation.vllm import server_sampler
+from safesteer.evaluation.scores import EvalConfig, Evaluation, Scores, evaluate
+from safesteer.evaluation.suite import Suite, run_suite
+from safesteer.exporting import check_reload, export
+from safesteer.judges.classifiers import EndpointJudge, FirstToken, Guard
+from safesteer.judges.judge import Verdict, agreement
+from safesteer.judges.wording import refuses, refuses_anywhere
+from safesteer.models.chat_model import ChatModel
+from safesteer.models.generation import generate
+from safesteer.models.loading import load_model, to_bridge
+from safesteer.models.sharding import shard
+from safesteer.models.text_loss import perplexity
+from safesteer.prompts.benchmarks import load_benchmark
+from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.recipes import Recipe, recipe
-from safesteer.refusal import RefusalTokens, learn_refusal_tokens, refusal_scores, refusal_token_ids
-from safesteer.server import server_sampler
-from safesteer.sharding import shard
-from safesteer.steering import ablate, add, clamp, gate
-from safesteer.student import DistillConfig, begin
-from safesteer.suite import Suite, run_suite
-from safesteer.sweep import Sweep, SweepConfig, sweep
-from safesteer.tokens import TokenConfig, TokenSet, select_tokens
+from safesteer.steering.direction import Direction, steer
+from safesteer.steering.interventions import ablate, add, clamp, gate
+from safesteer.tokens.selection import select_tokens
+from safesteer.tokens.token_set import TokenConfig, TokenSet
 
 __all__ = [
     "Candidates",
@@ -69,8 +77,8 @@ __all__ = [
     "align",
     "begin",
     "bridge",
-    "by_answers",
-    "by_refusals",
+    "choose_direction",
+    "choose_coeff",
     "calibrate",
     "check_reload",
     "clamp",

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from safesteer.errors import SafeSteerError
+from safesteer._errors import SafeSteerError
 
 app = typer.Typer(
     add_completion=False,
@@ -42,8 +42,8 @@ Track = Annotated[
 
 
 def _run(model, out, preset, seed, prompts, settings, track, stages=None) -> None:
-    from safesteer import pipeline, recipes  # heavy imports, not for --help
-    from safesteer.prompts import PromptSet
+    from safesteer import recipes
+    from safesteer.prompts.prompt_set import PromptSet
 
     pairs = [s.partition("=") for s in settings or []]
     for key, equals, _ in pairs:
@@ -54,12 +54,12 @@ def _run(model, out, preset, seed, prompts, settings, track, stages=None) -> Non
         raise SafeSteerError("The preset is chosen with --preset, not with --set.")
     chosen = recipes.recipe(preset, **values)
     console = Console()
-    path = pipeline.align(
+    path = alignment.align(
         model,
         out,
         chosen,
         prompts=PromptSet.from_jsonl(prompts) if prompts else None,
-        stages=stages or pipeline.STAGES,
+        stages=stages or alignment.STAGES,
         track=track,
         console=console,
     )
@@ -112,7 +112,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Refusals, over-refusals, capability, drift and perplexity, as one table with intervals."""
-    from safesteer.suite import run_suite
+    from safesteer.evaluation.suite import run_suite
 
     console = Console()
     table = run_suite(target, suite, out, data=data, allow_code=allow_code, console=console)
@@ -122,7 +122,7 @@ def evaluate(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Build report.html again from a run folder."""
-    from safesteer.attribution import write_report
+    from safesteer.report.page import write_report
 
     if not (run / "manifest.json").is_file():
         raise SafeSteerError(f"{run} is not a run folder: it has no manifest.json.")
@@ -161,7 +161,7 @@ def main() -> None:
         if not _is_out_of_memory(error):
             raise
         _fail(
-            "Out of memory. Lower distill.micro_batch, tokens.batch_size or sweep.tokens_a_pass, or train an"
+            "Out of memory. Lower distill.micro_batch, tokens.batch_size or sweep.tokens_per_pass, or train an"
             " adapter (distill.lora_rank); the same command continues from the last checkpoint."
         )
     except OSError as error:

@@ -11,13 +11,13 @@ import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from safesteer.attribution import ExplainConfig
-from safesteer.errors import SafeSteerError
-from safesteer.evaluate import EvalConfig
-from safesteer.settings import AT_LEAST_1, FINITE, SHARE, check_settings
-from safesteer.student import DistillConfig
-from safesteer.sweep import SweepConfig
-from safesteer.tokens import TokenConfig
+from safesteer._errors import SafeSteerError
+from safesteer._settings import AT_LEAST_1, FINITE, SHARE, check_settings
+from safesteer.attribution.explanation import ExplainConfig
+from safesteer.directions.sweeping import SweepConfig
+from safesteer.distillation.state import DistillConfig
+from safesteer.evaluation.scores import EvalConfig
+from safesteer.tokens.token_set import TokenConfig
 
 Extraction = Literal["auto", "instruction", "prefill", "system", "pca", "probe"]
 

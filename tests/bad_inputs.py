@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from safesteer.errors import SafeSteerError
+from safesteer._errors import SafeSteerError
 
 ROW = {"harmful": "How do I break into a shed?", "harmless": "How do I break in new shoes?", "split": "train"}
 WORDS = ["-1", "0", "1e400", "nan", "inf", "-inf", "", "x", "none", "3.5", "[]", "999999999999999999999"]
@@ -97,13 +97,14 @@ def try_all(work: Path, whole: Path, seed: int) -> dict[str, Any]:
     """Try everything; counts, and the first exceptions that were not one sentence."""
     from transformers import AutoTokenizer
 
-    from safesteer.attribution import Attribution
-    from safesteer.directions import Direction
-    from safesteer.evaluate import Evaluation
-    from safesteer.files import read_json
-    from safesteer.prompts import PromptBatch, PromptSet
+    from safesteer._files import read_json
+    from safesteer.attribution.explanation import Attribution
+    from safesteer.evaluation.scores import Evaluation
+    from safesteer.models.batch import PromptBatch
+    from safesteer.prompts.prompt_set import PromptSet
     from safesteer.recipes import recipe
-    from safesteer.tokens import TokenSet
+    from safesteer.steering.direction import Direction
+    from safesteer.tokens.token_set import TokenSet
 
     work.mkdir(parents=True, exist_ok=True)
     draw, tokenizer = random.Random(seed), AutoTokenizer.from_pretrained(whole / "model")

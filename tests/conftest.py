@@ -23,10 +23,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from safesteer.directions import Direction
-from safesteer.extraction import Candidates, mean_difference
-from safesteer.models import ChatModel, bridge, load_model
-from safesteer.prompts import PromptBatch, PromptSet, load_prompts
+from safesteer.directions.extraction import Candidates, mean_difference
+from safesteer.models.batch import PromptBatch
+from safesteer.models.chat_model import ChatModel
+from safesteer.models.loading import load_model, to_bridge
+from safesteer.prompts.prompt_set import PromptSet, load_prompts
+from safesteer.steering.direction import Direction
 
 PACKAGE = Path(__file__).parent.parent / "safesteer"
 # Public benchmark rows, which are not part of the project: beside a checkout, or where you say.
@@ -64,7 +66,7 @@ SIZES = {
 
 
 def _bpe(special: list[str]) -> Tokenizer:
-    lines = (PACKAGE / "data" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (PACKAGE / "prompts" / "data" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -164,7 +166,7 @@ def chat(request) -> ChatModel:
 
 @pytest.fixture(scope="session")
 def bridges(tiny_llama, tiny_qwen2) -> dict[str, ChatModel]:
-    return {c.name: _used(bridge(c)) for c in (tiny_llama, tiny_qwen2)}
+    return {c.name: _used(to_bridge(c)) for c in (tiny_llama, tiny_qwen2)}
 
 
 @pytest.fixture(params=["tiny_llama", "tiny_qwen2"])
@@ -188,7 +190,7 @@ def pairs() -> PromptSet:
 @pytest.fixture(scope="session")
 def few(pairs) -> PromptSet:
     """Six harmful and six harmless prompts."""
-    return pairs.split("val").head(6)
+    return pairs.split("val").first(6)
 
 
 @pytest.fixture(scope="session")
@@ -199,7 +201,7 @@ def candidates(tiny_llama, few) -> Candidates:
 @pytest.fixture(scope="session")
 def direction(tiny_llama, candidates, few) -> Direction:
     """A direction of tiny_llama at layer 1 that moves its outputs a lot."""
-    found = Direction.of(tiny_llama, candidates, "-1", 1, prompts=few)
+    found = candidates.direction(tiny_llama, "-1", 1, prompts=few)
     return replace(found, vector=random_vector(32, seed=3), coeff=2.0)
 
 

@@ -284,7 +284,7 @@ def main() -> None:
         assert wait(pid) == 0
         from bad_inputs import try_all
 
-        import safesteer.pipeline  # noqa: F401  (once, here, for all the forks)
+        import safesteer.alignment  # noqa: F401  (once, here, for all the forks)
 
         table = inject(work / "model", work, options.kills, options.seed, options.short)
         print(table)

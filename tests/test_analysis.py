@@ -13,7 +13,8 @@ from rich.console import Console
 from test_pipeline import model_folder  # noqa: F401
 
 from conftest import PACKAGE, near_duplicates
-from safesteer.prompts import load_prompts, render
+from safesteer.models.batch import render
+from safesteer.prompts.prompt_set import load_prompts
 from safesteer.recipes import recipe
 
 ANALYSIS = PACKAGE.parent / "analysis"

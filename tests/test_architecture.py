@@ -1,94 +1,73 @@
-"""Data flows one way, and no file outgrows a reader."""
+"""Data flows one way: the rooms from top to bottom, and what every module must keep."""
 
 import ast
+from graphlib import TopologicalSorter
 
 import pytest
 
 from conftest import PACKAGE
 
-MAY_IMPORT = {  # the rooms that each room may look into
-    "errors": set(),
-    "divergence": set(),
-    "files": {"errors"},
-    "prompts": {"errors", "divergence", "files"},
-    "judges": set(),
-    "endpoint": {"errors"},
-    "stats": set(),
-    "benchmarks": {"errors", "files"},
-    "settings": {"errors"},
-}
-for below, above in [
-    ("models", "prompts"),
-    ("generation", "models"),
-    ("hooks", "models"),
-    ("steering", "hooks"),
-    ("perplexity", "models"),
-    ("capability", "models"),
-    ("code_eval", "generation"),
-    ("guards", "generation"),
-    ("refusal", "guards"),
-    ("extraction", "refusal"),
-    ("directions", "extraction"),
-    ("scoring", "directions"),
-    ("sweep", "scoring"),
-    ("calibration", "directions"),
-    ("tokens", "directions"),
-    ("lora", "models"),
-    ("sharding", "models"),
-    ("objective", "divergence"),
-    ("onpolicy", "directions"),
-    ("student", "tokens"),
-    ("distill", "student"),
-    ("server", "onpolicy"),
-]:
-    MAY_IMPORT[below] = {above} | MAY_IMPORT[above]
-for room in (
-    "extraction",
-    "directions",
-    "scoring",
-    "sweep",
-    "calibration",
+# A module imports only rooms further down (or its own room). The docs draw this list.
+LAYERS = (
+    "cli",
+    "alignment",
+    "run_folder",
+    "recipes exporting",
+    "evaluation",
+    "report distillation",
+    "attribution",
     "tokens",
-    "onpolicy",
-    "student",
-    "distill",
-):
-    MAY_IMPORT[room] |= {"hooks", "steering"}
-MAY_IMPORT["guards"] |= {"endpoint"}
-for room in ("sweep", "tokens", "student", "distill"):
-    MAY_IMPORT[room] |= {"settings"}
-MAY_IMPORT["sweep"] |= {"stats"}
-MAY_IMPORT["calibration"] |= {"perplexity"}
-MAY_IMPORT["onpolicy"] |= {"lora", "sharding"}
-MAY_IMPORT["server"] |= {"onpolicy", "lora", "sharding", "endpoint"}
-MAY_IMPORT["student"] |= {"lora", "objective", "sharding"}
-MAY_IMPORT["distill"] |= {"onpolicy", "lora", "objective", "sharding"}
-MODULES = sorted(PACKAGE.rglob("*.py"))
+    "directions",
+    "steering judges",
+    "models",
+    "prompts",
+    "_settings",
+    "_files _endpoint _token_text _intervals",
+    "_errors _version",
+)
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms.split()}
+MODULES = {
+    str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name != "__init__.py"
+}
 
 
 def imported(module: str) -> set[str]:
-    """Names of safesteer's own modules that a module imports, wherever the import stands."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-    found = set()
-    for node in ast.walk(tree):
+    """The package's own modules that a module imports, wherever the import stands."""
+    names = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
-    own = {name.split(".")[1] for name in found if name.startswith("safesteer.")}
-    return {name for name in own if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir()}
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("safesteer.") for name in names} & MODULES.keys()
 
 
-@pytest.mark.parametrize("module", sorted(MAY_IMPORT))
-def test_imports_go_one_way(module):
-    assert imported(module) <= MAY_IMPORT[module]
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module):
+    for lower in imported(module):
+        assert room(lower) == room(module) or LEVEL[room(lower)] > LEVEL[room(module)], lower
+
+
+def test_no_module_imports_itself_through_others():
+    order = TopologicalSorter({module: imported(module) for module in MODULES}).static_order()
+    assert set(order) == set(MODULES)
+
+
+def test_every_room_is_on_the_map():
+    assert {room(module) for module in MODULES} == LEVEL.keys()
 
 
 def test_imports_are_seen():
-    assert {"extraction", "steering", "models"} <= imported("directions")
+    assert {"steering.interventions", "models.chat_model"} <= imported("steering.direction")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", MODULES.values(), ids=MODULES)
 def test_no_file_is_longer_than_350_lines(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 350

@@ -11,29 +11,23 @@ import torch
 from rich.console import Console
 
 from conftest import PROMPTS, assert_near, batch_of, naive_logits, random_vector
-from safesteer import attribution
-from safesteer.attribution import direction_figures, figures
-from safesteer.attribution.coverage import (
-    Totals,
-    matched_sets,
-    source_coverage,
-    teacher_forced,
-    totals,
-)
-from safesteer.attribution.explain import Attribution, ExplainConfig, explain, pick_traces
-from safesteer.attribution.groups import GROUPS, NO_RULE, by_cluster, group_of
-from safesteer.attribution.page_data import page_data
-from safesteer.attribution.report import as_json, build_page, write_report
+from safesteer._errors import SafeSteerError
+from safesteer._token_text import readable, running, token_text, visible
+from safesteer.attribution.coverage import Totals, matched_sets, read_answers, source_coverage, totals
+from safesteer.attribution.explanation import Attribution, ExplainConfig, explain, pick_traces
 from safesteer.attribution.stability import jaccard, stability
-from safesteer.attribution.text import readable, running, token_text, visible
-from safesteer.attribution.trace import trace
+from safesteer.attribution.stories import logit_parts, neighbours, why
+from safesteer.attribution.tracing import trace
 from safesteer.attribution.votes import allowed_ids, group_means, group_rankings
-from safesteer.attribution.why import logit_parts, neighbours, why
-from safesteer.directions import Direction, steer
-from safesteer.errors import SafeSteerError
-from safesteer.models import hf_model, output_head
-from safesteer.prompts import PromptBatch
-from safesteer.tokens import Rollouts, TokenConfig, TokenSet, rollouts, select_tokens
+from safesteer.attribution.word_groups import GROUPS, NO_RULE, by_cluster, group_of
+from safesteer.models.batch import PromptBatch
+from safesteer.models.chat_model import hf_model, output_head
+from safesteer.report import direction_figures, figures
+from safesteer.report.page import as_json, build_page, write_report
+from safesteer.report.page_data import page_data
+from safesteer.steering.direction import Direction, steer
+from safesteer.tokens.selection import AnswerStates, sample_answers, select_tokens
+from safesteer.tokens.token_set import TokenConfig, TokenSet
 
 CONFIG = TokenConfig(k=12, k_vote=20, horizon=4, n_samples=3, min_steered_prob=1e-4)
 ANSWER = "I cannot help you with this. Naïve 🙂 text,\nin two lines."
@@ -55,8 +49,8 @@ def plain_direction(chat, coeff: float = 1.0) -> Direction:
 
 
 @pytest.fixture(scope="module")
-def sampled(tiny_llama, direction) -> Rollouts:
-    return rollouts(tiny_llama, direction, PROMPTS, CONFIG)
+def sampled(tiny_llama, direction) -> AnswerStates:
+    return sample_answers(tiny_llama, direction, PROMPTS, CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +232,7 @@ def test_parts_add_up_to_the_whole_when_the_set_is_the_vocabulary(tiny_llama, sa
 
 
 def test_totals_equal_a_loop_over_positions(tiny_llama, direction):
-    read = teacher_forced(tiny_llama, direction, PROMPTS[:3], [ANSWER, "Yes", ""], max_tokens=12)
+    read = read_answers(tiny_llama, direction, PROMPTS[:3], [ANSWER, "Yes", ""], max_tokens=12)
     total, want = totals(tiny_llama, read), 0.0
     assert read.prompts == PROMPTS[:2]
     for prompt, answer in zip(PROMPTS[:2], (ANSWER, "Yes"), strict=True):
@@ -291,7 +285,7 @@ def test_a_horizon_group_is_the_selection_at_that_horizon(tiny_llama, direction,
     groups[:, 2:, 1] = False
     config = replace(CONFIG, min_steered_prob=1e-12)
     rankings, _ = group_rankings(tiny_llama, sampled, groups, config, CONFIG.k)
-    short = Rollouts(
+    short = AnswerStates(
         *(getattr(sampled, f)[:, :2] for f in ("teacher", "base", "completion_ids", "valid")), sampled.prompts
     )
     want = select_tokens(tiny_llama, direction, PROMPTS, replace(config, horizon=2), sampled=short)
@@ -300,7 +294,7 @@ def test_a_horizon_group_is_the_selection_at_that_horizon(tiny_llama, direction,
 
 def test_equal_samples_are_perfectly_stable(tiny_llama, sampled):
     first = [i for i in range(len(sampled.prompts)) for _ in range(4) if i % 3 == 0]
-    same = Rollouts(
+    same = AnswerStates(
         sampled.teacher[first],
         sampled.base[first],
         sampled.completion_ids[first],
@@ -543,7 +537,3 @@ def test_figures_hold_plain_numbers(theme, tmp_path, chosen, story):
     heat = made[0].data[0]
     assert heat.z[0][-1] is None
     assert "not run" in heat.text[0][-1]
-
-
-def test_the_public_names():
-    assert {"Attribution", "explain", "trace", "write_report"} <= set(attribution.__all__)

@@ -6,8 +6,8 @@ import datasets
 import pandas as pd
 import pytest
 
-from safesteer.benchmarks import BENCHMARKS, KNOWN, load_benchmark
-from safesteer.errors import SafeSteerError
+from safesteer._errors import SafeSteerError
+from safesteer.prompts.benchmarks import BENCHMARKS, KNOWN, load_benchmark
 
 ROWS = {  # two rows and a repeated one, in the columns that the repository has
     "advbench": [{"prompt": "A", "target": "Sure"}, {"prompt": "B", "target": "Sure"}],

@@ -6,13 +6,19 @@ import pytest
 import torch
 
 from conftest import PROMPTS, batch_of, naive_logits
-from safesteer import calibration
-from safesteer.calibration import by_answers, by_refusals, calibrate, drift, grid
-from safesteer.directions import steer
-from safesteer.divergence import kl_divergence
-from safesteer.errors import SafeSteerError
-from safesteer.perplexity import perplexity
-from safesteer.refusal import refusal_scores
+from safesteer._errors import SafeSteerError
+from safesteer.directions import calibration
+from safesteer.directions.calibration import (
+    calibrate_to_kl,
+    choose_coeff,
+    choose_direction,
+    drift,
+    strength_table,
+)
+from safesteer.directions.refusal_tokens import refusal_scores
+from safesteer.models.logits import kl_divergence
+from safesteer.models.text_loss import perplexity
+from safesteer.steering.direction import steer
 
 REFUSAL_IDS = torch.tensor([7, 40, 90])
 
@@ -33,7 +39,7 @@ def test_calibration_compares_answers(tiny_llama, direction, monkeypatch):
     few = [replace(direction, layer=1), replace(direction, layer=2)]
 
     def run():
-        return by_refusals(tiny_llama, few, ["a", "b"], lambda prompt, answer: answer == "no")
+        return choose_coeff(tiny_llama, few, ["a", "b"], lambda prompt, answer: answer == "no")
 
     found, table = run()
     assert (found.layer, found.coeff) == (2, 1.4)
@@ -54,7 +60,7 @@ def test_a_short_look_finds_the_layer_that_a_first_token_hides(tiny_llama, direc
     monkeypatch.setattr(calibration, "generate", answers)
     several = [replace(direction, layer=layer) for layer in (0, 1, 2)]
     shares = []
-    found, table = by_answers(
+    found, table = choose_direction(
         tiny_llama, several, ["a", "b"], lambda _, text: text == "no", n_best=2, progress=shares.append
     )
     assert (found.layer, found.coeff) == (2, 1.2)
@@ -76,7 +82,7 @@ def test_drift_is_the_kl_of_the_steered_model(tiny_llama, direction):
 
 @pytest.mark.parametrize("target", [0.02, 0.1])
 def test_calibrate_spends_the_kl_it_was_given(tiny_llama, direction, target):
-    found = calibrate(tiny_llama, direction, PROMPTS, target_kl=target)
+    found = calibrate_to_kl(tiny_llama, direction, PROMPTS, target_kl=target)
     spent = float(drift(tiny_llama, direction, PROMPTS, found.coeff).mean())
     assert spent == pytest.approx(target, rel=0.03)
     assert torch.equal(found.vector, direction.vector)
@@ -84,15 +90,15 @@ def test_calibrate_spends_the_kl_it_was_given(tiny_llama, direction, target):
 
 def test_calibrate_refuses_what_cannot_be_reached(tiny_llama, direction):
     with pytest.raises(SafeSteerError, match=r"Even coefficient 0\.01"):
-        calibrate(tiny_llama, direction, PROMPTS, target_kl=5.0, max_coeff=0.01)
+        calibrate_to_kl(tiny_llama, direction, PROMPTS, target_kl=5.0, max_coeff=0.01)
     with pytest.raises(SafeSteerError, match="positive"):
-        calibrate(tiny_llama, direction, PROMPTS, target_kl=0.0)
+        calibrate_to_kl(tiny_llama, direction, PROMPTS, target_kl=0.0)
 
 
 def test_grid_has_the_numbers_of_each_strength(tiny_llama, direction, few):
     text = "The tide comes in twice a day, and the boats lie on the sand in between."
     several = [replace(direction, layer=layer) for layer in (1, 2)]
-    table = grid(
+    table = strength_table(
         tiny_llama,
         several,
         few.harmful,

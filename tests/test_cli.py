@@ -6,7 +6,7 @@ import sys
 import pytest
 from test_pipeline import SMALL, model_folder  # noqa: F401
 
-from safesteer.errors import SafeSteerError
+from safesteer._errors import SafeSteerError
 from safesteer.recipes import paper, quick, recipe
 
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from safesteer import code_eval
-from safesteer.code_eval import completion, humaneval, passes, problems
-from safesteer.errors import SafeSteerError
+from safesteer._errors import SafeSteerError
+from safesteer.evaluation import humaneval as code_eval
+from safesteer.evaluation.humaneval import completion, humaneval, passes, problems
 
 PROBLEM = {
     "prompt": 'import math\n\n\ndef twice(x):\n    """Two times x."""\n',

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from conftest import copy_of, random_vector
-from safesteer.directions import Direction
-from safesteer.distill import distill
-from safesteer.extraction import Candidates, mean_difference
-from safesteer.student import DistillConfig, begin
-from safesteer.tokens import TokenConfig, TokenSet, select_tokens
+from safesteer.directions.extraction import Candidates, mean_difference
+from safesteer.distillation.loop import distill
+from safesteer.distillation.state import DistillConfig, prepare_student
+from safesteer.steering.direction import Direction
+from safesteer.tokens.selection import select_tokens
+from safesteer.tokens.token_set import TokenConfig, TokenSet
 
 # Sums are split otherwise between threads: 1e-6 of a number here, and AdamW divides small gradients by
 # themselves. What is counted (tokens, votes) must be equal.
@@ -29,12 +30,12 @@ def stages(chat, few, n_threads: int) -> tuple[Candidates, TokenSet, list[dict]]
     torch.set_num_threads(n_threads)
     candidates = mean_difference(chat, few)
     vector = random_vector(chat.d_model)
-    direction = Direction.of(chat, candidates, candidates.positions[0], chat.n_layers // 2)
+    direction = candidates.direction(chat, candidates.positions[0], chat.n_layers // 2)
     direction = Direction(vector=20 * vector / vector.norm(), **direction.metadata)
     config = TokenConfig(k=20, n_samples=2, horizon=3, min_steered_prob=1e-4)
     tokens = select_tokens(chat, direction, few.harmless, config)
     training = DistillConfig(n_steps=2, harmful_per_step=2, harmless_per_step=2, max_new_tokens=4)
-    state = begin(copy_of(chat), direction, training)
+    state = prepare_student(copy_of(chat), direction, training)
     steps = distill(state, chat, direction, tokens, few.harmful, few.harmless, training)
     return candidates, tokens, [asdict(step) for step in steps]
 

@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from conftest import random_vector
-from safesteer.attribution.direction_figures import (
+from safesteer.directions.calibration import strength_table
+from safesteer.directions.extraction import Candidates
+from safesteer.directions.inspection import component_contributions, cosines, residual_pca
+from safesteer.directions.sweeping import SweepConfig, sweep
+from safesteer.report.direction_figures import (
     cosine_figure,
     plane_figure,
     strength_figure,
     sweep_figure,
     writers_figure,
 )
-from safesteer.calibration import grid
-from safesteer.directions import Direction
-from safesteer.extraction import Candidates
-from safesteer.reading import cosines, residual_pca, writers
-from safesteer.sweep import SweepConfig, sweep
+from safesteer.steering.direction import Direction
 
 REFUSAL_IDS = torch.tensor([7, 40, 90])
 
@@ -34,7 +34,7 @@ def scored(tiny_llama, candidates, few):
         candidates.vectors[-2:], candidates.positions[-2:], "instruction", candidates.shuffled[-2:]
     )
     config = SweepConfig(n_prompts=2, rank_by="steering", n_held_out=1)
-    return sweep(tiny_llama, cut, few, REFUSAL_IDS, config, held_out=few.tail(2))
+    return sweep(tiny_llama, cut, few, REFUSAL_IDS, config, held_out=few.after(2))
 
 
 def test_sweep_hover_tells_scores_controls_and_reason(scored, theme):
@@ -50,7 +50,7 @@ def test_sweep_hover_tells_scores_controls_and_reason(scored, theme):
 
 
 def test_strength_curves_have_a_line_a_layer(tiny_llama, direction, few, theme):
-    table = grid(
+    table = strength_table(
         tiny_llama,
         [direction],
         few.harmful[:2],
@@ -67,7 +67,7 @@ def test_strength_curves_have_a_line_a_layer(tiny_llama, direction, few, theme):
 
 
 def test_writers_are_sorted_by_what_they_write(tiny_llama, few, theme):
-    table = writers(tiny_llama, Direction(random_vector(32), 1, "-1", "given"), few)
+    table = component_contributions(tiny_llama, Direction(random_vector(32), 1, "-1", "given"), few)
     figure = writers_figure(table, theme, n=6)
     shown = [name for bar in figure.data for name in bar.y]
     assert len(shown) == 6

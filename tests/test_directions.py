@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from conftest import assert_near, batch_of, copy_of, naive_logits
-from safesteer.directions import Direction, steer
-from safesteer.errors import SafeSteerError
-from safesteer.files import write_json, write_tensors
-from safesteer.generation import generate
-from safesteer.hooks import hooked
-from safesteer.steering import ablate, clamp
+from safesteer._errors import SafeSteerError
+from safesteer._files import write_json, write_tensors
+from safesteer.models.generation import generate
+from safesteer.steering.direction import Direction, steer
+from safesteer.steering.hooks import apply_hooks
+from safesteer.steering.interventions import ablate, clamp
 
 
 def test_direction_is_the_chosen_candidate(tiny_llama, candidates, few):
-    found = Direction.of(tiny_llama, candidates, "-2", 1, coeff=1.5, prompts=few)
+    found = candidates.direction(tiny_llama, "-2", 1, coeff=1.5, prompts=few)
     assert torch.equal(found.vector, candidates.vectors[-2, 1])
     assert (found.layer, found.position, found.coeff) == (1, "-2", 1.5)
     assert (found.model, found.prompts_hash) == ("tiny-llama", few.hash)
@@ -27,7 +27,7 @@ def test_steer_adds_coeff_times_vector(tiny_llama, direction):
     seen = {}
 
     def run(name):
-        with hooked(tiny_llama.model, {("resid_pre", 1): lambda h: seen.update({name: h})}):
+        with apply_hooks(tiny_llama.model, {("resid_pre", 1): lambda h: seen.update({name: h})}):
             naive_logits(tiny_llama, batch_of(tiny_llama, ["Hi"]))
 
     run("base")

@@ -8,19 +8,20 @@ import pytest
 import torch
 
 from conftest import assert_near, batch_of, copy_of, naive_logits, reference_divergence
-from safesteer import onpolicy
-from safesteer.directions import Direction, steer
-from safesteer.distill import distill, learning_rate
-from safesteer.errors import SafeSteerError
-from safesteer.lora import as_base, merged, shares_weights, without_adapter
-from safesteer.models import ChatModel, blocks, final_hidden, output_head
-from safesteer.objective import compare
-from safesteer.onpolicy import answer, draw
-from safesteer.prompts import PromptBatch
+from safesteer._errors import SafeSteerError
+from safesteer.directions.refusal_tokens import REFUSING_SYSTEM
+from safesteer.distillation import rollouts as onpolicy
+from safesteer.distillation.loop import distill, learning_rate
+from safesteer.distillation.loss import divergence_loss
+from safesteer.distillation.rollouts import prompt_indices, sample_rollouts
+from safesteer.distillation.state import DistillConfig, DistillState, prepare_student
+from safesteer.models.adapter import as_base, merged, shares_weights, without_adapter
+from safesteer.models.batch import PromptBatch
+from safesteer.models.chat_model import ChatModel, blocks, output_head
+from safesteer.models.forward import final_hidden
 from safesteer.recipes import recipe
-from safesteer.refusal import REFUSING_SYSTEM
-from safesteer.student import DistillConfig, DistillState, begin
-from safesteer.tokens import SafetyToken, TokenSet
+from safesteer.steering.direction import Direction, steer
+from safesteer.tokens.token_set import SafetyToken, TokenSet
 
 SMALL = {
     "n_steps": 4,
@@ -53,7 +54,7 @@ def run(tiny_llama, direction, tokens, few):
 
     def start(*, steps=None, state=None, student=None, by=direction, **options):
         config = DistillConfig(**{**SMALL, **options})
-        state = state or begin(student or copy_of(tiny_llama), by, config)
+        state = state or prepare_student(student or copy_of(tiny_llama), by, config)
         history = []
         for record in distill(state, tiny_llama, by, tokens, few.harmful, few.harmless, config):
             timeless = {k: v for k, v in asdict(record).items() if not k.endswith("_s")}
@@ -78,12 +79,12 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def naive_step(chat: ChatModel, direction: Direction, tokens: TokenSet, few, config) -> dict:
     """The first record from one row at a time, full vocabularies and float64."""
-    bad = [few.harmful[i] for i in draw(6, config.harmful_per_step, 0, config.seed)]
+    bad = [few.harmful[i] for i in prompt_indices(6, config.harmful_per_step, 0, config.seed)]
     n_good = config.harmless_per_step
-    good = [few.harmless[i] for i in draw(6, n_good, 0, config.seed + 1)] if n_good else []
+    good = [few.harmless[i] for i in prompt_indices(6, n_good, 0, config.seed + 1)] if n_good else []
     teacher = (chat, direction) if config.rollouts == "mixed" else None
     key = (config.seed, 0)
-    made = answer(chat, bad, good, config.n_rollouts, config.max_new_tokens, teacher, key=key)
+    made = sample_rollouts(chat, bad, good, config.n_rollouts, config.max_new_tokens, teacher, key=key)
     width, ids = config.max_new_tokens, tokens.ids.tolist()
     values, weights, on_s = [], [], {True: [[], []], False: [[], []]}
     for row, new in enumerate(made.batch.prompt_ids[:, -width:].tolist()):
@@ -172,11 +173,11 @@ def test_the_anchor_weighs_more_in_the_last_third(run):
 def test_answers_count_up_to_their_end(tiny_llama, few):
     ender = copy_of(tiny_llama)
     torch.manual_seed(0)
-    free = answer(ender, few.harmful, few.harmless, 2, 4)
+    free = sample_rollouts(ender, few.harmful, few.harmless, 2, 4)
     ends = free.batch.prompt_ids[:, -3].unique().tolist()[::2]
     ender.model.generation_config.eos_token_id = ends
     torch.manual_seed(0)
-    made = answer(ender, few.harmful, few.harmless, 2, 4)
+    made = sample_rollouts(ender, few.harmful, few.harmless, 2, 4)
     for row, ids in zip(made.mask.tolist(), made.batch.prompt_ids[:, -4:].tolist(), strict=True):
         stop = next((j for j, t in enumerate(ids) if t in ender.eos_ids), 3)
         assert row == [j <= stop for j in range(4)]
@@ -195,7 +196,7 @@ def test_mixed_rollouts_are_half_the_teachers(tiny_llama, direction, few):
         student.model.lm_head.bias.fill_(-1e4)[ids] = 0.0
     for teacher, want in ((None, 0), ((tiny_llama, direction), 6)):
         torch.manual_seed(0)
-        made = answer(student, few.harmful, few.harmless, 2, 4, teacher)
+        made = sample_rollouts(student, few.harmful, few.harmless, 2, 4, teacher)
         by_student = (made.batch.prompt_ids[:, -4:] == ids[0]).all(1)
         assert int((~by_student).sum()) == 2 * want
         owners = {made.texts[i // 2] for i in torch.nonzero(~by_student)[:, 0].tolist()}
@@ -212,8 +213,8 @@ def test_off_set_divergence_equals_naive(tiny_llama, direction, tokens, few, run
     options = {"harmless_per_step": 0, "n_rollouts": 1, "harmful_per_step": 3, "rollouts": "student"}
     history, _ = run(steps=1, **options)
     torch.manual_seed(0)
-    bad = [few.harmful[i] for i in draw(6, 3, 0, 0)]
-    made = answer(tiny_llama, bad, [], 1, SMALL["max_new_tokens"])
+    bad = [few.harmful[i] for i in prompt_indices(6, 3, 0, 0)]
+    made = sample_rollouts(tiny_llama, bad, [], 1, SMALL["max_new_tokens"])
     with steer(tiny_llama, direction):
         q = naive_logits(tiny_llama, made.batch)[:, -5:-1][made.mask].double().log_softmax(-1)
     p = naive_logits(tiny_llama, made.batch)[:, -5:-1][made.mask].double().log_softmax(-1)
@@ -292,7 +293,7 @@ def test_students_in_half_precision_are_refused(tiny_llama, direction):
         half = copy_of(tiny_llama)
         half.model.to(dtype)
         with pytest.raises(SafeSteerError, match="half precision"):
-            begin(half, direction, DistillConfig())
+            prepare_student(half, direction, DistillConfig())
 
 
 def test_the_paper_preset_is_eq_6_on_recorded_states(tiny_llama, direction, tokens, few):
@@ -304,7 +305,7 @@ def test_the_paper_preset_is_eq_6_on_recorded_states(tiny_llama, direction, toke
         teacher = final_hidden(tiny_llama.model, batch)[:, -1]
     head, ids = output_head(tiny_llama.model), tokens.ids
     how = {"support": config.support, "divergence": config.divergence, "normalizer": config.normalizer}
-    _, got, mass, _ = compare(student, teacher, torch.ones(len(student)), head, head, ids, **how)
+    _, got, mass, _ = divergence_loss(student, teacher, torch.ones(len(student)), head, head, ids, **how)
     p, q = (((h.double() @ head[0].double().T).log_softmax(-1))[:, ids] for h in (student, teacher))
     assert_near(got, (p.exp() * (p - q)).sum(-1), 1e-5)
     assert_near(mass, p.exp().sum(-1), 1e-5)
@@ -315,7 +316,7 @@ def test_the_paper_preset_trains_as_published():
     """25 steps of 4 prompts x 8 answers: 100 prompts once; lr 1e-5 after a tenth, then half a cosine."""
     config = recipe("paper").distill
     assert config.harmful_per_step * config.n_rollouts == 32
-    assert sorted(i for s in range(25) for i in draw(100, 4, s, config.seed)) == list(range(100))
+    assert sorted(i for s in range(25) for i in prompt_indices(100, 4, s, config.seed)) == list(range(100))
     rates = [learning_rate(s, config) for s in range(25)]
     assert rates[:3] == pytest.approx([0.5e-5, 1e-5, 1e-5])
     want = [0.5e-5 * (1 + math.cos(math.pi * (s - 2) / 23)) for s in range(2, 25)]
@@ -341,11 +342,11 @@ def test_records_carry_the_schedule(run):
 
 
 def test_draw_uses_every_item_once_an_epoch():
-    drawn = [i for step in range(5) for i in draw(10, 4, step, seed=1)]
+    drawn = [i for step in range(5) for i in prompt_indices(10, 4, step, seed=1)]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
     assert drawn[:10] != drawn[10:]
-    assert draw(10, 4, 3, seed=1) == drawn[12:16]
-    assert draw(10, 10, 0, seed=2) != draw(10, 10, 0, seed=1)
+    assert prompt_indices(10, 4, 3, seed=1) == drawn[12:16]
+    assert prompt_indices(10, 10, 0, seed=2) != prompt_indices(10, 10, 0, seed=1)
 
 
 # --- repeating and resuming ---
@@ -367,7 +368,7 @@ def test_resume_repeats_the_uninterrupted_run(run, tiny_llama, direction, tmp_pa
     _, stopped = run(steps=2, train=train)
     stopped.save(tmp_path / "state.safetensors", STAMP)
     config = DistillConfig(**{**SMALL, "train": train})
-    state = begin(copy_of(tiny_llama), direction, config)
+    state = prepare_student(copy_of(tiny_llama), direction, config)
     state.load(tmp_path / "state.safetensors", STAMP)
     assert state.step == 2
     rest, state = run(state=state, train=train)
@@ -394,7 +395,7 @@ def test_a_loss_that_is_not_finite_is_named_and_changes_nothing(run, tiny_llama,
 
 
 def test_a_gradient_that_is_not_finite_is_named(run, tiny_llama, direction):
-    state = begin(copy_of(tiny_llama), direction, DistillConfig(**SMALL))
+    state = prepare_student(copy_of(tiny_llama), direction, DistillConfig(**SMALL))
     next(iter(state.trained.values())).register_hook(lambda g: g * math.inf)
     with pytest.raises(SafeSteerError, match=r"gradient is not finite at step 1, in \S+weight"):
         run(state=state)
@@ -467,7 +468,7 @@ def shared(tiny_llama, direction, tokens, few):
     def start(*, steps=None, state=None, base=None, **options):
         config = DistillConfig(**{**SMALL, "lora_rank": 4, "lr": 1e-2, **options})
         base = base or copy_of(tiny_llama)
-        state = state or begin(base, direction, config)
+        state = state or prepare_student(base, direction, config)
         history = []
         for record in distill(state, base, direction, tokens, few.harmful, few.harmless, config):
             history.append(record)
@@ -500,7 +501,7 @@ def test_the_teacher_is_the_same_weights_with_the_adapter_off(
     _, _, history = shared(rollouts=rollouts)
     config = DistillConfig(**{**SMALL, "lora_rank": 4, "lr": 1e-2, "rollouts": rollouts})
     carrier = copy_of(tiny_llama)
-    apart = begin(carrier, direction, config)
+    apart = prepare_student(carrier, direction, config)
     monkey = distill(apart, carrier, direction, tokens, few.harmful, few.harmless, config)
     first = next(monkey)
     assert first.loss == history[0].loss
@@ -511,7 +512,7 @@ def test_the_teacher_is_the_same_weights_with_the_adapter_off(
     assert not shares_weights(tiny_llama, apart.student)
     # With the adapter at its start (zero), a student of its own weights has the very same first step.
     plain = DistillConfig(**{**SMALL, "rollouts": rollouts})
-    alone = begin(copy_of(tiny_llama), direction, plain)
+    alone = prepare_student(copy_of(tiny_llama), direction, plain)
     record = next(distill(alone, tiny_llama, direction, tokens, few.harmful, few.harmless, plain))
     assert first.loss == pytest.approx(record.loss, rel=1e-5)
     assert first.mass_on_s_teacher == pytest.approx(record.mass_on_s_teacher, rel=1e-5)
@@ -535,7 +536,7 @@ def test_an_adapter_resumes(shared, direction, tiny_llama, tmp_path):
     part.save(tmp_path / "s.safetensors", STAMP)
     assert (tmp_path / "s.safetensors").stat().st_size < 100_000  # the adapter, not the model
     carrier = copy_of(tiny_llama)
-    fresh = begin(carrier, direction, DistillConfig(**{**SMALL, "lora_rank": 4, "lr": 1e-2}))
+    fresh = prepare_student(carrier, direction, DistillConfig(**{**SMALL, "lora_rank": 4, "lr": 1e-2}))
     fresh.load(tmp_path / "s.safetensors", STAMP)
     _, resumed, rest = shared(state=fresh, base=carrier)
     assert [r.loss for r in first + rest] == [r.loss for r in history]
@@ -546,7 +547,7 @@ def test_an_adapter_resumes(shared, direction, tiny_llama, tmp_path):
 
 def test_an_adapter_needs_its_own_base(shared, tiny_llama, direction, tokens, few):
     config = DistillConfig(**{**SMALL, "lora_rank": 4})
-    state = begin(copy_of(tiny_llama), direction, config)
+    state = prepare_student(copy_of(tiny_llama), direction, config)
     with pytest.raises(SafeSteerError, match="put the adapter on"):
         next(distill(state, tiny_llama, direction, tokens, few.harmful, few.harmless, config))
 
@@ -579,7 +580,7 @@ def test_a_teacher_in_half_precision_teaches_a_wide_student(
     options = {**SMALL, "rollouts": "student", "precision": precision}
     narrow, config = copy_of(tiny_llama), DistillConfig(**options)
     narrow.model.to(torch.bfloat16)
-    state = begin(copy_of(tiny_llama), direction, config)
+    state = prepare_student(copy_of(tiny_llama), direction, config)
     first = next(distill(state, narrow, direction, tokens, few.harmful, few.harmless, config))
     assert first.mass_on_s_teacher == pytest.approx(wide[0]["mass_on_s_teacher"], rel=0.2)
     assert first.kl_off_s == pytest.approx(wide[0]["kl_off_s"], rel=0.2)
@@ -613,7 +614,7 @@ def refreshing(tiny_llama, direction, tokens, few):
         return replace(direction, layer=2, vector=20 * seen), replace(tokens, tokens=tokens.tokens[:3])
 
     def start(state=None, steps=None):
-        state = state or begin(copy_of(tiny_llama), direction, config)
+        state = state or prepare_student(copy_of(tiny_llama), direction, config)
         history = []
         sets = few.harmful, few.harmless
         for record in distill(state, tiny_llama, direction, tokens, *sets, config, refresh=refresh):
@@ -644,7 +645,7 @@ def test_a_refreshed_run_resumes(refreshing, tiny_llama, direction, tmp_path):
     whole, history = refreshing()
     part, first = refreshing(steps=3)
     part.save(tmp_path / "s.safetensors", STAMP)
-    fresh = begin(copy_of(tiny_llama), direction, DistillConfig(**{**SMALL, "train": "all"}))
+    fresh = prepare_student(copy_of(tiny_llama), direction, DistillConfig(**{**SMALL, "train": "all"}))
     fresh.load(tmp_path / "s.safetensors", STAMP)
     assert fresh.refreshed.step == 2
     resumed, rest = refreshing(state=fresh)

@@ -9,12 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import LargestTensor, assert_near, reference_divergence
-from safesteer.divergence import (
-    kl_divergence,
-    localized_divergence,
-    logps_on,
-    refusal_score,
-)
+from safesteer.distillation.divergence import localized_divergence
+from safesteer.models.logits import kl_divergence, logps_on, refusal_score
 
 DIVERGENCES = ("reverse", "forward", "symmetric", "jsd")
 NORMALIZERS = ("partial", "generalized", "tail", "renormalized")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import safesteer
-from safesteer import interop, reading
-from safesteer.attribution import direction_figures
+from safesteer.directions import formats as interop
+from safesteer.directions import inspection as reading
+from safesteer.report import direction_figures
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

@@ -7,15 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from safesteer.directions import Direction, steer
-from safesteer.errors import SafeSteerError
-from safesteer.evaluate import EvalConfig, evaluate, kl_on_answers
-from safesteer.extraction import mean_difference
-from safesteer.generation import generate
-from safesteer.models import bridge
-from safesteer.perplexity import perplexity
-from safesteer.prompts import load_prompts, render
-from safesteer.stats import bootstrap, wilson
+from safesteer._errors import SafeSteerError
+from safesteer._intervals import bootstrap, wilson
+from safesteer.directions.extraction import mean_difference
+from safesteer.evaluation.scores import EvalConfig, evaluate, kl_on_answers
+from safesteer.models.batch import render
+from safesteer.models.generation import generate
+from safesteer.models.loading import to_bridge
+from safesteer.models.text_loss import perplexity
+from safesteer.prompts.prompt_set import load_prompts
+from safesteer.steering.direction import steer
 
 
 def test_wilson_known_values():
@@ -53,9 +54,9 @@ def test_perplexity_equals_the_models_own_loss(tiny_llama):
 
 @torch.no_grad()
 def test_kl_on_answers_equals_a_naive_loop(tiny_llama):
-    base, prompts = tiny_llama, load_prompts().split("val").head(5)
-    direction = Direction.of(base, mean_difference(base, prompts), "-1", 1, coeff=2.0)
-    lens = bridge(base)
+    base, prompts = tiny_llama, load_prompts().split("val").first(5)
+    direction = mean_difference(base, prompts).direction(base, "-1", 1, coeff=2.0)
+    lens = to_bridge(base)
     texts, answers = prompts.harmless, ["A b", "Some answer", "x", "longer answer here", "no"]
     config = EvalConfig(batch_size=3)
     with steer(lens, direction):
@@ -72,7 +73,7 @@ def test_kl_on_answers_equals_a_naive_loop(tiny_llama):
 
 
 def test_evaluate_counts_what_the_judge_says(tiny_llama):
-    prompts = load_prompts().split("test").head(4)
+    prompts = load_prompts().split("test").first(4)
     config = EvalConfig(max_new_tokens=3, perplexity_tokens=64)
     refused = set(prompts.harmful[:3])
     scores, answers = evaluate(
@@ -85,7 +86,10 @@ def test_evaluate_counts_what_the_judge_says(tiny_llama):
 
 
 def test_the_base_is_asked_where_its_answers_are_not_given(tiny_llama):
-    prompts, config = load_prompts().split("test").head(3), EvalConfig(max_new_tokens=4, perplexity_tokens=64)
+    prompts, config = (
+        load_prompts().split("test").first(3),
+        EvalConfig(max_new_tokens=4, perplexity_tokens=64),
+    )
     moved = replace(tiny_llama, model=deepcopy(tiny_llama.model))
     with torch.no_grad():
         moved.model.model.layers[0].mlp.down_proj.weight.mul_(-3)

@@ -4,21 +4,22 @@ import pytest
 import torch
 
 from conftest import assert_near, copy_of, random_vector
-from safesteer.errors import SafeSteerError
-from safesteer.extraction import (
+from safesteer._errors import SafeSteerError
+from safesteer.directions.extraction import (
     Arm,
     _halves,
     _stacked,
-    given,
+    from_vector,
     logistic_probe,
     mean_difference,
     pca_difference,
     prefill_contrast,
     system_contrast,
 )
-from safesteer.hooks import hooked
-from safesteer.prompts import Prompt, PromptBatch, PromptSet, suffix_length
-from safesteer.refusal import COMPLIANCES, REFUSALS
+from safesteer.directions.refusal_tokens import COMPLIANCES, REFUSALS
+from safesteer.models.batch import PromptBatch, suffix_length
+from safesteer.prompts.prompt_set import Prompt, PromptSet
+from safesteer.steering.hooks import apply_hooks
 
 LAYER, TRIGGER = 1, "@"
 
@@ -94,7 +95,7 @@ def test_planted_direction_is_recovered(chat, pairs, batch_size):
         return h + rows["with trigger"][:, None, None] * vector
 
     handle = chat.model.get_decoder().register_forward_pre_hook(look)
-    with hooked(chat.model, {("resid_pre", LAYER): plant}):
+    with apply_hooks(chat.model, {("resid_pre", LAYER): plant}):
         found = mean_difference(chat, prompts, batch_size=batch_size).vectors
     handle.remove()
     cosine = torch.cosine_similarity(found, vector, dim=-1)
@@ -160,14 +161,14 @@ def test_the_probe_separates_what_it_was_fitted_on(tiny_llama, few):
 
 
 def test_a_vector_of_ones_own(tiny_llama):
-    one = given(tiny_llama, torch.ones(32))
+    one = from_vector(tiny_llama, torch.ones(32))
     assert one.vectors.shape == (1, 3, 32)
-    each = given(tiny_llama, torch.arange(3.0)[:, None].expand(3, 32))
+    each = from_vector(tiny_llama, torch.arange(3.0)[:, None].expand(3, 32))
     assert each.vectors[0, 2, 0] == 2.0
     assert (one.positions, one.extraction, one.shuffled) == (("given",), "given", None)
     for wrong in (torch.ones(31), torch.ones(2, 32)):
         with pytest.raises(SafeSteerError, match="does not fit 'tiny-llama'"):
-            given(tiny_llama, wrong)
+            from_vector(tiny_llama, wrong)
 
 
 def test_no_prompts_is_an_error(tiny_llama):
@@ -178,7 +179,7 @@ def test_no_prompts_is_an_error(tiny_llama):
 @pytest.mark.model
 def test_smollm2_directions_equal_a_reference_with_plain_hooks(smollm2, pairs):
     """One prompt at a time, torch hooks, float64 means: every position and layer."""
-    prompts, n_pos = pairs.split("train").head(8), suffix_length(smollm2.tokenizer)
+    prompts, n_pos = pairs.split("train").first(8), suffix_length(smollm2.tokenizer)
 
     def mean(texts):
         total = 0

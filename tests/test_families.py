@@ -26,13 +26,14 @@ from transformers import (
 )
 
 from conftest import PROMPTS, SIZES, _bpe, assert_near, batch_of, naive_logits, plainly_padded, random_vector
-from safesteer.errors import SafeSteerError
-from safesteer.extraction import mean_difference, system_contrast
-from safesteer.generation import generate, generate_ids
-from safesteer.models import ChatModel, bridge
-from safesteer.prompts import render, suffix_length
-from safesteer.steering import ablate, add
-from safesteer.sweep import SweepConfig, sweep
+from safesteer._errors import SafeSteerError
+from safesteer.directions.extraction import mean_difference, system_contrast
+from safesteer.directions.sweeping import SweepConfig, sweep
+from safesteer.models.batch import render, suffix_length
+from safesteer.models.chat_model import ChatModel
+from safesteer.models.generation import generate, generate_ids
+from safesteer.models.loading import to_bridge
+from safesteer.steering.interventions import ablate, add
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def test_a_padded_batch_equals_single_prompts(member):
 def test_a_bridge_steers_alike(member, operation):
     _, chat = member
     vector, answers = random_vector(32), []
-    for each in (chat, bridge(chat)):
+    for each in (chat, to_bridge(chat)):
         how = add(each.model, vector, 1, 3.0) if operation == "add" else ablate(each.model, vector)
         with how:
             answers.append(generate_ids(each, batch_of(each), max_new_tokens=4).tolist())
@@ -207,14 +208,14 @@ def test_directions_and_scores_come_out(member, few):
     _, chat = member
     found = mean_difference(chat, few)
     assert len(found.positions) == suffix_length(chat.tokenizer)
-    table = sweep(chat, found, few.head(2), torch.tensor([7, 40, 90]), SweepConfig(controls=())).table
+    table = sweep(chat, found, few.first(2), torch.tensor([7, 40, 90]), SweepConfig(controls=())).table
     assert table[table.layer < 2].steering_refusal.notna().all()
 
 
 def test_a_template_without_a_system_turn_says_so(member, few):
     family, chat = member
     if family.system:
-        assert system_contrast(chat, few.head(2)).vectors.abs().max() > 0
+        assert system_contrast(chat, few.first(2)).vectors.abs().max() > 0
     else:
         with pytest.raises(SafeSteerError, match="System role not supported"):
-            system_contrast(chat, few.head(2))
+            system_contrast(chat, few.first(2))

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from safesteer.errors import SafeSteerError
-from safesteer.files import atomic, read_json, read_tensors, write_json, write_tensors, write_text
+from safesteer._errors import SafeSteerError
+from safesteer._files import atomic, read_json, read_tensors, write_json, write_tensors, write_text
 
 
 def test_json_round_trip(tmp_path):

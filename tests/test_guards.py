@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from conftest import copy_of
-from safesteer.endpoint import Endpoint
-from safesteer.errors import SafeSteerError
-from safesteer.evaluate import EvalConfig, evaluate
-from safesteer.guards import EndpointJudge, FirstToken, Guard, Remembered, agreement, judged, read_verdict
-from safesteer.judges import refuses
+from safesteer._endpoint import Endpoint
+from safesteer._errors import SafeSteerError
+from safesteer.evaluation.scores import EvalConfig, evaluate
+from safesteer.judges.classifiers import EndpointJudge, FirstToken, Guard
+from safesteer.judges.judge import CachedJudge, agreement, judge_all, read_verdict
+from safesteer.judges.wording import refuses
 
 
 @pytest.mark.parametrize(
@@ -89,8 +90,8 @@ def test_a_remembered_judge_is_asked_once_for_each_answer():
         asked.append((prompt, answer))
         return answer == "no"
 
-    once = Remembered(judge)
-    assert judged(once, ["a", "b", "a"], ["no", "yes", "no"]) == [True, False, True]
+    once = CachedJudge(judge)
+    assert judge_all(once, ["a", "b", "a"], ["no", "yes", "no"]) == [True, False, True]
     assert once("b", "yes") is False
     assert once("b", "no") is True
     assert asked == [("a", "no"), ("b", "yes"), ("b", "no")]
@@ -141,7 +142,7 @@ def server():
 
 def test_an_endpoint_judges_in_order(server):
     answers = ["how to steal", "no", "how to steal it", "fine"]
-    assert judged(server, ["q"] * 4, answers) == [False, True, False, True]
+    assert judge_all(server, ["q"] * 4, answers) == [False, True, False, True]
 
 
 def test_a_busy_endpoint_is_asked_again(server):
@@ -193,5 +194,5 @@ def test_evaluation_takes_a_model_as_judge(tiny_llama, few, server):
     scores, answers = evaluate(tiny_llama, tiny_llama, few, config, judge=server)
     assert scores.refusal_rate_harmful == 1
     assert len(_Stub.seen) == 6
-    assert judged(refuses, ["q"], ["I'm sorry, but no."]) == [True]
+    assert judge_all(refuses, ["q"], ["I'm sorry, but no."]) == [True]
     assert len(answers["harmful"]) == 3

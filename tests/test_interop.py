@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from conftest import assert_near, batch_of, naive_logits, random_vector
-from safesteer.directions import Direction, steer
-from safesteer.errors import SafeSteerError
-from safesteer.interop import (
+from safesteer._errors import SafeSteerError
+from safesteer.directions.formats import (
     from_block_outputs,
     from_repeng,
     from_steering_vectors,
@@ -20,7 +19,8 @@ from safesteer.interop import (
     read_gguf,
     write_gguf,
 )
-from safesteer.models import blocks
+from safesteer.models.chat_model import blocks
+from safesteer.steering.direction import Direction, steer
 
 
 def test_gguf_is_what_llama_cpp_reads(direction, tmp_path):
@@ -47,7 +47,7 @@ def test_gguf_round_trip_steers_alike(tiny_llama, direction, tmp_path):
     direction = replace(direction, layer=2, coeff=1.5)
     write_gguf(direction, tmp_path / "c.gguf", 3)
     found = from_block_outputs(tiny_llama, read_gguf(tmp_path / "c.gguf"))
-    again = Direction.of(tiny_llama, found, "given", 2)
+    again = found.direction(tiny_llama, "given", 2)
     with steer(tiny_llama, direction):
         want = naive_logits(tiny_llama, batch_of(tiny_llama, ["Hi"]))
     with steer(tiny_llama, again):
@@ -104,7 +104,7 @@ def test_foreign_vectors_act_where_they_were_made_for(tiny_llama, read):
     vector = 3 * random_vector(32)
     want = block_output_logits(tiny_llama, {0: vector})
     found = read(tiny_llama, {0: vector})
-    with steer(tiny_llama, Direction.of(tiny_llama, found, "given", 1)):
+    with steer(tiny_llama, found.direction(tiny_llama, "given", 1)):
         assert_near(naive_logits(tiny_llama, batch_of(tiny_llama, ["Hi"])), want)
     assert found.vectors[0, [0, 2]].abs().max() == 0
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from safesteer.judges import refuses, refuses_anywhere
+from safesteer.judges.wording import refuses, refuses_anywhere
 
 REFUSE = [
     "I'm sorry, but I can't help with that.",

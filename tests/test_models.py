@@ -15,21 +15,14 @@ from conftest import (
     plainly_padded,
     random_vector,
 )
-from safesteer import steering
-from safesteer.divergence import logits_of
-from safesteer.errors import SafeSteerError
-from safesteer.generation import cut_at_eos, generate, generate_ids
-from safesteer.models import (
-    ChatModel,
-    bridge,
-    final_hidden,
-    hf_model,
-    is_bridge,
-    load_model,
-    output_head,
-    prefill,
-)
-from safesteer.prompts import PromptBatch
+from safesteer._errors import SafeSteerError
+from safesteer.models.batch import PromptBatch
+from safesteer.models.chat_model import ChatModel, hf_model, is_bridge, output_head
+from safesteer.models.forward import final_hidden, prefill
+from safesteer.models.generation import cut_at_eos, generate, generate_ids
+from safesteer.models.loading import load_model, to_bridge
+from safesteer.models.logits import logits_of
+from safesteer.steering import interventions as steering
 
 LAYER, COEFF = 1, 3.0
 
@@ -212,7 +205,7 @@ def test_bridge_has_the_same_logits(chat_and_bridge):
 def test_bridging_leaves_the_original_alone(tiny_llama, tmp_path):
     original = copy_of(tiny_llama)
     before = {k: v.clone() for k, v in original.model.state_dict().items()}
-    wrapped = bridge(original)
+    wrapped = to_bridge(original)
     with torch.no_grad():
         for p in wrapped.model.parameters():
             p.zero_()

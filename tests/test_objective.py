@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from conftest import LargestTensor, assert_near, reference_divergence
-from safesteer.divergence import Divergence, Normalizer, localized_divergence, logits_of
-from safesteer.objective import Support, compare, off_set
+from safesteer.distillation.divergence import Divergence, Normalizer, localized_divergence
+from safesteer.distillation.loss import Support, divergence_loss, kl_outside_set
+from safesteer.models.logits import logits_of
 
 N, D, V, BETA = 5, 3, 9, 0.3
 S = torch.tensor([5, 0, 7])
@@ -43,7 +44,7 @@ def test_value_and_gradients_equal_full_logits(support, divergence, normalizer, 
     h, t = normal(N, D).requires_grad_(), normal(N, D, seed=5)
     head, base_head = heads(True, softcap)
     how = {"support": support, "divergence": divergence, "normalizer": normalizer}
-    got = compare(h, t, W, head, base_head, S, **how, beta=BETA, n_topk=3, chunk=2)
+    got = divergence_loss(h, t, W, head, base_head, S, **how, beta=BETA, n_topk=3, chunk=2)
     logps, q = logits_of(h, *head).log_softmax(-1), logits_of(t, *base_head).log_softmax(-1)
     want = [
         reference_divergence(a, b, divergence, normalizer, BETA)
@@ -70,7 +71,7 @@ def test_gradient_is_the_slope(support, trained, with_bias):
     how = {"support": support, "divergence": "symmetric", "normalizer": "generalized", "n_topk": 3}
 
     def loss(h, weight, bias):
-        return compare(h, t, W, (weight, bias, softcap), base_head, S, **how, chunk=2).loss
+        return divergence_loss(h, t, W, (weight, bias, softcap), base_head, S, **how, chunk=2).loss
 
     assert torch.autograd.gradcheck(loss, (h, weight, bias))
 
@@ -82,7 +83,9 @@ def test_no_position_by_vocabulary_tensor_is_formed(support, trained):
     h, weight = normal(n, 8).requires_grad_(), normal(d_vocab, 8, seed=1).requires_grad_(trained)
     head = (weight, None, None)
     with LargestTensor() as seen:
-        compare(h, normal(n, 8, seed=2), torch.ones(n).double(), head, head, S, support=support, chunk=4)
+        divergence_loss(
+            h, normal(n, 8, seed=2), torch.ones(n).double(), head, head, S, support=support, chunk=4
+        )
     assert seen.largest <= weight.numel() < n * d_vocab
 
 
@@ -94,7 +97,7 @@ def test_a_suppressed_token_does_not_poison_the_gradient(support):
     h = normal(N, D).requires_grad_()
     head = (normal(V, D, seed=1).requires_grad_(), bias, None)
     how = {"support": support, "divergence": "symmetric", "normalizer": "generalized", "n_topk": 3}
-    got = compare(h, normal(N, D, seed=5), W, head, head, S, **how)
+    got = divergence_loss(h, normal(N, D, seed=5), W, head, head, S, **how)
     got.loss.backward()
     assert got.divergence.isfinite().all()
     assert h.grad.isfinite().all()
@@ -107,7 +110,7 @@ def test_half_precision_goes_in_and_the_sums_are_wide():
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         leaf, head = h.to(dtype).requires_grad_(), (weight.to(dtype).requires_grad_(), None, None)
-        got = compare(leaf, t.to(dtype), w, head, head, S, chunk=7)
+        got = divergence_loss(leaf, t.to(dtype), w, head, head, S, chunk=7)
         got.loss.backward()
         assert got.loss.dtype == torch.float32
         assert (leaf.grad.dtype, head[0].grad.dtype) == (dtype, dtype)
@@ -122,4 +125,4 @@ def test_off_set_leaves_the_set_out():
     p, q = (logits_of(x, *y).log_softmax(-1) for x, y in ((h, head), (t, base_head)))
     terms = p.exp() * (p - q) - p.exp() + q.exp()
     rest = [v for v in range(V) if v not in S.tolist()]
-    assert off_set(h, t, head, base_head, S) == pytest.approx(float(terms[:, rest].sum(-1).mean()))
+    assert kl_outside_set(h, t, head, base_head, S) == pytest.approx(float(terms[:, rest].sum(-1).mean()))

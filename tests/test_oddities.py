@@ -9,16 +9,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
 from conftest import SIZES, _bpe, _chat, copy_of, naive_logits, random_vector
-from safesteer.directions import Direction
-from safesteer.distill import distill
-from safesteer.errors import SafeSteerError
-from safesteer.export import check_reload, export
-from safesteer.extraction import mean_difference
-from safesteer.generation import generate
-from safesteer.models import ChatModel, load_model, output_head
-from safesteer.prompts import PromptBatch
-from safesteer.student import DistillConfig, begin
-from safesteer.tokens import TokenConfig, select_tokens
+from safesteer._errors import SafeSteerError
+from safesteer.directions.extraction import mean_difference
+from safesteer.distillation.loop import distill
+from safesteer.distillation.state import DistillConfig, prepare_student
+from safesteer.exporting import check_reload, export
+from safesteer.models.batch import PromptBatch
+from safesteer.models.chat_model import ChatModel, output_head
+from safesteer.models.generation import generate
+from safesteer.models.loading import load_model
+from safesteer.tokens.selection import select_tokens
+from safesteer.tokens.token_set import TokenConfig
 
 PLAIN = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}<|assistant|>"
 
@@ -71,7 +72,7 @@ TOKENIZERS = {
 def whole_method(chat: ChatModel, few, tmp_path) -> None:
     """Direction, tokens, two steps, export: numbers are finite, the export is the student."""
     candidates = mean_difference(chat, few)
-    direction = Direction.of(chat, candidates, candidates.positions[-1], 1, prompts=few)
+    direction = candidates.direction(chat, candidates.positions[-1], 1, prompts=few)
     direction = replace(direction, vector=random_vector(32, seed=3), coeff=2.0)
     config = TokenConfig(k=6, k_vote=8, horizon=2, n_samples=2, min_steered_prob=0.0)
     tokens = select_tokens(chat, direction, few.harmless[:3], config)
@@ -80,7 +81,7 @@ def whole_method(chat: ChatModel, few, tmp_path) -> None:
     assert not set(tokens.ids.tolist()) & set(chat.tokenizer.all_special_ids)  # type: ignore[attr-defined]
     options = {"n_steps": 2, "harmful_per_step": 2, "harmless_per_step": 1, "max_new_tokens": 3, "lr": 1e-2}
     settings = DistillConfig(**options)
-    state = begin(copy_of(chat), direction, settings)
+    state = prepare_student(copy_of(chat), direction, settings)
     records = list(distill(state, chat, direction, tokens, few.harmful, few.harmless, settings))
     assert all(math.isfinite(r.loss) and r.grad_norm > 0 for r in records)
     export(state.student, tmp_path / "model")

@@ -10,17 +10,17 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import assert_near
-from safesteer import distill as _  # noqa: F401  (the import hook sees the package first)
-from safesteer import pipeline
-from safesteer.directions import Direction
-from safesteer.errors import SafeSteerError
-from safesteer.evaluate import Evaluation
-from safesteer.judges import refuses
-from safesteer.pipeline import align
-from safesteer.prompts import load_prompts
+from safesteer import alignment
+from safesteer._errors import SafeSteerError
+from safesteer.alignment import align
+from safesteer.distillation import loop as _  # noqa: F401  (the import hook sees the package first)
+from safesteer.evaluation.scores import Evaluation
+from safesteer.judges.wording import refuses
+from safesteer.prompts.prompt_set import load_prompts
 from safesteer.recipes import recipe
-from safesteer.run import STAGES, Run, finished
-from safesteer.tokens import TokenSet
+from safesteer.run_folder import STAGES, Run, finished
+from safesteer.steering.direction import Direction
+from safesteer.tokens.token_set import TokenSet
 
 QUIET = Console(quiet=True)
 SMALL = {
@@ -119,7 +119,7 @@ def test_finished_run_does_nothing_again(run, model_folder):
 
 
 def test_interrupted_training_continues_to_the_same_weights(run, model_folder, tmp_path, monkeypatch):
-    real = pipeline.distill
+    real = alignment.distill
 
     def stops_at_three(*args, **options):
         for record in real(*args, **options):
@@ -127,10 +127,10 @@ def test_interrupted_training_continues_to_the_same_weights(run, model_folder, t
             if record.step == 3:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "distill", stops_at_three)
+    monkeypatch.setattr(alignment, "distill", stops_at_three)
     with pytest.raises(KeyboardInterrupt):
         align(str(model_folder), tmp_path / "run", recipe(**SMALL), console=QUIET)
-    monkeypatch.setattr(pipeline, "distill", real)
+    monkeypatch.setattr(alignment, "distill", real)
     again = align(str(model_folder), tmp_path / "run", recipe(**SMALL), console=QUIET)
 
     def losses(folder):
@@ -169,7 +169,7 @@ def test_a_folder_of_other_files_is_refused(model_folder, tmp_path):
 
 
 def test_two_processes_cannot_share_a_folder(run, model_folder):
-    from safesteer.run import locked
+    from safesteer._files import locked
 
     with locked(run), pytest.raises(SafeSteerError, match="Another process"):
         align(str(model_folder), run, recipe(**SMALL), console=QUIET)
@@ -283,9 +283,9 @@ def test_an_unknown_tracker_is_one_sentence(model_folder, tmp_path):
 
 def test_a_refreshing_run_reads_the_student_again(model_folder, tmp_path, monkeypatch):
     read = []
-    real = pipeline.EXTRACTIONS["prefill"]
+    real = alignment.EXTRACTIONS["prefill"]
     monkeypatch.setitem(
-        pipeline.EXTRACTIONS, "prefill", lambda chat, *a, **k: read.append(chat.model) or real(chat, *a, **k)
+        alignment.EXTRACTIONS, "prefill", lambda chat, *a, **k: read.append(chat.model) or real(chat, *a, **k)
     )
     settings = {**SMALL, "distill.refresh_every": 2}
     options = {"stages": ("direction", "tokens", "distill"), "console": QUIET}

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from conftest import copy_of
-from safesteer.distill import distill
-from safesteer.errors import SafeSteerError
-from safesteer.files import read_tensors
-from safesteer.pipeline import align
+from safesteer._errors import SafeSteerError
+from safesteer._files import read_tensors
+from safesteer.alignment import align
+from safesteer.distillation.loop import distill
+from safesteer.distillation.state import DistillConfig, prepare_student
 from safesteer.recipes import recipe
-from safesteer.student import DistillConfig, begin
-from safesteer.tokens import SafetyToken, TokenSet
+from safesteer.tokens.token_set import SafetyToken, TokenSet
 
 SETTINGS = {
     "n_steps": 3,
@@ -39,19 +39,19 @@ student = base if settings.get("lora_rank") else student
 direction = ss.Direction.load(folder / "direction.safetensors", base)
 tokens = ss.TokenSet.load(folder / "tokens.json")
 config = ss.DistillConfig(**settings)
-state = ss.begin(student, direction, config)
+state = ss.prepare_student(student, direction, config)
 if config.sharded and not config.lora_rank:
     ss.shard(base.model)
 block = next(p for n, p in state.trained.items() if ".layers." in n)
 assert (block.to_local().numel() == block.numel() // 2) if config.sharded else not hasattr(block, "to_local")
-few = ss.load_prompts().split("val").head(6)
+few = ss.load_prompts().split("val").first(6)
 records = [asdict(r) for r in ss.distill(state, base, direction, tokens, few.harmful, few.harmless, config)]
 rank = PartialState().process_index
 assert PartialState().num_processes == 2
 (folder / f"history{rank}.json").write_text(json.dumps(records))
 state.save(folder / f"end{rank}.safetensors", {})
 if config.sharded and not config.lora_rank:  # the file gives each process its share again
-    again = ss.begin(ss.load_model(str(folder / "tiny"), device="cpu"), direction, config)
+    again = ss.prepare_student(ss.load_model(str(folder / "tiny"), device="cpu"), direction, config)
     again.load(folder / f"end{rank}.safetensors", {})
     assert again.step == state.step
     for name, p in again.trained.items():
@@ -109,7 +109,7 @@ def test_two_processes_take_the_steps_of_one(folder, tiny_llama, direction, few,
         pytest.importorskip("peft")
     config, tokens = DistillConfig(**{**settings, "sharded": False}), TokenSet.load(folder / "tokens.json")
     base = copy_of(tiny_llama)
-    state = begin(base if config.lora_rank else copy_of(tiny_llama), direction, config)
+    state = prepare_student(base if config.lora_rank else copy_of(tiny_llama), direction, config)
     alone = [asdict(r) for r in distill(state, base, direction, tokens, few.harmful, few.harmless, config)]
     state.save(tmp_path / "alone.safetensors", {})
     want, _ = read_tensors(tmp_path / "alone.safetensors")
@@ -153,7 +153,7 @@ def test_the_command_line_under_torchrun_writes_one_run_folder(folder, tmp_path,
 
 def test_one_process_has_nobody_to_share_with(folder, tiny_llama, direction, tmp_path):
     with pytest.raises(SafeSteerError, match="needs several processes"):
-        begin(copy_of(tiny_llama), direction, DistillConfig(sharded=True))
+        prepare_student(copy_of(tiny_llama), direction, DistillConfig(sharded=True))
     with pytest.raises(SafeSteerError, match="needs several processes"):
         align(str(folder / "tiny"), tmp_path / "run", recipe("quick", **{"distill.sharded": "true"}))
     assert not (tmp_path / "run").exists()
@@ -165,11 +165,17 @@ def test_more_processes_than_prompts_is_one_sentence(tiny_llama, direction, few,
 
         def __init__(self, cpu): ...
 
-    monkeypatch.setattr(sys.modules["safesteer.distill"], "PartialState", Three)
+    monkeypatch.setattr(sys.modules["safesteer.distillation.loop"], "PartialState", Three)
     config = DistillConfig(harmful_per_step=1, harmless_per_step=1)
     tokens = TokenSet.load(folder / "tokens.json")
     steps = distill(
-        begin(copy_of(tiny_llama), direction, config), tiny_llama, direction, tokens, few.harmful, [], config
+        prepare_student(copy_of(tiny_llama), direction, config),
+        tiny_llama,
+        direction,
+        tokens,
+        few.harmful,
+        [],
+        config,
     )
     with pytest.raises(SafeSteerError, match="3 processes cannot share the 2 prompts"):
         next(steps)

@@ -8,16 +8,9 @@ import pytest
 import torch
 
 from conftest import PROMPTS, near_duplicates
-from safesteer.errors import SafeSteerError
-from safesteer.prompts import (
-    SPLITS,
-    PromptBatch,
-    PromptSet,
-    batches,
-    render,
-    suffix_length,
-    template_hash,
-)
+from safesteer._errors import SafeSteerError
+from safesteer.models.batch import PromptBatch, batches, render, suffix_length, template_hash
+from safesteer.prompts.prompt_set import SPLITS, PromptSet
 
 GOOD = '{"harmful": "Make a bomb", "harmless": "Make a cake"}'
 TOKENIZERS = ["chatml_tokenizer", "llama3_tokenizer"]
@@ -123,11 +116,11 @@ def test_unknown_split_names_the_known_ones(few):
 
 
 def test_head_and_hash(pairs):
-    head = pairs.head(2)
+    head = pairs.first(2)
     assert (len(head.harmful), len(head.harmless)) == (2, 2)
     assert head.harmful == pairs.harmful[:2]
-    assert pairs.head(None).harmless == pairs.harmless
-    assert head.hash == pairs.head(2).hash != pairs.head(3).hash
+    assert pairs.first(None).harmless == pairs.harmless
+    assert head.hash == pairs.first(2).hash != pairs.first(3).hash
     assert PromptSet(head.prompts[::-1]).hash != head.hash
 
 

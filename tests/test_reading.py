@@ -5,13 +5,20 @@ import pytest
 import torch
 
 from conftest import assert_near, batch_of, random_vector
-from safesteer import reading
-from safesteer.directions import Direction
-from safesteer.errors import SafeSteerError
-from safesteer.extraction import Candidates, mean_difference
-from safesteer.hooks import hooked
-from safesteer.models import final_hidden, hf_model, output_head
-from safesteer.reading import cosines, residual_pca, separability, tokens_of, writers
+from safesteer._errors import SafeSteerError
+from safesteer.directions import inspection as reading
+from safesteer.directions.extraction import Candidates, mean_difference
+from safesteer.directions.inspection import (
+    component_contributions,
+    cosines,
+    logit_lens,
+    probe_accuracy,
+    residual_pca,
+)
+from safesteer.models.chat_model import hf_model, output_head
+from safesteer.models.forward import final_hidden
+from safesteer.steering.direction import Direction
+from safesteer.steering.hooks import apply_hooks
 
 
 def test_tokens_are_those_the_unembedding_raises(chat_and_bridge):
@@ -21,7 +28,7 @@ def test_tokens_are_those_the_unembedding_raises(chat_and_bridge):
     vectors = torch.stack([random_vector(32, seed=i) for i in range(2)])
     logits = norm(vectors) @ weight.T
     for chat in chat_and_bridge:
-        table = tokens_of(chat, vectors, k=3)
+        table = logit_lens(chat, vectors, k=3)
         assert len(table) == 2 * 2 * 3
         for row in range(2):
             top = table[(table.row == row) & (table.end == "top")]
@@ -51,13 +58,13 @@ def test_writers_add_up_to_the_residuals_projection(summed, few):
     """Embedding, heads and MLPs below block l sum to resid_pre[l] . d, for both kinds of prompts."""
     layer, vector = 2, random_vector(32)
     direction = Direction(vector, layer, "-1", "given")
-    table = writers(summed, direction, few, batch_size=4)
+    table = component_contributions(summed, direction, few, batch_size=4)
     below = table[(table.kind == "embed") | (table["layer"] < layer)]
     for label in ("harmful", "harmless"):
         values = []
         for text in getattr(few, label):
             seen = {}
-            with hooked(summed.model, {("resid_pre", layer): lambda h, s=seen: s.update(h=h)}):
+            with apply_hooks(summed.model, {("resid_pre", layer): lambda h, s=seen: s.update(h=h)}):
                 final_hidden(summed.model, batch_of(summed, [text]))
             values.append(float(seen["h"][0, -1].detach() @ direction.unit))
         assert below[label].sum() == pytest.approx(np.mean(values), abs=1e-4)
@@ -71,10 +78,10 @@ def test_writers_add_up_to_the_residuals_projection(summed, few):
 
 def test_writers_of_a_bridge_and_of_sandwich_norms(bridges, tiny_llama, tiny_gemma2, few):
     direction = Direction(random_vector(32), 1, "-1", "given")
-    plain, bridged = (writers(c, direction, few) for c in (tiny_llama, bridges["tiny-llama"]))
+    plain, bridged = (component_contributions(c, direction, few) for c in (tiny_llama, bridges["tiny-llama"]))
     assert bridged.difference.tolist() == pytest.approx(plain.difference.tolist(), abs=1e-4)
     with pytest.raises(SafeSteerError, match="normalises"):
-        writers(tiny_gemma2, direction, few)
+        component_contributions(tiny_gemma2, direction, few)
 
 
 def test_residual_pca_keeps_distances_of_the_plane(tiny_llama, few):
@@ -107,7 +114,7 @@ def test_separability_finds_a_planted_difference_and_shuffles_do_not(tiny_llama,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "activations", marked)
-        planted = separability(tiny_llama, prompts, layers=[1], ks=(1, 8))
+        planted = probe_accuracy(tiny_llama, prompts, layers=[1], ks=(1, 8))
     assert planted.accuracy.min() == 1.0
     assert planted.shuffled.max() < 0.8
     assert planted.k.tolist() == [1, 8]

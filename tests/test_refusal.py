@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from conftest import PROMPTS, assert_near, batch_of, naive_logits, plainly_padded
-from safesteer.divergence import refusal_score
-from safesteer.errors import SafeSteerError
-from safesteer.generation import cut_at_eos
-from safesteer.judges import refuses
-from safesteer.refusal import (
+from safesteer._errors import SafeSteerError
+from safesteer.directions.refusal_tokens import (
     REFUSALS,
-    last_logits,
     learn_refusal_tokens,
     refusal_scores,
     refusal_token_ids,
 )
+from safesteer.judges.wording import refuses
+from safesteer.models.forward import last_logits
+from safesteer.models.generation import cut_at_eos
+from safesteer.models.logits import refusal_score
 
 
 def test_refusal_tokens_are_first_tokens_of_refusals_only(tiny_llama):

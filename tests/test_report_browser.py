@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from test_attribution import CONFIG, HOSTILE, answer_rows, fill_run, hostile_tokens
 
-from safesteer.attribution.explain import Attribution, ExplainConfig, explain
-from safesteer.attribution.report import write_report
-from safesteer.attribution.text import visible
-from safesteer.tokens import select_tokens
+from safesteer._token_text import visible
+from safesteer.attribution.explanation import Attribution, ExplainConfig, explain
+from safesteer.report.page import write_report
+from safesteer.tokens.selection import select_tokens
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 DRIVER = shutil.which("chromedriver") or ""

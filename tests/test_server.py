@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from conftest import copy_of
-from safesteer.distill import distill
-from safesteer.endpoint import Endpoint
-from safesteer.errors import SafeSteerError
-from safesteer.server import server_sampler
-from safesteer.student import DistillConfig, begin
-from safesteer.tokens import SafetyToken, TokenSet
+from safesteer._endpoint import Endpoint
+from safesteer._errors import SafeSteerError
+from safesteer.distillation.loop import distill
+from safesteer.distillation.state import DistillConfig, prepare_student
+from safesteer.distillation.vllm import server_sampler
+from safesteer.tokens.token_set import SafetyToken, TokenSet
 
 SETTINGS = {"n_steps": 1, "harmful_per_step": 2, "harmless_per_step": 2, "n_rollouts": 2, "max_new_tokens": 4}
 
@@ -30,7 +30,7 @@ def served(tiny_llama):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 requests.append(body)
-                reply = json.dumps(change(answer(tiny_llama, body))).encode()
+                reply = json.dumps(change(sample_rollouts(tiny_llama, body))).encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(reply)))
                 self.end_headers()
@@ -50,7 +50,7 @@ def served(tiny_llama):
 
 
 @torch.no_grad()
-def answer(chat, body: dict) -> dict:
+def sample_rollouts(chat, body: dict) -> dict:
     """What a server would say: `n` greedy answers with the log-probability of each token."""
     ids, tokens, logps = list(body["prompt"]), [], []
     while len(tokens) < body["max_tokens"] and (not tokens or tokens[-1] not in chat.eos_ids):
@@ -65,7 +65,7 @@ def answer(chat, body: dict) -> dict:
 def train(chat, direction, few, endpoint, **options):
     config = DistillConfig(**{**SETTINGS, **options})
     chosen = tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in range(40, 48))
-    state = begin(copy_of(chat), direction, config)
+    state = prepare_student(copy_of(chat), direction, config)
     steps = distill(
         state,
         chat,

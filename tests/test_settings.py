@@ -2,7 +2,7 @@
 
 import pytest
 
-from safesteer.errors import SafeSteerError
+from safesteer._errors import SafeSteerError
 from safesteer.recipes import paper, quick, recipe
 
 

@@ -13,21 +13,14 @@ from conftest import (
     plainly_padded,
     random_vector,
 )
-from safesteer.divergence import logits_of
-from safesteer.errors import SafeSteerError
-from safesteer.generation import generate_ids
-from safesteer.hooks import hooked, record, starting_at
-from safesteer.models import (
-    ChatModel,
-    answers_start,
-    blocks,
-    final_hidden,
-    hf_model,
-    output_head,
-    prefill,
-)
-from safesteer.prompts import PromptBatch
-from safesteer.steering import ablate, ablate_placebo, add, clamp, gate
+from safesteer._errors import SafeSteerError
+from safesteer.models.batch import PromptBatch
+from safesteer.models.chat_model import ChatModel, blocks, hf_model, output_head
+from safesteer.models.forward import answers_start, final_hidden, prefill
+from safesteer.models.generation import generate_ids
+from safesteer.models.logits import logits_of
+from safesteer.steering.hooks import apply_hooks, record_resid_pre, run_from_layer
+from safesteer.steering.interventions import ablate, ablate_placebo, add, clamp, gate
 
 LAYER, COEFF = 1, 3.0
 
@@ -42,7 +35,7 @@ def residuals(chat: ChatModel) -> torch.Tensor:
     batch = plainly_padded(chat)
     real = batch.attention_mask.bool()
     layers = list(range(chat.n_layers))
-    with record(chat.model, layers, lambda h: h[real]) as seen:
+    with record_resid_pre(chat.model, layers, lambda h: h[real]) as seen:
         final_hidden(chat.model, batch)
     return torch.stack([seen[layer] for layer in layers])
 
@@ -170,7 +163,7 @@ def test_hooks_are_gone_after_a_failing_edit(either):
         raise RuntimeError("inside")
 
     before = n_hooks(either.model)
-    with pytest.raises(RuntimeError, match="inside"), hooked(either.model, {("resid_pre", 0): broken}):
+    with pytest.raises(RuntimeError, match="inside"), apply_hooks(either.model, {("resid_pre", 0): broken}):
         logits(either)
     assert n_hooks(either.model) == before
 
@@ -178,7 +171,7 @@ def test_hooks_are_gone_after_a_failing_edit(either):
 def test_hooks_are_gone_when_a_later_one_cannot_be_attached(tiny_llama):
     edits = {("resid_pre", 0): lambda h: h + 1, ("resid_pre", 99): lambda h: h}
     before = n_hooks(tiny_llama.model)  # transformers leaves hooks of its own on a model once used
-    with pytest.raises(IndexError), hooked(tiny_llama.model, edits):
+    with pytest.raises(IndexError), apply_hooks(tiny_llama.model, edits):
         pass
     assert n_hooks(tiny_llama.model) == before
 
@@ -188,7 +181,7 @@ def test_points_are_the_same_place_on_both(chat_and_bridge, point):
     results = []
     for chat in chat_and_bridge:
         seen = []
-        with hooked(chat.model, {(point, LAYER): lambda h, seen=seen: seen.append(h.detach())}):
+        with apply_hooks(chat.model, {(point, LAYER): lambda h, seen=seen: seen.append(h.detach())}):
             naive = plainly_padded(chat)
             with torch.no_grad():
                 final_hidden(chat.model, naive)
@@ -202,7 +195,7 @@ def test_residual_is_the_sum_of_its_writes(tiny_gemma2):
     points = [("resid_pre", 0), ("attn_out", 0), ("mlp_out", 0), ("resid_pre", 1)]
     seen = {}
     edits = {at: (lambda h, at=at: seen.update({at: h.detach()})) for at in points}
-    with hooked(tiny_gemma2.model, edits):
+    with apply_hooks(tiny_gemma2.model, edits):
         naive_logits(tiny_gemma2, plainly_padded(tiny_gemma2))
     start, attention, mlp, end = (seen[at] for at in points)
     assert_near(start + attention + mlp, end, 1e-5)
@@ -210,7 +203,7 @@ def test_residual_is_the_sum_of_its_writes(tiny_gemma2):
 
 def test_record_does_not_change_the_pass(chat):
     base = logits(chat)
-    with record(chat.model, [0, 1], lambda h: h) as seen:
+    with record_resid_pre(chat.model, [0, 1], lambda h: h) as seen:
         recorded = logits(chat)
     assert torch.equal(recorded, base)
     assert sorted(seen) == [0, 1]
@@ -235,12 +228,12 @@ def test_the_placebo_moves_as_far_as_ablation_along_another_axis(tiny_llama):
     vector, seen = random_vector(32), {}
 
     def embedding(name, how):
-        with how, hooked(tiny_llama.model, {("resid_pre", 0): lambda h: seen.update({name: h})}):
+        with how, apply_hooks(tiny_llama.model, {("resid_pre", 0): lambda h: seen.update({name: h})}):
             naive_logits(tiny_llama, batch_of(tiny_llama, ["Hi"]))
 
     embedding("ablated", ablate(tiny_llama.model, vector))
     embedding("placebo", ablate_placebo(tiny_llama.model, vector, seed=1))
-    embedding("base", record(tiny_llama.model, [], lambda h: h))
+    embedding("base", record_resid_pre(tiny_llama.model, [], lambda h: h))
     moved, placebo = seen["ablated"] - seen["base"], seen["placebo"] - seen["base"]
     assert_near(placebo.norm(dim=-1), moved.norm(dim=-1))
     axis = placebo[0] / placebo[0].norm(dim=-1, keepdim=True)
@@ -261,7 +254,7 @@ def naive_scope(chat, ids, n_prompt: int, scope: str, n_last: int, vector) -> to
     def edit(h):
         return h + COEFF * inside[None, :, None] * vector
 
-    with hooked(chat.model, {("resid_pre", LAYER): edit}), torch.no_grad():
+    with apply_hooks(chat.model, {("resid_pre", LAYER): edit}), torch.no_grad():
         out = chat.model(torch.tensor([ids]), use_cache=False)
     return (out if isinstance(out, torch.Tensor) else out.logits)[0]
 
@@ -358,7 +351,7 @@ def projections(chat: ChatModel, vector, gate_layer: int) -> list[float]:
     found = []
     for text in PROMPTS:
         seen = {}
-        with hooked(chat.model, {("resid_pre", gate_layer): lambda h, seen=seen: seen.update(h=h)}):
+        with apply_hooks(chat.model, {("resid_pre", gate_layer): lambda h, seen=seen: seen.update(h=h)}):
             final_hidden(chat.model, batch_of(chat, [text]))
         found.append(float(seen["h"][0, -1] @ vector / vector.norm()))
     return found
@@ -434,17 +427,17 @@ def test_gates_that_cannot_decide_are_refused(tiny_llama):
 def test_starting_at_a_layer_equals_the_whole_pass(chat, layer):
     layer = min(layer, chat.n_layers - 1)
     batch = plainly_padded(chat)
-    with record(chat.model, [layer], lambda h: h) as seen:
+    with record_resid_pre(chat.model, [layer], lambda h: h) as seen:
         want = final_hidden(chat.model, batch)
     ran = []
     first = blocks(chat.model)[0]
     handle = first.register_forward_hook(lambda *args: ran.append(1))
-    with starting_at(chat.model, layer, seen[layer]), torch.no_grad():
+    with run_from_layer(chat.model, layer, seen[layer]), torch.no_grad():
         got = final_hidden(chat.model, batch)
     handle.remove()
     assert_near(got, want)
     assert len(ran) == (layer == 0)
     assert blocks(chat.model)[0] is first
-    with pytest.raises(RuntimeError, match="stop"), starting_at(chat.model, layer, seen[layer]):
+    with pytest.raises(RuntimeError, match="stop"), run_from_layer(chat.model, layer, seen[layer]):
         raise RuntimeError("stop")
     assert blocks(chat.model)[0] is first

@@ -10,18 +10,18 @@ import pytest
 from test_pipeline import model_folder  # noqa: F401
 
 from conftest import SHARED
-from safesteer import suite as suites
-from safesteer.attribution.figures import shift_figure, suite_figure
-from safesteer.benchmarks import KNOWN as BENCHMARKS
-from safesteer.capability import KNOWN as TASKS
-from safesteer.capability import capability, command_line, local_name, write_tasks
-from safesteer.directions import Direction, steer
-from safesteer.errors import SafeSteerError
-from safesteer.extraction import mean_difference
-from safesteer.models import load_model
-from safesteer.prompts import load_prompts
-from safesteer.reading import representation_shift
-from safesteer.suite import SUITES, Suite, run_suite
+from safesteer._errors import SafeSteerError
+from safesteer.directions.extraction import mean_difference
+from safesteer.directions.inspection import representation_shift
+from safesteer.evaluation import suite as suites
+from safesteer.evaluation.capability import KNOWN as TASKS
+from safesteer.evaluation.capability import capability, command_line, local_name, write_tasks
+from safesteer.evaluation.suite import SUITES, Suite, run_suite
+from safesteer.models.loading import load_model
+from safesteer.prompts.benchmarks import KNOWN as BENCHMARKS
+from safesteer.prompts.prompt_set import load_prompts
+from safesteer.report.figures import shift_figure, suite_figure
+from safesteer.steering.direction import steer
 
 harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra `eval`")
 TINY = Suite(("own-harmful", "own-harmless", "xstest"), n_prompts=3, max_new_tokens=4, perplexity_tokens=64)
@@ -133,11 +133,11 @@ def test_a_run_is_measured_as_base_and_student(model_folder, tmp_path, data):  #
 def test_the_shift_is_the_distance_of_means_in_spreads_of_the_base(tiny_llama):
     import torch
 
-    from safesteer.models import final_hidden
-    from safesteer.prompts import PromptBatch
+    from safesteer.models.batch import PromptBatch
+    from safesteer.models.forward import final_hidden
 
-    prompts = load_prompts().split("val").head(6)
-    direction = Direction.of(tiny_llama, mean_difference(tiny_llama, prompts), "-1", 1, coeff=3.0)
+    prompts = load_prompts().split("val").first(6)
+    direction = mean_difference(tiny_llama, prompts).direction(tiny_llama, "-1", 1, coeff=3.0)
     base, texts = tiny_llama, prompts.harmless
     other = load_model_like(base)
     with steer(other, direction):
@@ -211,7 +211,7 @@ def test_every_local_task_runs_or_says_what_is_missing(
 
 
 def test_without_the_extra_a_sentence_says_so(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("safesteer.capability.find_spec", lambda name: None)
+    monkeypatch.setattr("safesteer.evaluation.capability.find_spec", lambda name: None)
     with pytest.raises(SafeSteerError, match=r"safesteer\[eval\]"):
         capability(tiny_llama, ["piqa"], tmp_path)
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from conftest import batch_of, n_hooks, naive_logits, random_vector
-from safesteer import scoring, steering
-from safesteer.divergence import kl_divergence, refusal_score
-from safesteer.errors import SafeSteerError
-from safesteer.extraction import Candidates, mean_difference, prefill_contrast
-from safesteer.generation import generate_ids
-from safesteer.models import blocks, output_head
-from safesteer.refusal import refusal_token_ids
-from safesteer.sweep import COLUMNS, Sweep, SweepConfig, sweep
+from safesteer._errors import SafeSteerError
+from safesteer.directions import scoring
+from safesteer.directions.extraction import Candidates, mean_difference, prefill_contrast
+from safesteer.directions.refusal_tokens import refusal_token_ids
+from safesteer.directions.sweeping import COLUMNS, Sweep, SweepConfig, sweep
+from safesteer.models.chat_model import blocks, output_head
+from safesteer.models.generation import generate_ids
+from safesteer.models.logits import kl_divergence, refusal_score
+from safesteer.steering import interventions as steering
 
 REFUSAL_IDS = torch.tensor([7, 40, 90])
 SCORES = ["ablation_refusal", "steering_refusal", "kl_harmless"]
@@ -55,13 +56,13 @@ def naive_scores(chat, vector, layer, prompts, n_kl_tokens, refusal_ids=REFUSAL_
 
 
 @pytest.mark.parametrize(
-    ("n_kl_tokens", "batch_size", "tokens_a_pass"), [(1, 2, 2048), (3, 8, 64), (3, 1, 2048), (3, 2, 1)]
+    ("n_kl_tokens", "batch_size", "tokens_per_pass"), [(1, 2, 2048), (3, 8, 64), (3, 1, 2048), (3, 2, 1)]
 )
-def test_scores_equal_one_candidate_at_a_time(chat, few, n_kl_tokens, batch_size, tokens_a_pass):
+def test_scores_equal_one_candidate_at_a_time(chat, few, n_kl_tokens, batch_size, tokens_per_pass):
     """Packed, shared and started half-way, on every architecture (sliding windows included)."""
-    few, found = few.head(3), mean_difference(chat, few)
+    few, found = few.first(3), mean_difference(chat, few)
     found = Candidates(found.vectors[-2:] + 0.1, found.positions[-2:], "instruction", found.shuffled[-2:])
-    config = SweepConfig(n_kl_tokens=n_kl_tokens, batch_size=batch_size, tokens_a_pass=tokens_a_pass)
+    config = SweepConfig(n_kl_tokens=n_kl_tokens, batch_size=batch_size, tokens_per_pass=tokens_per_pass)
     table = sweep(chat, found, few, REFUSAL_IDS, config).table
     assert len(table) == 2 * chat.n_layers
     for row in table[table.layer < 0.8 * chat.n_layers].itertuples():
@@ -75,8 +76,8 @@ def test_scores_equal_one_candidate_at_a_time(chat, few, n_kl_tokens, batch_size
 def test_a_bridge_scores_as_the_plain_model(chat_and_bridge, few):
     tables = []
     for chat in chat_and_bridge:
-        found = mean_difference(chat, few.head(2))
-        tables.append(sweep(chat, found, few.head(2), REFUSAL_IDS, SweepConfig(controls=())).table)
+        found = mean_difference(chat, few.first(2))
+        tables.append(sweep(chat, found, few.first(2), REFUSAL_IDS, SweepConfig(controls=())).table)
     left, right = (t[t.layer.between(1, 2)][SCORES].to_numpy() for t in tables)
     assert left == pytest.approx(right, abs=1e-3, nan_ok=True)
 
@@ -84,7 +85,7 @@ def test_a_bridge_scores_as_the_plain_model(chat_and_bridge, few):
 def test_scoring_leaves_the_model_as_it_was(tiny_llama, candidates, few):
     before, base = n_hooks(tiny_llama.model), naive_logits(tiny_llama, batch_of(tiny_llama))
     blocks_before = list(blocks(tiny_llama.model))
-    sweep(tiny_llama, candidates, few.head(2), REFUSAL_IDS)
+    sweep(tiny_llama, candidates, few.first(2), REFUSAL_IDS)
     assert n_hooks(tiny_llama.model) == before
     assert all(a is b for a, b in zip(blocks(tiny_llama.model), blocks_before, strict=True))
     assert torch.equal(naive_logits(tiny_llama, batch_of(tiny_llama)), base)
@@ -121,10 +122,10 @@ def test_controls_can_be_kept_to_the_best_few(tiny_llama, candidates, few, score
 
 def test_held_out_scores_are_those_of_other_prompts(tiny_llama, candidates, few):
     config = SweepConfig(n_prompts=2, n_held_out=1, rank_by="steering", controls=())
-    found = sweep(tiny_llama, candidates, few, REFUSAL_IDS, config, held_out=few.tail(2))
+    found = sweep(tiny_llama, candidates, few, REFUSAL_IDS, config, held_out=few.after(2))
     scored = found.table.dropna(subset=["steering_refusal_held_out"])
     assert scored.index.tolist() == [found.best.name]
-    want = naive_scores(tiny_llama, found.vector(found.best), int(found.best.layer), few.tail(2), 3)
+    want = naive_scores(tiny_llama, found.vector(found.best), int(found.best.layer), few.after(2), 3)
     got = [scored.iloc[0][f"{name}_held_out"] for name in SCORES]
     assert got == pytest.approx(want, abs=1e-4)
 
@@ -133,7 +134,7 @@ def test_refusal_rates_of_answers_need_a_judge(tiny_llama, candidates, few):
     config = SweepConfig(n_prompts=2, n_answer_tokens=2, rank_by="steering", controls=())
     with pytest.raises(SafeSteerError, match="judge"):
         sweep(tiny_llama, candidates, few, REFUSAL_IDS, config)
-    first = few.head(2).harmless[0]
+    first = few.first(2).harmless[0]
     found = sweep(
         tiny_llama, candidates, few, REFUSAL_IDS, config, judge=lambda prompt, answer: prompt == first
     )
@@ -173,8 +174,10 @@ def test_scores_tell_candidates_apart(scored):
 
 def test_pruned_layers_are_not_run(tiny_llama, candidates, few, monkeypatch):
     layers = set()
-    start = scoring.starting_at
-    monkeypatch.setattr(scoring, "starting_at", lambda m, layer, h: layers.add(layer) or start(m, layer, h))
+    start = scoring.run_from_layer
+    monkeypatch.setattr(
+        scoring, "run_from_layer", lambda m, layer, h: layers.add(layer) or start(m, layer, h)
+    )
     config = SweepConfig(max_layer_share=0.5, n_prompts=2)
     table = sweep(tiny_llama, candidates, few, REFUSAL_IDS, config).table
     assert layers == {0, 1}  # of 3 layers: those with l < 1.5
@@ -264,8 +267,8 @@ def test_candidates_that_are_not_finite_are_dropped(tiny_llama, candidates, few)
 
 @pytest.mark.model
 def test_smollm2_scores_equal_one_candidate_at_a_time(smollm2, pairs):
-    few = pairs.split("val").head(3)
-    found = mean_difference(smollm2, pairs.split("train").head(8))
+    few = pairs.split("val").first(3)
+    found = mean_difference(smollm2, pairs.split("train").first(8))
     cut = Candidates(found.vectors[-1:], found.positions[-1:], "instruction")
     refusal_ids = refusal_token_ids(smollm2.tokenizer)
     table = sweep(smollm2, cut, few, refusal_ids, SweepConfig(batch_size=2)).table

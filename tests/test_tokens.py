@@ -11,14 +11,16 @@ import torch
 from rich.console import Console
 
 from conftest import PROMPTS, assert_near, batch_of, copy_of, naive_logits
-from safesteer import generation, models, tokens
-from safesteer.directions import Direction, steer
-from safesteer.divergence import logits_of
-from safesteer.errors import SafeSteerError
-from safesteer.extraction import prefill_contrast
-from safesteer.models import ChatModel, output_head
-from safesteer.prompts import PromptBatch
-from safesteer.tokens import Rollouts, TokenConfig, TokenSet, banned_ids, rollouts, select_tokens
+from safesteer._errors import SafeSteerError
+from safesteer.directions.extraction import prefill_contrast
+from safesteer.models import generation
+from safesteer.models.batch import PromptBatch
+from safesteer.models.chat_model import ChatModel, output_head
+from safesteer.models.logits import logits_of
+from safesteer.steering.direction import steer
+from safesteer.tokens import selection as tokens
+from safesteer.tokens.selection import AnswerStates, banned_ids, sample_answers, select_tokens
+from safesteer.tokens.token_set import SafetyToken, TokenConfig, TokenSet
 
 CONFIG = TokenConfig(k=12, k_vote=20, horizon=4, n_samples=3, min_steered_prob=1e-4)
 
@@ -35,8 +37,8 @@ def ender(tiny_llama) -> ChatModel:
 
 
 @pytest.fixture(scope="module")
-def sampled(ender, direction) -> Rollouts:
-    return rollouts(ender, direction, PROMPTS, CONFIG)
+def sampled(ender, direction) -> AnswerStates:
+    return sample_answers(ender, direction, PROMPTS, CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def found(ender, direction) -> TokenSet:
     return select_tokens(ender, direction, PROMPTS, CONFIG)
 
 
-def naive_logps(chat, direction, sampled: Rollouts) -> tuple[torch.Tensor, torch.Tensor]:
+def naive_logps(chat, direction, sampled: AnswerStates) -> tuple[torch.Tensor, torch.Tensor]:
     """log pt and log p0 at every step of every sample, [rows, horizon, V]: one row at a time."""
     teacher, base = [], []
     horizon = sampled.completion_ids.shape[1]
@@ -67,7 +69,7 @@ def naive_counting(chat, ids: list[int], base: torch.Tensor) -> list[bool]:
 
 
 def test_rollouts_read_teacher_and_base_at_the_same_tokens(ender, direction, sampled):
-    weight = models.output_head(ender.model)[0]
+    weight = output_head(ender.model)[0]
     teacher, base = naive_logps(ender, direction, sampled)
     assert_near((sampled.teacher @ weight.T).log_softmax(-1), teacher)
     assert_near((sampled.base @ weight.T).log_softmax(-1), base)
@@ -132,11 +134,11 @@ def test_selection_equals_naive(ender, direction, sampled, method, min_steered_p
 @pytest.mark.model
 def test_smollm2_selection_equals_a_full_tensor_reference(smollm2, pairs):
     """Same ids and votes as with every (row x step x vocabulary) number in memory at once."""
-    found = prefill_contrast(smollm2, pairs.split("train").head(4))
-    direction = Direction.of(smollm2, found, "mean", 11, coeff=1.8)
+    found = prefill_contrast(smollm2, pairs.split("train").first(4))
+    direction = found.direction(smollm2, "mean", 11, coeff=1.8)
     config = TokenConfig(horizon=4, n_samples=2, min_steered_prob=1e-3, k_vote=30)
     texts = pairs.split("val").harmless[:4]
-    sampled = rollouts(smollm2, direction, texts, config)
+    sampled = sample_answers(smollm2, direction, texts, config)
     got = select_tokens(smollm2, direction, texts, config, sampled=sampled)
     head = output_head(smollm2.model)
     teacher, base = (logits_of(h, *head).log_softmax(-1) for h in (sampled.teacher, sampled.base))
@@ -207,9 +209,9 @@ def test_selection_depends_on_the_seed_only(ender, direction, found):
 def test_rollouts_come_from_the_chosen_model(tiny_llama, direction):
     """With strong steering teacher and base write different samples; both are read alike."""
     config = TokenConfig(**{**vars(CONFIG), "rollouts": "base"})
-    by_base = rollouts(tiny_llama, direction.with_coeff(50.0), PROMPTS, config)
-    by_teacher = rollouts(tiny_llama, direction.with_coeff(50.0), PROMPTS, CONFIG)
-    unsteered = rollouts(tiny_llama, direction.with_coeff(0.0), PROMPTS, CONFIG)
+    by_base = sample_answers(tiny_llama, direction.with_coeff(50.0), PROMPTS, config)
+    by_teacher = sample_answers(tiny_llama, direction.with_coeff(50.0), PROMPTS, CONFIG)
+    unsteered = sample_answers(tiny_llama, direction.with_coeff(0.0), PROMPTS, CONFIG)
     assert torch.equal(by_base.completion_ids, unsteered.completion_ids)
     assert not torch.equal(by_base.completion_ids, by_teacher.completion_ids)
 
@@ -217,7 +219,7 @@ def test_rollouts_come_from_the_chosen_model(tiny_llama, direction):
 def test_samples_that_end_at_once_are_padded_to_the_horizon(tiny_llama, direction):
     chat = copy_of(tiny_llama)
     chat.model.generation_config.eos_token_id = list(range(400))
-    got = rollouts(chat, direction, PROMPTS, CONFIG)
+    got = sample_answers(chat, direction, PROMPTS, CONFIG)
     assert got.completion_ids.shape == (len(PROMPTS) * CONFIG.n_samples, CONFIG.horizon)
     with pytest.raises(SafeSteerError, match="No position"):
         select_tokens(chat, direction, PROMPTS, CONFIG)
@@ -299,5 +301,5 @@ def test_tables_are_escaped(found):
     frame = found.to_frame()
     assert frame.id.tolist() == found.ids.tolist()
     assert len(found) == len(frame)
-    token = tokens.SafetyToken(5, "<script>", 1, (1,), 0.0, 0.1, 0.2)
+    token = SafetyToken(5, "<script>", 1, (1,), 0.0, 0.1, 0.2)
     assert "<script>" not in TokenSet((token,), {}, {}, 1)._repr_html_()

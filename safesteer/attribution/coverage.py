@@ -6,7 +6,7 @@
 2. Curves: the share carried by the first K of S; by the best K tokens there are (an upper bound);
    and by controls: K random candidates (tokens that selection could have chosen), K tokens matched
    one by one in base probability, K tokens of the whole vocabulary at random.
-3. Containing: in how many refusals, and in how many answers that comply with harmful prompts, does
+3. AnswerShare: in how many refusals, and in how many answers that comply with harmful prompts, does
    a token of S occur at all, against matched sets.
 """
 
@@ -17,19 +17,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from safesteer.attribution.trace import answer_ids, kl_terms
-from safesteer.directions import Direction, steer
-from safesteer.models import ChatModel, final_hidden
-from safesteer.prompts import PromptBatch, batches
-from safesteer.stats import wilson
-from safesteer.tokens import Rollouts, logp_rows
+from safesteer._intervals import wilson
+from safesteer.attribution.tracing import answer_ids, kl_terms
+from safesteer.models.batch import PromptBatch, batches
+from safesteer.models.chat_model import ChatModel
+from safesteer.models.forward import final_hidden
+from safesteer.steering.direction import Direction, steer
+from safesteer.tokens.selection import AnswerStates, logp_rows
 
 NEAREST = 40  # a matched token is drawn from this many neighbours in base probability
 STEP_ENDS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64, 128)  # steps are grouped as 1, 2, ..8, 9-16, ..
 
 
 @dataclass(frozen=True)
-class Band:
+class Range:
     """A curve with the lowest and highest value over repeated draws (equal for one draw)."""
 
     mean: tuple[float, ...]
@@ -42,13 +43,13 @@ class SetCurve:
     """Shares (0..1) that the first K tokens of a family of sets carry, for each K."""
 
     name: str
-    kl_share: Band
-    mass_teacher: Band
-    mass_base: Band
+    kl_share: Range
+    mass_teacher: Range
+    mass_base: Range
 
 
 @dataclass(frozen=True)
-class Step:
+class StepShare:
     """One step of the answers: KL a position (nats), and each family's share of it at K = |S|."""
 
     steps: str
@@ -58,7 +59,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Source:
+class TextCoverage:
     """Coverage on one kind of text, S having `k` tokens.
 
     `kl` is the mean KL(teacher || base) a position, in nats.
@@ -70,11 +71,11 @@ class Source:
     kl: float
     ks: tuple[int, ...]
     curves: tuple[SetCurve, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[StepShare, ...]
 
 
 @dataclass(frozen=True)
-class Containing:
+class AnswerShare:
     """Share of `n` answers with a token of S in their first tokens; Wilson 95 % interval."""
 
     answers: str
@@ -90,12 +91,12 @@ class Coverage:
     """`k` is the size of S; curves go past it along the ranking that selection would continue."""
 
     k: int
-    sources: tuple[Source, ...]
-    containing: tuple[Containing, ...]
+    sources: tuple[TextCoverage, ...]
+    containing: tuple[AnswerShare, ...]
 
 
 @torch.no_grad()
-def teacher_forced(
+def read_answers(
     base: ChatModel,
     direction: Direction,
     prompts: Sequence[str],
@@ -103,7 +104,7 @@ def teacher_forced(
     *,
     max_tokens: int = 32,
     batch_size: int = 8,
-) -> Rollouts:
+) -> AnswerStates:
     """Given answers read by teacher and base: the form that sampled rollouts have."""
     ids = [answer_ids(base.tokenizer, a, max_tokens) for a in answers]
     kept = [i for i, row in enumerate(ids) if row]
@@ -124,7 +125,7 @@ def teacher_forced(
             teacher[r, : len(tail)], plain[r, : len(tail)] = steered[at, span], unsteered[at, span]
             completion[r, : len(tail)], valid[r, : len(tail)] = torch.tensor(tail), True
     device = base.device
-    return Rollouts(teacher, plain, completion.to(device), valid.to(device), tuple(texts))
+    return AnswerStates(teacher, plain, completion.to(device), valid.to(device), tuple(texts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +139,7 @@ class Totals:
 
 
 @torch.no_grad()
-def totals(chat: ChatModel, sampled: Rollouts) -> Totals:
+def totals(chat: ChatModel, sampled: AnswerStates) -> Totals:
     """Step 1: one streaming pass, memory O(step groups x vocabulary)."""
     ends = torch.tensor(STEP_ENDS)
     group_of = torch.bucketize(torch.arange(sampled.valid.shape[1]) + 1, ends)
@@ -211,7 +212,7 @@ def source_coverage(
     *,
     n_sets: int = 8,
     seed: int = 0,
-) -> Source:
+) -> TextCoverage:
     """Step 2 for one kind of text. `ranking` starts with S (its first `k` ids) and goes on.
 
     `candidates` are the tokens that selection could have chosen, `ordinary` all that are not
@@ -230,9 +231,9 @@ def source_coverage(
     curves = tuple(
         SetCurve(
             family,
-            _band([_shares(kl, s, ks, float(kl.sum())) for s in sets]),
-            _band([_shares(total.teacher.sum(0), s, ks, float(n)) for s in sets]),
-            _band([_shares(total.base.sum(0), s, ks, float(n)) for s in sets]),
+            range_of([_shares(kl, s, ks, float(kl.sum())) for s in sets]),
+            range_of([_shares(total.teacher.sum(0), s, ks, float(n)) for s in sets]),
+            range_of([_shares(total.base.sum(0), s, ks, float(n)) for s in sets]),
         )
         for family, sets in families.items()
     )
@@ -245,9 +246,11 @@ def source_coverage(
                 for family, sets in families.items()
             }
             label = str(end) if start == end else f"{start} to {end}"
-            steps.append(Step(label, count, whole / count, share))
+            steps.append(StepShare(label, count, whole / count, share))
         start = end + 1
-    return Source(name, min(k, len(ranking)), n, float(kl.sum()) / max(n, 1), tuple(ks), curves, tuple(steps))
+    return TextCoverage(
+        name, min(k, len(ranking)), n, float(kl.sum()) / max(n, 1), tuple(ks), curves, tuple(steps)
+    )
 
 
 def _shares(
@@ -261,9 +264,9 @@ def _shares(
     return [float(running[min(k, len(ids)) - 1]) / whole if whole > 0 and len(ids) else 0.0 for k in ks]
 
 
-def _band(curves: list[list[float]]) -> Band:
+def range_of(curves: list[list[float]]) -> Range:
     columns = list(zip(*curves, strict=True))
-    return Band(
+    return Range(
         tuple(sum(c) / len(c) for c in columns),
         tuple(min(c) for c in columns),
         tuple(max(c) for c in columns),
@@ -278,7 +281,7 @@ def containing(
     matched: Sequence[Int[Tensor, " n_matched"]],
     *,
     max_tokens: int = 32,
-) -> Containing:
+) -> AnswerShare:
     """Step 3 for one kind of answer: those with a token of S among their first `max_tokens`."""
     ids = [set(answer_ids(tokenizer, a, max_tokens)) for a in answers]
 
@@ -289,4 +292,4 @@ def containing(
     n, found = len(ids), hits(chosen)
     others = sum(hits(s) for s in matched) / max(1, len(matched))
     low, high = wilson(found, n)
-    return Containing(name, n, found / max(1, n), low, high, others / max(1, n))
+    return AnswerShare(name, n, found / max(1, n), low, high, others / max(1, n))

@@ -18,10 +18,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from safesteer.attribution.coverage import Band, _band
+from safesteer.attribution.coverage import Range, range_of
 from safesteer.attribution.votes import Means, allowed_ids, group_rankings
-from safesteer.models import ChatModel
-from safesteer.tokens import Rollouts, TokenConfig
+from safesteer.models.chat_model import ChatModel
+from safesteer.tokens.selection import AnswerStates
+from safesteer.tokens.token_set import TokenConfig
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class StabilityCurve:
 
     name: str
     n_pairs: int
-    jaccard: Band
+    jaccard: Range
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,13 @@ def jaccard(a: Sequence[int], b: Sequence[int]) -> float:
 
 def stability(
     chat: ChatModel,
-    sampled: Rollouts,
+    sampled: AnswerStates,
     config: TokenConfig,
     *,
     ks: Sequence[int] = (5, 10, 20, 30, 50, 75, 100, 150, 200),
     n_splits: int = 8,
     seed: int = 0,
-    others: Sequence[Rollouts] = (),
+    others: Sequence[AnswerStates] = (),
 ) -> tuple[Stability, list[int], Means]:
     """Stability of S, with the ranking and the means of all positions together (used elsewhere).
 
@@ -72,26 +73,26 @@ def stability(
     for name, pairs in names.items():
         if pairs:
             rows = [[jaccard(rankings[a][:k], rankings[b][:k]) for k in ks] for a, b in pairs]
-            curves.append(StabilityCurve(name, len(pairs), _band(rows)))
+            curves.append(StabilityCurve(name, len(pairs), range_of(rows)))
     if others:
         whole = [rankings[0]]
         for other in others:
             everything = torch.ones((*other.valid.shape, 1), dtype=torch.bool)
             whole.append(group_rankings(chat, other, everything, config, max(ks))[0][0])
         rows = [[jaccard(a[:k], b[:k]) for k in ks] for a, b in combinations(whole, 2)]
-        curves.append(StabilityCurve("seeds", len(rows), _band(rows)))
+        curves.append(StabilityCurve("seeds", len(rows), range_of(rows)))
     chance = tuple(k / (2 * allowed - k) if k < allowed else 1.0 for k in ks)
     n_prompts = int(prompt_of.max()) + 1
     return Stability(tuple(ks), tuple(curves), chance, n_prompts), rankings[0], means
 
 
-def _prompt_index(sampled: Rollouts) -> Tensor:
+def _prompt_index(sampled: AnswerStates) -> Tensor:
     numbers: dict[str, int] = {}
     return torch.tensor([numbers.setdefault(p, len(numbers)) for p in sampled.prompts])
 
 
 def _groups(
-    sampled: Rollouts, prompt_of: Tensor, n_splits: int, seed: int
+    sampled: AnswerStates, prompt_of: Tensor, n_splits: int, seed: int
 ) -> tuple[Bool[Tensor, "rows horizon groups"], dict[str, list[tuple[int, int]]]]:
     """Membership of each position in each group, and which groups are compared."""
     rows, horizon = sampled.valid.shape

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from safesteer.models import ChatModel
-from safesteer.tokens import Rollouts, TokenConfig, banned_ids, logp_rows
+from safesteer.models.chat_model import ChatModel
+from safesteer.tokens.selection import AnswerStates, banned_ids, logp_rows
+from safesteer.tokens.token_set import TokenConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class Means:
 
 
 @torch.no_grad()
-def group_means(chat: ChatModel, sampled: Rollouts, groups: Bool[Tensor, "rows horizon groups"]) -> Means:
+def group_means(chat: ChatModel, sampled: AnswerStates, groups: Bool[Tensor, "rows horizon groups"]) -> Means:
     shape = (groups.shape[-1], chat.d_vocab)
     p_steered, delta = torch.zeros(shape), torch.zeros(shape)
     p_base, n = torch.zeros(chat.d_vocab, dtype=torch.float64), torch.zeros(groups.shape[-1])
@@ -52,7 +53,7 @@ def allowed_ids(chat: ChatModel, means: Means, config: TokenConfig) -> Bool[Tens
 @torch.no_grad()
 def group_rankings(
     chat: ChatModel,
-    sampled: Rollouts,
+    sampled: AnswerStates,
     groups: Bool[Tensor, "rows horizon groups"],
     config: TokenConfig,
     n_best: int,

@@ -1,0 +1,179 @@
+"""One optimizer step (rollout, teacher, student) against a naive one, in one run.
+
+    python performance/trainer.py [--sequences 32] [--new-tokens 64] [--steps 1]
+
+Each path runs in a process of its own: models are loaded, one warm-up step of two short answers is
+run, then the steps are timed and peak resident memory above the loaded models is read.
+
+    ours      distill as it is, blocks from the steered layer up, float32
+    narrow    the same with passes in bfloat16 and a bfloat16 teacher; the trained weights stay float32
+    adapter   a rank-16 adapter on one bfloat16 copy of the weights, passes in bfloat16
+    naive     a second whole model as teacher, prompts padded to the longest and read again for every
+              answer, logits of all answer positions, log-softmax over the vocabulary, autograd
+    trl       DistillationTrainer of TRL, if it is installed: the steered copy as its teacher, full
+              vocabulary, the same blocks trained, micro-batches of the same size, float32
+    trl-bf16  the same with its mixed precision
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import tempfile
+import time
+
+import torch
+from measure import extra_mb, in_process, machine, start_memory
+
+import safesteer as ss
+from safesteer.models.batch import PromptBatch
+
+
+def set_up():
+    chat, prompts = ss.load_model("smollm2-135m"), ss.load_prompts()
+    candidates = ss.prefill_contrast(chat, prompts.split("train").first(8))
+    direction = candidates.direction(chat, "mean", 11, coeff=1.8)
+    config = ss.TokenConfig(horizon=3, n_samples=1, min_steered_prob=1e-4, k_vote=30)
+    tokens = ss.select_tokens(chat, direction, prompts.split("val").harmless[:8], config)
+    return chat, direction, tokens, prompts.split("distil").harmful
+
+
+def ours(options, adapter: bool, dtype: str):
+    chat, direction, tokens, harmful = set_up()
+    chat = ss.load_model("smollm2-135m", dtype=dtype)
+    settings = {
+        "harmless_per_step": 0,
+        "rollouts": "student",
+        "lora_rank": 16 if adapter else 0,
+        "precision": dtype,
+    }
+    few = ss.DistillConfig(n_steps=1, harmful_per_step=2, max_new_tokens=4, **settings)
+    student = chat if adapter else ss.load_model("smollm2-135m")
+    state = ss.prepare_student(student, direction, few)
+    for _ in ss.distill(state, chat, direction, tokens, harmful, [], few):
+        pass
+    config = ss.DistillConfig(
+        n_steps=1 + options.steps,
+        harmful_per_step=options.sequences,
+        max_new_tokens=options.new_tokens,
+        **settings,
+    )
+    before, started = start_memory(), time.perf_counter()
+    records = list(ss.distill(state, chat, direction, tokens, harmful, [], config))
+    seconds = (time.perf_counter() - started) / options.steps
+    parts = {
+        f"{k}_s": round(sum(getattr(r, f"{k}_s") for r in records) / len(records), 1)
+        for k in ("rollout", "teacher", "student")
+    }
+    return seconds, extra_mb(before), parts
+
+
+def naive(options):
+    chat, direction, tokens, harmful = set_up()
+    student = ss.load_model("smollm2-135m").model
+    teacher = copy.deepcopy(chat)
+    student.requires_grad_(False)
+    for block in student.model.layers[direction.layer :]:
+        block.requires_grad_(True)
+    params = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-5)
+
+    def step(texts, n_new):
+        singles = [PromptBatch.of(chat.tokenizer, [t]).prompt_ids[0].tolist() for t in texts]
+        batch = PromptBatch.from_ids(singles, [[] for _ in singles], share=False)
+        sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        ids, mask = batch.prompt_ids, batch.attention_mask
+        out = student.generate(ids, attention_mask=mask, max_new_tokens=n_new, **sampling)
+        mask = torch.cat([mask, torch.ones_like(out[:, ids.shape[1] :])], 1)
+        inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        answer = slice(ids.shape[1] - 1, -1)
+        with torch.no_grad(), ss.steer(teacher, direction):
+            q = teacher.model(out, use_cache=False, **inputs).logits[:, answer].float().log_softmax(-1)
+        p = student(out, use_cache=False, **inputs).logits[:, answer].float().log_softmax(-1)
+        p, q = p[..., tokens.ids], q[..., tokens.ids]
+        loss = (0.5 * (p.exp() * (p - q)) + 0.5 * (q.exp() * (q - p))).sum(-1).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(harmful[:2], 4)
+    before, started = start_memory(), time.perf_counter()
+    for _ in range(options.steps):
+        step(harmful[: options.sequences], options.new_tokens)
+    return (time.perf_counter() - started) / options.steps, extra_mb(before), {}
+
+
+def trl(options, bf16: bool):
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
+
+    chat, direction, _, harmful = set_up()
+    student, teacher = ss.load_model("smollm2-135m").model, copy.deepcopy(chat)
+    for block in student.model.layers[direction.layer :]:
+        block.requires_grad_(True)
+    micro = min(ss.DistillConfig().micro_batch, options.sequences)
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in harmful[: options.sequences]]
+    with tempfile.TemporaryDirectory() as folder, ss.steer(teacher, direction):
+        config = DistillationConfig(
+            folder,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=options.sequences // micro,
+            max_steps=options.steps,
+            max_completion_length=options.new_tokens,
+            learning_rate=1e-5,
+            gradient_checkpointing=False,
+            bf16=bf16,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = DistillationTrainer(
+            student, teacher.model, config, Dataset.from_list(rows), processing_class=chat.tokenizer
+        )
+        before, started = start_memory(), time.perf_counter()
+        trainer.train()
+        return (time.perf_counter() - started) / options.steps, extra_mb(before), {}
+
+
+OURS = {
+    "ours": lambda options: ours(options, adapter=False, dtype="float32"),
+    "narrow": lambda options: ours(options, adapter=False, dtype="bfloat16"),
+    "adapter": lambda options: ours(options, adapter=True, dtype="bfloat16"),
+}
+PATHS = OURS | {
+    "naive": naive,
+    "trl": lambda options: trl(options, bf16=False),
+    "trl-bf16": lambda options: trl(options, bf16=True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--path", choices=["all", *PATHS], default="all")
+    options = parser.parse_args()
+    if options.path != "all":
+        made = PATHS[options.path](options)
+        print(json.dumps({"seconds": round(made[0], 1), "extra_mb": round(made[1]), **made[2]}))
+        return
+    results = {}
+    peers = ["naive", "trl", "trl-bf16"] if importlib.util.find_spec("trl") else ["naive"]
+    for path in (*OURS, *peers):
+        sizes = (options.sequences, "--new-tokens", options.new_tokens, "--steps", options.steps)
+        results[path] = in_process(__file__, "--path", path, "--sequences", *sizes)
+        print(path, results[path], flush=True)
+    ratios = {
+        f"{what}_{peer}_over_{path}": round(results[peer][key] / max(1e-9, results[path][key]), 2)
+        for peer in peers
+        for path in OURS
+        for what, key in (("time", "seconds"), ("memory", "extra_mb"))
+    }
+    print(json.dumps({**ratios, "results": results, **machine()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Which kind of word a safety token is: simple rules that can be read, and overruled.
+
+In this order, the first that applies:
+1. the user's own choice (a mapping from token text or id to a group);
+2. "format": the token holds no letter and no digit (punctuation, white space, markdown, bytes);
+3. a word list: "starts a refusal", "names the harm", "hedges". English only; a word matches a list
+   by a stem at its start ("harm" matches "harmful");
+4. its neighbours: the group that most of its listed nearest unembedding neighbours have, if their
+   cosine is 0.4 or more (this is what finds spelling variants and other languages); neighbours
+   of one or two letters are left out, they are near to every short word;
+5. its cluster: tokens of S are clustered by where they are voted for and by what they are (the mean
+   hidden state of a token's voting positions beside its unembedding row, each centred and scaled to
+   length 1; average linkage by cosine). A token without a group takes the one that most named tokens
+   of its cluster have, if at least two agree;
+6. "other".
+The lists were written from what refusals say, not fitted to any model: a group is a reading aid,
+and nothing is computed from it.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from sklearn.cluster import AgglomerativeClustering
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from safesteer._errors import SafeSteerError
+
+GROUPS = ("starts a refusal", "names the harm", "hedges", "format", "other")
+NO_RULE = "no rule applies"
+MIN_COSINE = 0.4
+MIN_LETTERS = 3
+MIN_ALIKE = 0.3  # mean cosine at which two clusters still join
+
+# Stems; a trailing "." asks for the whole word.
+STEMS = {
+    "starts a refusal": (
+        "sorry apolog unfortunat cannot. can't. cant. couldn won't. unable refus declin i. i'm. 'm."
+        " as. don't. not. never. no. regret afraid. forgive unwilling impossible prohibit"
+    ),
+    "names the harm": (
+        "illegal unlaw law. laws. legal harm danger unethic ethic immoral unsafe safety violen violat"
+        " abus crim kill weapon explosi bomb attack drug poison suicid hate hatred discrimin exploit"
+        " fraud scam theft steal hack malicious malware threat risk injur hurt victim terror inappropri"
+        " offensive against. consequence damag privacy punish"
+    ),
+    "hedges": (
+        "however but. may. might could. would. should. perhaps possibl generally typically often."
+        " sometimes likely any. confus misunderst instead recommend suggest advis consult important"
+        " understand clarif appreciate concern sensitiv caution careful responsib professional depend"
+        " provide assist help support although though. while. please"
+    ),
+}
+
+WORD_GROUPS = tuple(STEMS)
+
+
+def by_word(text: str) -> tuple[str, str] | None:
+    """(group, stem) of rule 2 or 3, or None where neither applies."""
+    word = text.strip().lower().replace("\u2019", "'")
+    if not any(c.isalnum() for c in word) or (word.startswith("⟨") and word.endswith("⟩")):
+        return "format", "no letter or digit"
+    for group, stems in STEMS.items():
+        for stem in stems.split():
+            if word == stem[:-1] if stem.endswith(".") else word.startswith(stem):
+                return group, f"word list: {stem.rstrip('.')}"
+    return None
+
+
+def check_override(override: Mapping[str | int, str]) -> None:
+    """Raise SafeSteerError for a group that does not exist."""
+    for token, group in override.items():
+        if group not in GROUPS:
+            raise SafeSteerError(f"'{group}' (for token {token!r}) is not one of {list(GROUPS)}.")
+
+
+def group_of(
+    token: int,
+    text: str,
+    neighbours: Sequence[tuple[str, float]],
+    override: Mapping[str | int, str] | None = None,
+) -> tuple[str, str]:
+    """(group, reason). `neighbours` are (text, cosine) of the nearest unembedding rows."""
+    for key in (token, text, text.strip()):
+        if override and key in override:
+            return override[key], "your choice"
+    found = by_word(text)
+    if found is not None:
+        return found
+    near = [(by_word(t), t, c) for t, c in neighbours if c >= MIN_COSINE]
+    named = [
+        (g[0], t, c)
+        for g, t, c in near
+        if g is not None and g[0] != "format" and len(t.strip()) >= MIN_LETTERS
+    ]
+    if named:
+        group = Counter(g for g, _, _ in named).most_common(1)[0][0]
+        _, like, cosine = next(n for n in named if n[0] == group)
+        return group, f"like its neighbour '{like.strip()}' (cosine {cosine:.2f})"
+    return "other", NO_RULE
+
+
+def by_cluster(
+    named: Sequence[tuple[str, str]],
+    contexts: Float[Tensor, "n_set d_model"],
+    rows: Float[Tensor, "n_set d_model"],
+) -> list[tuple[str, str]]:
+    """Rule 5 for the tokens that `named`, (group, reason) of each, left in "other" without a reason of
+    the user's. `contexts` and `rows` are centred."""
+    if len(named) < 2:
+        return list(named)
+    both = torch.cat([normalize(contexts.float(), dim=-1), normalize(rows.float(), dim=-1)], -1)
+    # A token that nothing voted for has no context: it is compared by its row alone.
+    model = AgglomerativeClustering(
+        n_clusters=None,  # type: ignore[arg-type]  # the distance decides how many
+        metric="cosine",
+        linkage="average",
+        distance_threshold=1 - MIN_ALIKE,
+    )
+    clusters = model.fit_predict(both.cpu().numpy()).tolist()
+    found = []
+    for (group, reason), cluster in zip(named, clusters, strict=True):
+        peers = Counter(
+            g for (g, _), c in zip(named, clusters, strict=True) if c == cluster and g in WORD_GROUPS
+        )
+        if reason == NO_RULE and peers and peers.most_common(1)[0][1] > 1:
+            group, n = peers.most_common(1)[0]
+            reason = f"voted for where {n} tokens that it resembles are"
+        found.append((group, reason))
+    return found

@@ -1,0 +1,157 @@
+"""Directions in the formats of other tools.
+
+    GGUF            llama.cpp's control vectors: tensors `direction.<l>` added to the OUTPUT of block l,
+                    which is the input of block l + 1; llama.cpp knows no l = 0
+    repeng          vectors by block output, as in its `ControlVector.directions`
+    steering-vectors  `SteeringVector.layer_activations` with layer_type "decoder_block": block output
+    the Hub         the safetensors file with a card
+
+Our layer convention is resid_pre of block l, so a block output l becomes layer l + 1.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safesteer._errors import SafeSteerError
+from safesteer._files import atomic
+from safesteer.directions.extraction import Candidates
+from safesteer.models.chat_model import ChatModel
+from safesteer.steering.direction import Direction
+
+ARCHITECTURE = "controlvector"
+
+
+def write_gguf(direction: Direction, path: str | Path, n_layers: int, model_hint: str = "") -> None:
+    """Write coeff * vector as a llama.cpp control vector (`llama-cli --control-vector FILE`).
+
+    `n_layers` is that of the model, `model_hint` its architecture word (as in "llama"). llama.cpp
+    only adds, at every position; raises SafeSteerError for another operation or a layer below 2.
+    """
+    import gguf
+
+    if direction.operation != "add":
+        raise SafeSteerError(
+            f"llama.cpp can only add a vector, and this direction is of '{direction.operation}'."
+        )
+    block = direction.layer - 1
+    if not 1 <= block < n_layers:
+        raise SafeSteerError(
+            f"llama.cpp adds to the output of blocks 1 to {n_layers - 1}, so to layers 2 to {n_layers};"
+            f" this direction is of layer {direction.layer}."
+        )
+    with atomic(Path(path)) as work:
+        writer = gguf.GGUFWriter(work, ARCHITECTURE)
+        writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint)
+        writer.add_uint32(f"{ARCHITECTURE}.layer_count", n_layers)
+        vector = (direction.coeff * direction.vector).float().cpu().numpy()
+        writer.add_tensor(f"direction.{block}", vector)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def read_gguf(path: str | Path) -> dict[int, Tensor]:
+    """Vectors of a control-vector file by block output, as `from_block_outputs` takes them."""
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(str(path))
+        field = reader.get_field("general.architecture")
+        architecture = bytes(field.parts[field.data[0]]).decode() if field else ""
+    except (OSError, ValueError, IndexError) as error:
+        raise SafeSteerError(f"{path} is not a GGUF file: {error}") from error
+    if architecture != ARCHITECTURE:
+        raise SafeSteerError(f"{path} is a GGUF file of '{architecture}', not a control vector.")
+    return {
+        int(tensor.name.removeprefix("direction.")): torch.from_numpy(np.array(tensor.data)).float()
+        for tensor in reader.tensors
+        if tensor.name.startswith("direction.")
+    }
+
+
+def from_block_outputs(chat: ChatModel, vectors: Mapping[int, Any], source: str = "given") -> Candidates:
+    """Candidates of vectors that were made to be added to block outputs, one a block.
+
+    Blocks count from 0, negative ones from the end. Layers without a vector are zero.
+    """
+    found = torch.zeros((1, chat.n_layers, chat.d_model))
+    for block, value in vectors.items():
+        layer = (block + chat.n_layers if block < 0 else block) + 1
+        vector = torch.as_tensor(value).float().flatten()
+        if len(vector) != chat.d_model:
+            raise SafeSteerError(
+                f"The {source} vector of block {block} has width {len(vector)}; '{chat.name}' has"
+                f" {chat.d_model}."
+            )
+        if not 0 < layer <= chat.n_layers:
+            raise SafeSteerError(
+                f"The {source} vectors name block {block}; '{chat.name}' has {chat.n_layers}."
+            )
+        if layer < chat.n_layers:  # the last block's output feeds no block: it can't be steered here
+            found[0, layer] = vector
+    return Candidates(found, ("given",), source)
+
+
+def from_repeng(chat: ChatModel, control_vector: Any) -> Candidates:
+    """A repeng `ControlVector`, or its dictionary of directions."""
+    return from_block_outputs(chat, getattr(control_vector, "directions", control_vector), "repeng")
+
+
+def from_steering_vectors(chat: ChatModel, steering_vector: Any) -> Candidates:
+    """A `SteeringVector` of the steering-vectors library, or its dictionary of layer activations."""
+    kind = getattr(steering_vector, "layer_type", "decoder_block")
+    if kind != "decoder_block":
+        raise SafeSteerError(f"Only vectors of whole blocks can be read, and this one is of '{kind}'.")
+    activations = getattr(steering_vector, "layer_activations", steering_vector)
+    return from_block_outputs(chat, activations, "steering-vectors")
+
+
+def push_to_hub(direction: Direction, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+    """Upload the direction file with a card to a model repository on the Hub; returns its address.
+
+    Private unless asked otherwise: a refusal direction is dual-use.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    folder = Path(tempfile.mkdtemp())
+    try:
+        direction.save(folder / "direction.safetensors")
+        (folder / "README.md").write_text(_card(direction), encoding="utf-8")
+        api = HfApi(token=token)
+        address = api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, repo_type="model")
+        return str(address)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise SafeSteerError(f"Cannot upload to '{repo_id}': {str(error).splitlines()[0]}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _card(direction: Direction) -> str:
+    return f"""---
+library_name: safesteer
+tags: [safesteer, steering-vector]
+base_model: {direction.model}
+---
+
+# A steering direction of {direction.model}
+
+Read by {direction.extraction} at position {direction.position}; operation `{direction.operation}` at
+`{direction.hook_point}` of block {direction.layer}, coefficient {direction.coeff:g}. The file names the
+model, chat template and prompts it came from, and is refused with others:
+
+    direction = safesteer.Direction.load("direction.safetensors", chat)
+    with safesteer.steer(chat, direction):
+        ...
+
+A refusal direction is dual-use: subtracted or ablated, it weakens refusals.
+"""

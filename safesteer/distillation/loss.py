@@ -1,0 +1,137 @@
+"""The loss of a step and its gradients from final hidden states, in one sweep (Eq. 6 and its relatives).
+
+For each chunk of positions, with student logits z = head(h) and p = softmax(z):
+1. the teacher's log-probabilities on the support: S, the teacher's top k, or the whole vocabulary;
+2. the weighed divergence there, and its slope g = dL / dlogp;
+3. dL/dz_v = 1[v in support] g_v - p_v sum(g), and with it, while z is at hand, dL/dh = dL/dz W and,
+   if the head is trained, dL/dW = (dL/dz)^T h.
+No more than a chunk of (position x vocabulary) ever lives, and nothing is computed twice.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from safesteer.distillation.divergence import Divergence, Normalizer, localized_divergence
+from safesteer.models.logits import logits_of, positions_per_chunk
+
+CHUNKS = 3  # of positions_per_chunk: this sweep holds one buffer of logits where others hold several
+OFF_SET_POSITIONS = 128  # positions a step on which the divergence outside S is measured
+
+Support = Literal["safety", "topk", "full"]
+Head = tuple[Tensor, Tensor | None, float | None]  # weight, bias, soft-capping: models.output_head
+
+
+class LossTerms(NamedTuple):
+    """`loss` = sum of weight x divergence, with a gradient; the rest a number a position, without."""
+
+    loss: Float[Tensor, ""]
+    divergence: Float[Tensor, " n"]
+    student_mass: Float[Tensor, " n"]  # probability on S
+    teacher_mass: Float[Tensor, " n"]
+
+
+def divergence_loss(
+    hidden: Float[Tensor, "n d_model"],
+    h_teacher: Float[Tensor, "n d_model"],
+    weights: Float[Tensor, " n"],
+    head: Head,
+    teacher_head: Head,
+    ids: Int[Tensor, " n_set"],
+    *,
+    support: Support = "safety",
+    divergence: Divergence = "reverse",
+    normalizer: Normalizer = "partial",
+    beta: float = 0.5,
+    n_topk: int = 50,
+    chunk: int | None = None,
+) -> LossTerms:
+    """The student at each position beside its teacher on `support`; `ids` is S, `weights` a position's.
+
+    The gradient reaches `hidden`, and the head's weight and bias where they require one. Over the
+    whole vocabulary all normalizers agree, because the set carries the whole mass.
+    """
+    weight, bias, softcap = head
+    how = divergence, "partial" if support == "full" else normalizer, beta
+    chunk = chunk or CHUNKS * positions_per_chunk(len(weight))
+    args = (h_teacher, weights, softcap, teacher_head, ids, support, how, n_topk, chunk)
+    return LossTerms(*_ChunkedLoss.apply(hidden, weight, bias, *args))  # type: ignore[misc]
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, h, weight, bias, h_teacher, weights, softcap, teacher_head, ids, support, how, n_topk, chunk
+    ):
+        wide = torch.promote_types(h.dtype, torch.float32)
+        wants_h, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        of_h = torch.empty_like(h) if wants_h else None
+        of_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        of_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None
+        found, mass, teacher_mass = (h.new_empty(len(h), dtype=wide) for _ in range(3))
+        for start in range(0, len(h), chunk):
+            at = slice(start, start + chunk)
+            q = logits_of(h_teacher[at], *teacher_head)
+            on = q.topk(n_topk, -1).indices if support == "topk" else ids.expand(len(q), -1)
+            q, in_s = _on_support(q, on, ids, support)[:2]  # its logits are let go before the student's
+            teacher_mass[at] = in_s.exp().sum(-1)
+            z = logits_of(h[at], weight, bias, softcap)
+            slope = None if softcap is None else 1 - (z / softcap) ** 2
+            p, in_s, z, total = _on_support(z, on, ids, support)
+            mass[at] = in_s.exp().sum(-1)
+            with torch.enable_grad():
+                p = p.detach().requires_grad_()
+                parts = localized_divergence(p, q, *how)
+                (g,) = torch.autograd.grad((parts * weights[at]).sum(), p)
+            found[at] = parts.detach()
+            if not (wants_h or wants_weight or wants_bias):
+                continue
+            # A token suppressed with -inf stays suppressed, and 0 x inf is not a number.
+            g = g.masked_fill(p == -torch.inf, 0.0)
+            dz = z.mul_(-g.sum(-1, keepdim=True) / total)
+            dz = dz.add_(g) if support == "full" else dz.scatter_add_(1, on, g)
+            dz = dz if slope is None else dz.mul_(slope)
+            narrow = dz.to(weight.dtype)
+            if of_h is not None:
+                of_h[at] = narrow @ weight
+            if of_weight is not None:
+                of_weight.addmm_(narrow.T.to(wide), h[at].to(wide))
+            if of_bias is not None:
+                of_bias += dz.sum(0)
+            del z, dz, narrow
+        ctx.save_for_backward(of_h, of_weight, of_bias)
+        ctx.dtypes = h.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(found, mass, teacher_mass)
+        return (found * weights).sum(), found, mass, teacher_mass
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):  # type: ignore[override]
+        scale = grad_outputs[0]
+        # A copy of the head's gradient is what this function exists to avoid.
+        scaled = (g if g is None or float(scale) == 1 else g * scale for g in ctx.saved_tensors)
+        grads = (g if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True))
+        return *grads, *[None] * 9
+
+
+def _on_support(
+    z: Tensor, on: Tensor, ids: Tensor, support: Support
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities on the support and on S, then exp(z - max) in the place of z, and its row sums."""
+    logits, in_s, top = z.gather(1, on), z[:, ids], z.amax(-1, keepdim=True)
+    logits = z.clone() if support == "full" else logits
+    total = z.sub_(top).exp_().sum(-1, keepdim=True)
+    lse = top + total.log()
+    return logits.sub_(lse), in_s - lse, z, total
+
+
+@torch.no_grad()
+def kl_outside_set(hidden: Tensor, h_teacher: Tensor, head: Head, teacher_head: Head, ids: Tensor) -> float:
+    """Generalized KL(student || teacher) outside S, in nats a position, on a spread of positions."""
+    at = torch.linspace(0, len(hidden) - 1, min(OFF_SET_POSITIONS, len(hidden))).long()
+    p = logits_of(hidden[at], *head).log_softmax(-1)
+    q = logits_of(h_teacher[at], *teacher_head).log_softmax(-1)
+    terms = p.exp() * (p - q) - p.exp() + q.exp()
+    terms[:, ids] = 0
+    return float(terms.sum(-1).mean())

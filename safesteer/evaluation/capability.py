@@ -1,0 +1,234 @@
+"""Capability by EleutherAI's lm-evaluation-harness, in this process (extra `eval`).
+
+No scoring of our own: prompts, metrics and answers' extraction are the harness's. Without a network
+the rows come from local JSON Lines files: each is rewritten in the columns of the harness's own data
+set, beside a task file that includes the harness's and changes nothing but where the rows are. The
+same files serve the harness's own command line (`lm_eval --include_path`), which must give the same
+numbers.
+
+Tasks that ask a question are asked through the chat template; continuations of plain text are not.
+Without a network IFEval also needs nltk's `punkt_tab`, where NLTK_DATA says it is.
+"""
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pandas as pd
+
+from safesteer._errors import SafeSteerError, first_line
+from safesteer._files import json_lines, write_text
+from safesteer.models.chat_model import ChatModel, hf_model
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of the harness: its name, the metric we report, whether the chat template is on.
+
+    `file` holds local rows and `row` rewrites one in the columns of the harness's data set;
+    `harness` is the harness's own task file, within its folder of tasks; `shots` are worked examples
+    before each question, where that file has them written out.
+    """
+
+    name: str
+    metric: str
+    chat: bool
+    file: str
+    harness: str
+    row: Callable[[dict], dict]
+    shots: int = 0
+
+
+def _arc(r: dict) -> dict:
+    labels = ["A", "B", "C", "D", "E"][: len(r["choices"])]
+    choices = {"text": r["choices"], "label": labels}
+    return {"question": r["prompt"], "choices": choices, "answerKey": labels[r["answer"]]}
+
+
+def _piqa(r: dict) -> dict:
+    return {"goal": r["prompt"], "sol1": r["choices"][0], "sol2": r["choices"][1], "label": r["answer"]}
+
+
+def _mmlu(r: dict) -> dict:
+    return {"question": r["prompt"], "choices": r["choices"], "answer": r["answer"]}
+
+
+def _ifeval(r: dict) -> dict:
+    # The JSON reader wants the same keys in every row.
+    names = IFEVAL_ARGUMENTS.split()
+    kwargs = [{n: given.get(n) for n in names} for given in r["tests"]["kwargs"]]
+    ids = r["tests"]["instruction_id_list"]
+    return {"key": r["id"], "prompt": r["prompt"], "instruction_id_list": ids, "kwargs": kwargs}
+
+
+IFEVAL_ARGUMENTS = """
+    relation num_words num_sentences num_paragraphs nth_paragraph first_word num_placeholders
+    postscript_marker num_bullets num_highlights section_spliter num_sections keyword keywords
+    frequency forbidden_words letter let_frequency let_relation language prompt_to_repeat end_phrase
+    capital_frequency capital_relation
+"""
+
+TASKS = (
+    Task("arc_easy", "acc", True, "arc_easy.jsonl", "arc/arc_easy.yaml", _arc),
+    Task("piqa", "acc", True, "piqa_val.jsonl", "piqa/piqa.yaml", _piqa),
+    Task(
+        "lambada_openai",
+        "acc",
+        False,
+        "lambada_openai.jsonl",
+        "lambada/lambada_openai.yaml",
+        lambda r: {"text": f"{r['prompt']} {r['answer']}"},
+    ),
+    Task("mmlu_stem", "acc", True, "mmlu_stem.jsonl", "mmlu/default/_default_template_yaml", _mmlu),
+    Task(
+        "gsm8k",
+        "exact_match,flexible-extract",
+        True,
+        "gsm8k_test.jsonl",
+        "gsm8k/gsm8k.yaml",
+        lambda r: {"question": r["prompt"], "answer": r["solution"]},
+    ),
+    Task(
+        "minerva_math500",
+        "math_verify",
+        True,
+        "math500.jsonl",
+        "minerva_math/minerva_math500.yaml",
+        lambda r: {"problem": r["prompt"], "solution": f"\\boxed{{{r['answer']}}}"},
+        shots=4,
+    ),
+    Task("ifeval", "prompt_level_strict_acc", True, "ifeval.jsonl", "ifeval/ifeval.yaml", _ifeval),
+)
+KNOWN = {task.name: task for task in TASKS}
+
+
+def task_named(name: str) -> Task:
+    """Raises SafeSteerError naming the tasks there are."""
+    if name not in KNOWN:
+        raise SafeSteerError(f"Unknown capability task '{name}': use some of {', '.join(KNOWN)}.")
+    return KNOWN[name]
+
+
+def local_name(task: Task) -> str:
+    return f"{task.name}_local"
+
+
+def write_tasks(folder: Path, data: Path, names: Sequence[str]) -> None:
+    """Task files over local rows, for the harness in this process and for its command line."""
+    import lm_eval.tasks
+    import yaml
+
+    own = Path(lm_eval.tasks.__file__).parent
+    for task in map(task_named, names):
+        source = data / task.file
+        if not source.is_file():
+            raise SafeSteerError(
+                f"{data} holds no {task.file} for the task '{task.name}': name another folder of data, or"
+                " none to load the task from the Hub."
+            )
+        rows = folder.resolve() / f"{task.name}.jsonl"
+        write_text(rows, "".join(json.dumps(task.row(r)) + "\n" for r in json_lines(source)))
+        changes = {
+            "include": str(own / task.harness),
+            "task": local_name(task),
+            "tag": None,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {"test": str(rows)}},
+            "training_split": None,
+            "validation_split": None,
+            "fewshot_split": None,
+            "test_split": "test",
+            "num_fewshot": task.shots,
+        }
+        write_text(folder / f"{local_name(task)}.yaml", yaml.safe_dump(changes))
+
+
+def capability(
+    chat: ChatModel,
+    names: Sequence[str],
+    folder: str | Path,
+    *,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """Scores of `chat`, possibly inside `steer(...)`: task, metric, value, stderr, n.
+
+    `folder` receives the task files; `data` holds local rows (None: the Hub's). Raises SafeSteerError
+    where the extra `eval` is missing, for an unknown task, and where rows cannot be had.
+    """
+    tasks = [task_named(name) for name in names]
+    if find_spec("lm_eval") is None:
+        raise SafeSteerError("Capability needs the extra `eval`: pip install 'safesteer[eval]'.")
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    folder = Path(folder)
+    if data is not None:
+        write_tasks(folder, Path(data), names)
+    rows = []
+    # The harness draws a bar for every step and logs the rest: what a caller wants is the table.
+    with _quiet_children(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+        manager = TaskManager(include_path=str(folder) if data is not None else None)
+        lm = HFLM(pretrained=hf_model(chat.model), tokenizer=chat.tokenizer, batch_size=batch_size)
+        for task in tasks:
+            name = task.name if data is None else local_name(task)
+            try:
+                found = simple_evaluate(
+                    lm,
+                    tasks=[name],
+                    task_manager=manager,
+                    limit=limit,
+                    apply_chat_template=task.chat,
+                    log_samples=False,
+                    bootstrap_iters=100,
+                )
+            except Exception as error:  # the harness and the Hub raise whatever they like
+                raise SafeSteerError(
+                    f"The task '{task.name}' could not be run: {first_line(error)}"
+                ) from error
+            assert found is not None
+            rows.append(_row(task, name, dict(found)))
+    return pd.DataFrame(rows, columns=["task", "metric", "value", "stderr", "n"])
+
+
+@contextmanager
+def _quiet_children() -> Iterator[None]:
+    """The harness asks git for a revision, and outside of a repository git complains to the terminal."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _row(task: Task, name: str, found: dict) -> tuple:
+    metric, _, filtered = task.metric.partition(",")
+    key = f"{metric},{filtered or 'none'}"
+    scores = found["results"].get(name) or found["groups"][name]
+    stderr = scores.get(f"{metric}_stderr,{filtered or 'none'}")
+    counts = [n["effective"] for n in found["n-samples"].values()]
+    stderr = float(stderr) if isinstance(stderr, int | float) else float("nan")
+    return task.name, metric, float(scores[key]), stderr, sum(counts)
+
+
+def command_line(model: str | Path, folder: str | Path, name: str, limit: int | None) -> str:
+    """The harness's own command for the same number."""
+    task = task_named(name)
+    parts = [
+        f"lm_eval --model hf --model_args pretrained={model},dtype=float32 --tasks {local_name(task)}",
+        f"--include_path {folder} --batch_size 8",
+        f"--limit {limit}" if limit else "",
+        "--apply_chat_template" if task.chat else "",
+    ]
+    return " ".join(p for p in parts if p)

@@ -1,0 +1,131 @@
+"""TODO tokens.token_set."""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from safesteer._errors import SafeSteerError
+from safesteer._files import read_json, write_json
+from safesteer._settings import AT_LEAST_1, SHARE, check_settings
+
+
+@dataclass(frozen=True)
+class TokenConfig:
+    """How S is selected. Defaults are the paper's for a small model (section 3.3)."""
+
+    k: int = 50
+    k_vote: int = 200
+    horizon: int = 7
+    n_samples: int = 8
+    min_steered_prob: float = 1e-6
+    method: Literal["vote", "mean"] = "vote"
+    rollouts: Literal["teacher", "base"] = "teacher"
+    prompts: Literal["harmless", "harmful"] = "harmless"
+    seed: int = 0
+    batch_size: int = 2  # prompts sampled at once: n_samples caches each
+    n_contexts: int = 3
+
+    def __post_init__(self) -> None:
+        sizes = ("k", "k_vote", "horizon", "n_samples", "batch_size")
+        check_settings(self, "tokens", {**dict.fromkeys(sizes, AT_LEAST_1), "min_steered_prob": SHARE})
+
+
+@dataclass(frozen=True)
+class Context:
+    """One place where a token was lifted: what came before, and its probability there."""
+
+    prompt: str
+    answer_so_far: str
+    p_base: float
+    p_steered: float
+
+
+@dataclass(frozen=True)
+class SafetyToken:
+    """A selected token and why: votes, mean log-ratio (nats), mean probabilities, examples."""
+
+    id: int
+    text: str
+    votes: int
+    votes_by_position: tuple[int, ...]
+    mean_delta: float
+    p_base: float
+    p_steered: float
+    contexts: tuple[Context, ...] = ()
+
+
+@dataclass(frozen=True, repr=False)
+class TokenSet:
+    """The safety tokens in order of selection, with the settings that chose them.
+
+    `coverage` says how much of what steering changes lies inside S, over counting positions:
+    kl_share (of KL(teacher || base), generalized so that the parts add up), mass_teacher and
+    mass_base (probability on S).
+    """
+
+    tokens: tuple[SafetyToken, ...]
+    settings: dict
+    coverage: dict
+    n_positions: int
+
+    @cached_property
+    def ids(self) -> Int[Tensor, " n_set"]:
+        return torch.tensor([t.id for t in self.tokens])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __repr__(self) -> str:
+        shown = " ".join(repr(t.text) for t in self.tokens[:10])
+        return f"TokenSet({len(self)} tokens from {self.n_positions} positions: {shown} ...)"
+
+    def to_frame(self) -> pd.DataFrame:
+        columns = ["id", "text", "votes", "mean_delta", "p_base", "p_steered", "votes_by_position"]
+        rows = [{c: getattr(t, c) for c in columns} for t in self.tokens]
+        return pd.DataFrame(rows, columns=columns)
+
+    def _repr_html_(self) -> str:
+        frame = self.to_frame().assign(text=[repr(t.text) for t in self.tokens])
+        return frame.to_html(escape=True, index=False, float_format="{:.3g}".format)
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{len(self)} safety tokens from {self.n_positions} positions")
+        for name in ("token", "votes", "mean lift, nats", "p base", "p steered", "votes by step"):
+            table.add_column(name, justify="left" if name == "token" else "right")
+        for t in self.tokens:
+            numbers = str(t.votes), f"{t.mean_delta:+.2f}", f"{t.p_base:.2g}", f"{t.p_steered:.2g}"
+            table.add_row(Text(repr(t.text)), *numbers, " ".join(map(str, t.votes_by_position)))
+        return table
+
+    def save(self, path: str | Path) -> None:
+        write_json(Path(path), asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TokenSet":
+        try:
+            return cls.of(read_json(Path(path)))
+        except (KeyError, TypeError) as error:
+            raise SafeSteerError(f"{path} is not a token file of this version.") from error
+
+    @classmethod
+    def of(cls, raw: dict) -> "TokenSet":
+        """From the plain values that `save` writes."""
+        tokens = tuple(
+            SafetyToken(
+                **{
+                    **t,
+                    "votes_by_position": tuple(t["votes_by_position"]),
+                    "contexts": tuple(Context(**c) for c in t["contexts"]),
+                }
+            )
+            for t in raw["tokens"]
+        )
+        return cls(tokens, raw["settings"], raw["coverage"], raw["n_positions"])
