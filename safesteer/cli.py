@@ -42,7 +42,7 @@ Track = Annotated[
 
 
 def _run(model, out, preset, seed, prompts, settings, track, stages=None) -> None:
-    from safesteer import recipes
+    from safesteer import alignment, recipes  # heavy imports, not for --help
     from safesteer.prompts.prompt_set import PromptSet
 
     pairs = [s.partition("=") for s in settings or []]
