@@ -21,7 +21,6 @@ from torch import Tensor
 
 from safesteer._token_text import token_text
 from safesteer.attribution.word_groups import by_cluster, check_override, group_of
-from safesteer.models.batch import PromptBatch, batches
 from safesteer.models.chat_model import ChatModel, final_norm, output_head
 from safesteer.models.forward import final_hidden
 from safesteer.steering.direction import Direction, steer
@@ -256,8 +255,7 @@ def logit_parts(
     # Scaled up so that the norm's epsilon does not count, and without a LayerNorm's bias.
     shaped = norm(added * 1e3).float() - norm(torch.zeros_like(added)).float()
     direct, change = torch.zeros(len(ids)), torch.zeros(len(ids))
-    for at in batches(base.tokenizer, prompts, 8):
-        batch = PromptBatch.of(base.tokenizer, [prompts[i] for i in at], device=base.device)
+    for at, batch in base.batched(prompts, 8):
         last = {}
         for steered in (False, True):
             with steer(base, direction) if steered else nullcontext(), _before_norm(base) as seen:

@@ -16,7 +16,7 @@ from torch import Tensor
 from safesteer._errors import SafeSteerError
 from safesteer.directions.refusal_tokens import refusal_scores
 from safesteer.judges.judge import judge_all
-from safesteer.models.batch import PromptBatch, batches
+from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.forward import last_logits
 from safesteer.models.generation import generate, with_greedy_tokens
@@ -103,8 +103,7 @@ def _read_base(
 ) -> list[tuple[list[int], PromptBatch, Tensor]]:
     """(rows, prompts with the base's first tokens, its last logits), a batch each."""
     found = []
-    for rows in batches(chat.tokenizer, prompts, batch_size):
-        batch = PromptBatch.of(chat.tokenizer, [prompts[i] for i in rows], device=chat.device)
+    for rows, batch in chat.batched(prompts, batch_size):
         batch = with_greedy_tokens(chat, batch, n_tokens - 1)
         found.append((rows, batch, last_logits(chat, batch, n_tokens)))
     return found

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from safesteer._errors import SafeSteerError
 from safesteer.directions.extraction import Arm, Candidates, activations
-from safesteer.models.batch import PromptBatch, batches
+from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, blocks, hf_model, is_bridge
 from safesteer.models.forward import final_hidden, prefill
 from safesteer.models.loading import to_bridge
@@ -97,8 +97,7 @@ def component_contributions(
     means = {}
     for label, texts in (("harmful", prompts.harmful), ("harmless", prompts.harmless)):
         total: dict[tuple[str, int, int], float] = {}
-        for rows in batches(chat.tokenizer, texts, batch_size):
-            batch = PromptBatch.of(chat.tokenizer, [texts[i] for i in rows], device=chat.device)
+        for rows, batch in chat.batched(texts, batch_size):
             for key, value in _written(chat, batch, unit).items():
                 total[key] = total.get(key, 0.0) + value
         means[label] = {key: value / len(texts) for key, value in total.items()}
@@ -210,8 +209,7 @@ def representation_shift(
     rows, reference = [], None
     for name, chat in models.items():
         states = torch.zeros((len(prompts), chat.d_model), dtype=torch.float64)
-        for at in batches(chat.tokenizer, prompts, batch_size):
-            batch = PromptBatch.of(chat.tokenizer, [prompts[i] for i in at], device=chat.device)
+        for at, batch in chat.batched(prompts, batch_size):
             states[at] = final_hidden(chat.model, batch)[:, -1].double().cpu()
         if reference is None:
             centre = states.mean(0)

@@ -57,8 +57,7 @@ def refusal_scores(
 ) -> Float[Tensor, " n_prompts"]:
     """refusal_score of each prompt at its last position, in the order of `texts`."""
     scores = torch.zeros(len(texts), dtype=torch.float64)
-    for rows in batches(chat.tokenizer, texts, batch_size):
-        batch = PromptBatch.of(chat.tokenizer, [texts[i] for i in rows], device=chat.device)
+    for rows, batch in chat.batched(texts, batch_size):
         scores[rows] = refusal_score(last_logits(chat, batch)[:, 0], refusal_ids.to(chat.device)).cpu()
     return scores
 
@@ -111,8 +110,7 @@ class RefusalTokens:
 def _first_probabilities(chat: ChatModel, texts: Sequence[str], system: str | None = None) -> Tensor:
     """Mean first-token probability over prompts, [d_vocab] in float64."""
     total = torch.zeros(chat.d_vocab, dtype=torch.float64)
-    for rows in batches(chat.tokenizer, texts, 32, system=system):
-        batch = PromptBatch.of(chat.tokenizer, [texts[i] for i in rows], system=system, device=chat.device)
+    for rows, batch in chat.batched(texts, 32, system=system):
         total += last_logits(chat, batch)[:, 0].softmax(-1).sum(0).double().cpu()
     return total / len(texts)
 

@@ -109,5 +109,5 @@ class FirstToken:
     ids: tuple[int, ...]
 
     def __call__(self, prompt: str, answer: str) -> bool:
-        first = self.chat.tokenizer(answer, add_special_tokens=False).input_ids[:1]  # type: ignore[operator]
+        first = self.chat.encode(answer)[:1]  # type: ignore[operator]
         return bool(first) and first[0] in self.ids

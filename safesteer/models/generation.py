@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from safesteer._errors import SafeSteerError
-from safesteer.models.batch import PromptBatch, batches
+from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, hf_model
 from safesteer.models.forward import answers_start, prefill
 
@@ -124,8 +124,7 @@ def generate(
 ) -> list[str]:
     """Answers to `prompts` as text, in their order. Batched by length, with the KV cache."""
     answers = [""] * len(prompts)
-    for rows in batches(chat.tokenizer, prompts, batch_size, system=system):
-        batch = PromptBatch.of(chat.tokenizer, [prompts[i] for i in rows], system=system, device=chat.device)
+    for rows, batch in chat.batched(prompts, batch_size, system=system):
         drawn = None
         if temperature > 0:
             drawn = torch.cat([uniforms((seed, i), 1, max_new_tokens) for i in rows])

@@ -23,7 +23,7 @@ def perplexity(
 ) -> float:
     """exp of the mean negative log-likelihood a token (nats), in windows of `width` tokens, or of
     the model's context where that is less."""
-    ids = chat.tokenizer(text, add_special_tokens=False).input_ids[:max_tokens]  # type: ignore[operator]
+    ids = chat.encode(text)[:max_tokens]  # type: ignore[operator]
     if len(ids) < 2:
         raise SafeSteerError("The perplexity text has fewer than two tokens.")
     width = min(width, context_length(chat.model) or width)

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from safesteer._errors import SafeSteerError
-from safesteer.models.batch import PromptBatch, batches
+from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, output_head
 from safesteer.models.forward import final_hidden, prefill
 from safesteer.models.generation import generate_ids, uniforms
@@ -49,8 +49,7 @@ def sample_answers(
     parts, owners = [], []
     eos = torch.tensor(chat.eos_ids, device=chat.device)
     source = (lambda: steer(chat, direction)) if config.rollouts == "teacher" else nullcontext
-    for rows in batches(chat.tokenizer, prompts, config.batch_size):
-        batch = PromptBatch.of(chat.tokenizer, [prompts[i] for i in rows], device=chat.device)
+    for rows, batch in chat.batched(prompts, config.batch_size):
         drawn = [uniforms((config.seed, i), config.n_samples, config.horizon) for i in rows]
         with source():
             ids = generate_ids(
