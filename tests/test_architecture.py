@@ -23,7 +23,7 @@ LAYERS = (
     "prompts",
     "_settings",
     "_files _endpoint _token_text _intervals",
-    "_errors _version",
+    "_errors _version _progress",
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms.split()}
 MODULES = {

@@ -9,7 +9,7 @@
 """
 
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from safesteer._errors import SafeSteerError
 from safesteer._files import read_json, write_json
+from safesteer._progress import Progress, no_progress
 from safesteer._settings import AT_LEAST_1, check_settings
 from safesteer.attribution.coverage import (
     AnswerShare,
@@ -137,7 +138,7 @@ def explain(
     *,
     sampled: AnswerStates | None = None,
     groups: Mapping[str | int, str] | None = None,
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Progress = no_progress,
 ) -> Attribution:
     """Explain S. `prompts` are those it was selected on; `answers` are rows of answers.jsonl.
 

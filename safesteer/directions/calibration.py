@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from safesteer._errors import SafeSteerError
+from safesteer._progress import Progress, no_progress
 from safesteer.directions.refusal_tokens import refusal_scores
 from safesteer.judges.judge import judge_all
 from safesteer.models.batch import PromptBatch
@@ -65,7 +66,7 @@ def choose_direction(
     refuses: Callable[[str, str], bool],
     *,
     n_best: int = 3,
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Progress = no_progress,
 ) -> tuple[Direction, pd.DataFrame]:
     """Choose among many directions: a short look at each, then `choose_coeff` for the best few.
 
@@ -172,7 +173,7 @@ def strength_table(
     text: str | None = None,
     perplexity_tokens: int = 1024,
     max_new_tokens: int = 20,
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Progress = no_progress,
 ) -> pd.DataFrame:
     """A row for each direction and coefficient, to see what strength costs.
 

@@ -11,7 +11,6 @@ Memory holds one group of candidates and one batch of prompts: it does not grow 
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from safesteer._progress import Progress, no_progress
 from safesteer.directions.extraction import Candidates
 from safesteer.models.batch import PromptBatch, batches
 from safesteer.models.chat_model import ChatModel, hf_model, output_head
@@ -53,7 +53,7 @@ def score(
     tokens_per_pass: int = 1536,
     candidates_per_group: int = 32,
     seed: int = 0,
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Float[Tensor, "n n_prompts"]]:
     """SCORES of each candidate on each prompt. `placebo` replaces every candidate by its control:
     a random direction of its length for addition, and for ablation a move of the same distance.

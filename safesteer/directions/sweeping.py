@@ -28,6 +28,7 @@ from torch import Tensor
 from safesteer._errors import SafeSteerError
 from safesteer._files import write_text
 from safesteer._intervals import bootstrap_means
+from safesteer._progress import Progress, no_progress
 from safesteer._settings import AT_LEAST_1, SHARE, check_settings
 from safesteer.directions.extraction import Candidates
 from safesteer.directions.scoring import SCORES, runnable, score
@@ -140,7 +141,7 @@ def sweep(
     *,
     held_out: PromptSet | None = None,
     judge: Callable[[str, str], bool] | None = None,
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Progress = no_progress,
 ) -> Sweep:
     """Score all candidates on `prompts` (validation). Layers that can't be selected are not run.
 
