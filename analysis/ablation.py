@@ -26,7 +26,7 @@ from rich.console import Console
 
 import safesteer as ss
 from safesteer import alignment
-from safesteer._files import read_json, write_json, write_text
+from safesteer._files import from_json, read_json, write_json, write_text
 from safesteer._intervals import wilson
 from safesteer.directions.inspection import representation_shift
 from safesteer.report.figures import SEQUENCE, figure_of
@@ -170,7 +170,7 @@ def selected(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int
         return asdict(ss.select_tokens(base, direction, texts[:4] if study.quick else texts, recipe.tokens))
 
     raw = row(study.out / "rows" / "selected", study.key(recipe, "sweep", "tokens"), found)
-    return Selected(base, direction, ss.TokenSet.of(raw), recipe)
+    return Selected(base, direction, from_json(ss.TokenSet, raw), recipe)
 
 
 def trained(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int) -> Trained:
@@ -185,14 +185,14 @@ def trained(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int)
 
 
 @cache
-def _base_answers(base: ss.ChatModel, config: ss.EvalConfig) -> list[str]:
+def _base_answers(base: ss.ChatModel, config: ss.EvaluateConfig) -> list[str]:
     """The base's greedy answers to the harmless test prompts, along which drift is measured."""
     test = ss.load_prompts().split("test").first(config.n_prompts)
     tokens, size = config.max_new_tokens, config.batch_size
     return ss.generate(base, test.harmless, max_new_tokens=tokens, batch_size=size)
 
 
-def on_test(chat: ss.ChatModel, base: ss.ChatModel, config: ss.EvalConfig) -> dict[str, Any]:
+def on_test(chat: ss.ChatModel, base: ss.ChatModel, config: ss.EvaluateConfig) -> dict[str, Any]:
     """Refusals on test, drift from the base and perplexity."""
     said = None if chat is base else _base_answers(base, config)
     scores, _ = ss.evaluate(chat, base, ss.load_prompts().split("test"), config, base_answers=said)

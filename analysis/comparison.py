@@ -47,7 +47,8 @@ from safesteer import alignment
 from safesteer._files import read_json, write_json, write_text
 from safesteer.directions.refusal_tokens import REFUSING_SYSTEM
 from safesteer.evaluation.capability import capability
-from safesteer.evaluation.scores import EvalConfig, evaluate
+from safesteer.settings import EvaluateConfig
+from safesteer.evaluation.scores import evaluate
 from safesteer.evaluation.suite import WIKITEXT, wikitext
 from safesteer.models.chat_model import ChatModel, hf_model
 
@@ -188,7 +189,7 @@ def measured(chat: ChatModel, base: ChatModel, options, method: str, said: list[
     test = ss.load_prompts().split("test").first(options.pairs)
     # A system prompt changes the prompt itself, so positions do not match and there is no drift to read.
     drifts = said is not None and method != "system prompt"
-    config, text = EvalConfig(perplexity_tokens=8192), wikitext(options.data / WIKITEXT)
+    config, text = EvaluateConfig(perplexity_tokens=8192), wikitext(options.data / WIKITEXT)
     scores, answers = evaluate(chat, base, test, config, text=text, base_answers=said)
     row = {
         "harmful": scores.refusal_rate_harmful,

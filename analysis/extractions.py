@@ -36,7 +36,7 @@ def main() -> None:
     train, val = prompts.split("train").first(64), prompts.split("val")
     refusal = ss.learn_refusal_tokens(chat, val.harmful, val.harmless, ss.refuses)
     console.print(refusal)
-    config = ss.SweepConfig(rank_by="steering", n_prompts=options.pairs, n_controls=2, n_held_out=1)
+    config = ss.DirectionConfig(rank_by="steering", n_prompts=options.pairs, n_controls=2, n_held_out=1)
     held_out = val.after(options.pairs)
     assert held_out is not None
     tables, rows = [], []

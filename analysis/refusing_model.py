@@ -196,7 +196,7 @@ def main() -> None:
 
 def _measure(folder: Path, data: Path | None, console: Console) -> None:
     """Refusals of base and checkpoint on the pairs to choose by, on test, and of everyday instructions."""
-    config = ss.EvalConfig(max_new_tokens=24)
+    config = ss.EvaluateConfig(max_new_tokens=24)
     base, test = ss.load_model("smollm2-135m"), ss.load_prompts().split("test")
     made = replace(ss.load_model(str(folder)), name="refusing")
     kept = early_pairs()[1]

@@ -18,7 +18,7 @@ from measure import extra_mb, in_process, machine, start_memory
 import safesteer as ss
 from safesteer.models.batch import PromptBatch
 from safesteer.tokens.selection import banned_ids, sample_answers, select_tokens
-from safesteer.tokens.token_set import TokenConfig
+from safesteer.settings import TokenConfig
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""Requests to an OpenAI-compatible endpoint: a key that is kept nowhere, and patience.
+"""Requests to an OpenAI-compatible endpoint, with retries; the key is stored nowhere.
 
-Busy or failing servers (429, 5xx, no connection, timeouts) are asked again, after what the server says
-or twice as long each time.
+A server that is busy or fails (429, 5xx, no connection, timeouts) is asked again with exponential
+backoff, or after the time that it names.
 """
 
 import os
@@ -19,23 +19,27 @@ from safesteer._errors import SafeSteerError
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to ask. The key is read from the environment variable `key_variable` when it is needed."""
+    """Where a model answers. The key is read from the environment variable `key_variable` when needed."""
 
     url: str  # up to and with /v1
     model: str
     key_variable: str = "OPENAI_API_KEY"
-    at_once: int = 4
+    at_once: int = 4  # requests under way
     retries: int = 5
     timeout_s: float = 60.0
-    wait_s: float = 1.0
+    wait_s: float = 1.0  # before the first retry; doubled each time
 
     def ask_all(self, path: str, bodies: Sequence[dict]) -> list[Any]:
-        """Answers in the order of the requests, `at_once` of them under way."""
+        """Post `bodies` and return the replies in their order: JSON values, or the text of other replies.
+
+        Raises:
+            SafeSteerError: Where a request is still without an answer after all retries.
+        """
         with httpx.Client(timeout=self.timeout_s) as client, ThreadPoolExecutor(self.at_once) as pool:
             return list(pool.map(lambda body: self._ask(client, path, body), bodies))
 
     def unlike(self) -> SafeSteerError:
-        """The error for an answer of another shape."""
+        """Make the error for replies of another shape."""
         return SafeSteerError(f"{self.url} does not answer as an OpenAI-compatible endpoint does.")
 
     def _ask(self, client: httpx.Client, path: str, body: dict) -> Any:
@@ -44,21 +48,21 @@ class Endpoint:
         wait, problem = self.wait_s, ""
         for attempt in range(self.retries + 1):
             try:
-                got = client.post(
+                reply = client.post(
                     f"{self.url.rstrip('/')}/{path}", json={"model": self.model, **body}, headers=headers
                 )
             except httpx.HTTPError as error:
                 problem = type(error).__name__
             else:
-                if got.status_code == 200:
+                if reply.status_code == 200:
                     try:
-                        return got.json()
-                    except ValueError as error:
-                        raise self.unlike() from error
-                problem = f"status {got.status_code}"
-                if got.status_code != 429 and got.status_code < 500:
+                        return reply.json()
+                    except ValueError:
+                        return reply.text
+                problem = f"status {reply.status_code}"
+                if reply.status_code != 429 and reply.status_code < 500:
                     break
-                after = got.headers.get("retry-after", "")
+                after = reply.headers.get("retry-after", "")
                 wait = float(after) if re.fullmatch(r"\d+(\.\d+)?", after) else wait
             if attempt < self.retries:
                 time.sleep(wait)

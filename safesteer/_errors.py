@@ -6,6 +6,6 @@ class SafeSteerError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """The first line with words of what an error of another library says, or its kind."""
+    """Return the first line with words of what an error of another library says, or its kind."""
     lines = (line.strip() for line in str(error).splitlines() if any(map(str.isalnum, line)))
     return next(lines, type(error).__name__)

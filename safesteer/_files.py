@@ -1,7 +1,7 @@
 """Files that are whole or absent: written beside the target, synced, then renamed over it.
 
 JSON for values and tables, safetensors for vectors; never pickle. Every reader turns a damaged or
-foreign file into one sentence.
+foreign file into one sentence. `read_value` is the way back from JSON to nested frozen dataclasses.
 """
 
 import fcntl
@@ -10,9 +10,13 @@ import json
 import os
 import shutil
 import tempfile
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -26,7 +30,7 @@ PART = ".part"  # ends the name of a file that is still being written
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; it replaces `path` when the block ends without an error."""
+    """Yield a temporary path to write to; it replaces `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(PART, f".{path.name}.", path.parent)
@@ -47,7 +51,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write to; it replaces `folder` when the block ends without an error."""
+    """Yield a temporary folder to write to; it replaces `folder` when the block ends without an error."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(PART, f".{folder.name}.", folder.parent))
@@ -80,16 +84,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text."""
     with atomic(path) as work:
         work.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Numbers that JSON cannot hold (NaN, infinity) are an error, not a nonstandard file."""
+    """Write a value as JSON. Numbers that JSON cannot hold (NaN, infinity) raise ValueError."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
+    """Read a JSON file; raises SafeSteerError where it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -98,20 +104,84 @@ def read_json(path: Path) -> Any:
         raise SafeSteerError(f"{path} is not a JSON file that SafeSteer wrote.") from error
 
 
-def json_lines(path: str | Path) -> list[Any]:
-    """Rows of a JSON Lines file, with or without a BOM; only a line feed ends a row, because texts may
-    hold other separators. Raises OSError or ValueError: what the file is for, the caller knows."""
+def read_value(kind: Any, path: str | Path, name: str) -> Any:
+    """Read a value from the JSON that `write_json(path, dataclasses.asdict(value))` wrote.
+
+    Args:
+        kind: The value's type, as `from_json` takes it.
+        path: The file.
+        name: What the file is called in the error, such as "a token file".
+
+    Raises:
+        SafeSteerError: Where the file is missing, damaged, or of another shape.
+    """
+    raw = read_json(Path(path))
+    try:
+        return from_json(kind, raw)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SafeSteerError(f"{path} is not {name} of this version.") from error
+
+
+def from_json(kind: Any, raw: Any) -> Any:
+    """Turn plain JSON values into a value of type `kind`, following its annotations.
+
+    `kind` is a dataclass or a type that JSON holds, nested in tuples, dicts and `| None`.
+    """
+    if is_dataclass(kind):
+        hints, unknown = _hints(kind), raw.keys() - {f.name for f in fields(kind)}
+        if unknown:
+            raise TypeError(f"unknown fields: {sorted(unknown)}")
+        return kind(**{name: from_json(hints[name], value) for name, value in raw.items()})
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        kinds = [args[0]] * len(raw) if args[1:] == (...,) else args
+        return tuple(from_json(k, v) for k, v in zip(kinds, raw, strict=True))
+    if origin is dict:  # JSON knows no keys but strings
+        return {args[0](k): from_json(args[1], v) for k, v in raw.items()}
+    if origin in (UnionType, typing.Union):
+        remaining = [a for a in args if a is not type(None)]
+        return None if raw is None else from_json(remaining[0], raw)
+    return raw
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def text_lines(path: str | Path) -> list[tuple[int, str]]:
+    """Read the lines of a UTF-8 file that are not empty, each with its number from 1.
+
+    A BOM is dropped. Only a line feed ends a line, because texts may hold other separators. Raises
+    OSError or ValueError: what the file is for, the caller knows.
+    """
     lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    return [json.loads(line) for line in lines if line.strip()]
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Read the rows of a JSON Lines file, each a JSON object. Raises OSError or ValueError."""
+    rows = []
+    for number, line in text_lines(path):
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is not a JSON object")
+        rows.append(row)
+    return rows
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """A safetensors file whose header carries `metadata` as JSON."""
+    """Write a safetensors file whose header carries `metadata` as JSON."""
     with atomic(path) as work:
         save_file(tensors, work, metadata={"safesteer": json.dumps(metadata)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the metadata that `write_tensors` wrote.
+
+    Raises:
+        SafeSteerError: Where the file is missing, damaged or written by something else.
+    """
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = json.loads((file.metadata() or {})["safesteer"])
@@ -124,13 +194,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def digest(path: Path) -> str:
+    """Return the SHA-256 of a file's content, 32 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process a run folder: the lock goes with the process, however it ends."""
+    """Let one process work in a folder: the lock goes with the process, however it ends."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         handle = (path / ".lock").open("w")

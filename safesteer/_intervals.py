@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % Wilson score interval of a rate."""
+    """Return the Wilson score interval of a rate; z = 1.96 is 95 %."""
     if n == 0:
         return 0.0, 1.0
     rate, spread = successes / n, z * z / n
@@ -18,7 +18,7 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def bootstrap(values: Sequence[float], seed: int = 0, n_draws: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean, resampling prompts."""
+    """Return the 95 % percentile interval of the mean, resampling prompts."""
     array = np.asarray(values)
     draws = np.random.default_rng(seed).choice(array, (n_draws, len(array))).mean(1)
     low, high = np.percentile(draws, [2.5, 97.5])
@@ -28,7 +28,7 @@ def bootstrap(values: Sequence[float], seed: int = 0, n_draws: int = 2000) -> tu
 def bootstrap_means(
     values: Float[np.ndarray, "n n_prompts"], seed: int = 0, n_draws: int = 1000
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """`bootstrap` of each row, all rows on the same resamples of the prompts."""
+    """Return `bootstrap` of each row, all rows on the same resamples of the prompts."""
     n_prompts = values.shape[1]
     drawn = np.random.default_rng(seed).integers(0, n_prompts, (n_draws, n_prompts))
     counts = np.stack([np.bincount(d, minlength=n_prompts) for d in drawn]) / n_prompts

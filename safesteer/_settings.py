@@ -1,46 +1,102 @@
-"""Values of settings: one check for every dataclass of settings.
+"""How a setting is declared: value, bounds, unit and description in one place, checked by pydantic.
 
-A field with words takes one of them; a number lies within its bounds; a whole number is no larger than
-2^31 - 1 and, where nothing else is said, not negative. NaN lies within no bounds.
+    @settings("distill")
+    class DistillConfig:
+        lr: float = setting(3e-4, "Peak learning rate of AdamW.", gt=0)
+
+makes a frozen dataclass. A value that does not fit raises a SafeSteerError that names the setting.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from functools import wraps
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic.fields import FieldInfo
 
 from safesteer._errors import SafeSteerError
 
-Number = int | float
-LARGEST = 2**31 - 1
-POSITIVE = (math.ulp(0.0), math.inf)
-FINITE = (-1e30, 1e30)
-SHARE = (0.0, 1.0)
-AT_LEAST_1 = (1, LARGEST)
+LARGEST = 2**31 - 1  # of a whole number: what every random number generator and tensor size takes
+T = TypeVar("T")
 
 
-def check_settings(owner: Any, stage: str, bounds: Mapping[str, tuple[Number, Number]]) -> None:
-    """Raise SafeSteerError naming the first setting of `owner` that has no sense. Bounds are inclusive."""
-    hints = get_type_hints(type(owner))
-    for name in (f.name for f in fields(owner)):
-        value, hint = getattr(owner, name), hints[name]
-        shown = f"{stage}.{name}" if stage else name
-        if get_origin(hint) is Literal:
-            if value not in get_args(hint):
-                raise SafeSteerError(f"{shown} must be one of {get_args(hint)}, not '{value}'.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            usual = (0, LARGEST) if isinstance(value, int) else (-math.inf, math.inf)
-            low, high = bounds.get(name, usual)
-            if not low <= value <= high:
-                raise SafeSteerError(f"{shown} {_range(low, high)}, not {value}.")
+def setting(default: Any, description: str, *, unit: str = "", infinite: bool = False, **bounds: Any) -> Any:
+    """Declare a setting; `bounds` are pydantic's (gt, ge, lt, le). Whole numbers are never negative."""
+    if isinstance(default, int) and not isinstance(default, bool):
+        bounds = {"ge": 0, "le": LARGEST} | bounds
+    if isinstance(default, float):
+        # NaN is not within any bounds, so an infinite threshold (which switches it off) needs one.
+        bounds |= {"ge": bounds.get("ge", -math.inf)} if infinite else {"allow_inf_nan": False}
+    return Field(default=default, description=description, json_schema_extra={"unit": unit}, **bounds)
 
 
-def _range(low: Number, high: Number) -> str:
-    tail = {LARGEST: " and below 2^31", math.inf: "", FINITE[1]: " and finite"}.get(high)
-    if low == POSITIVE[0]:
-        return f"must be positive{tail}" if tail is not None else f"must lie above 0 and at most at {high:g}"
-    if low == -math.inf:
-        return "must be a number"
-    if low == FINITE[0]:
-        return "must be finite"
-    return f"must be at least {low:g}{tail}" if tail is not None else f"must lie between {low:g} and {high:g}"
+def setting_or_none(default: Any, description: str, *, unit: str = "") -> Any:
+    """Declare a setting that may be None; its bounds are those of its type (CountOrNone ...)."""
+    return Field(default=default, description=description, json_schema_extra={"unit": unit})
+
+
+def section(factory: type, description: str) -> Any:
+    """Declare the settings of a stage inside a recipe."""
+    return Field(default_factory=factory, description=description)
+
+
+def _no_none(value: Any) -> Any:
+    return None if value == "none" else value
+
+
+def _words(value: Any) -> Any:
+    return (
+        tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+    )
+
+
+Words = BeforeValidator(_words)  # "train,val" is a tuple of words
+OrNone = BeforeValidator(_no_none)  # the command line and TOML files have no None: they write "none"
+CountOrNone = Annotated[Annotated[int, Field(ge=1, le=LARGEST)] | None, OrNone]
+SizeOrNone = Annotated[Annotated[int, Field(ge=0, le=LARGEST)] | None, OrNone]
+FiniteOrNone = Annotated[Annotated[float, Field(allow_inf_nan=False)] | None, OrNone]
+
+
+@dataclass_transform(
+    frozen_default=True, kw_only_default=True, field_specifiers=(setting, setting_or_none, section)
+)
+def settings(name: str) -> Callable[[type[T]], type[T]]:
+    """Turn a class into a frozen dataclass whose values are checked; `name` is that of its stage."""
+
+    def decorate(kind: type[T]) -> type[T]:
+        config = ConfigDict(extra="forbid", validate_default=True)
+        checked = checked_dataclass(kind, frozen=True, kw_only=True, config=config)
+        initialize = checked.__init__
+
+        @wraps(initialize)
+        def __init__(self: Any, **values: Any) -> None:
+            try:
+                initialize(self, **values)
+            except ValidationError as error:
+                raise SafeSteerError(_sentence(name, error)) from None
+
+        checked.__init__ = __init__
+        return checked
+
+    return decorate
+
+
+def _sentence(name: str, error: ValidationError) -> str:
+    """Say which setting does not fit, and what it may be."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"] if isinstance(part, str) and part.isidentifier())
+    shown = f"{name}.{place}" if name else place
+    if first["type"] == "unexpected_keyword_argument":
+        return f"Unknown setting '{shown}': `safesteer settings` lists what there is."
+    reason = first["msg"].split(", unable")[0].replace("Input should be", "must be")
+    return f"{shown} {reason}, not {first['input']!r}."
+
+
+def describe(kind: type) -> list[tuple[str, FieldInfo]]:
+    """List (name, pydantic's FieldInfo) of a settings class, in the order of declaration."""
+    known: dict[str, FieldInfo] = getattr(kind, "__pydantic_fields__")  # noqa: B009
+    assert all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(kind))  # type: ignore[arg-type]
+    return list(known.items())

@@ -1,16 +1,19 @@
-"""The command line: thin. Parse, call the library, turn a SafeSteerError into one sentence.
+"""The command line: parse, call the library, turn a SafeSteerError into one sentence.
 
-safesteer align MODEL --out RUN [--preset quick|paper] [--set distill.lr=3e-5 ...]
-safesteer sweep, tokens, distill     the same up to that stage
-safesteer evaluate MODEL_OR_RUN      a suite of benchmarks: quick, small or paper
-safesteer report RUN                 the page again, from a run folder
+    safesteer align MODEL --out RUN [--preset quick|paper] [--recipe my.toml] [--set distill.lr=3e-5 ...]
+    safesteer direction, tokens, distill, export     the same up to that stage
+    safesteer evaluate MODEL_OR_RUN                  a suite of benchmarks: quick, small or paper
+    safesteer report RUN                             the page again, from a run folder
+    safesteer settings [PRESET]                      every setting with its value, unit and meaning
+
+Nothing heavy is imported before a command runs, so that --help answers at once.
 """
 
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,77 +31,89 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or 'smollm2-135m'.")]
 Out = Annotated[Path, typer.Option("--out", help="The run folder to write or to continue.")]
 Preset = Annotated[str, typer.Option(help="'quick' (small machine) or 'paper' (as published).")]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="A recipe file (TOML), such as a run folder's recipe.toml.")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 Prompts = Annotated[
     Path | None, typer.Option(help="Your own prompts, JSON Lines (default: the project's pairs).")
 ]
-Settings = Annotated[
+Changes = Annotated[
     list[str] | None,
     typer.Option("--set", help="One setting, e.g. distill.divergence=reverse. May be repeated."),
 ]
 Track = Annotated[
     str | None, typer.Option(help="Follow the distillation in a tracker: tensorboard, wandb, ...")
 ]
+UP_TO = {
+    "direction": "Stage 1 alone: find the direction.",
+    "tokens": "Up to stage 2: select the safety tokens.",
+    "distill": "Up to stage 3: teach the student.",
+    "export": "Up to stage 4: write the trained model.",
+}
 
 
-def _run(model, out, preset, seed, prompts, settings, track, stages=None) -> None:
-    from safesteer import alignment, recipes  # heavy imports, not for --help
-    from safesteer.prompts.prompt_set import PromptSet
+def _recipe(preset: str, file: Path | None, seed: int | None, changes: list[str] | None) -> Any:
+    """Read the preset or the recipe file, changed by --seed and --set."""
+    from safesteer import recipes
 
-    pairs = [s.partition("=") for s in settings or []]
+    pairs = [change.partition("=") for change in changes or []]
     for key, equals, _ in pairs:
         if not equals:
             raise SafeSteerError(f"--set takes NAME=VALUE, not '{key}'.")
-    values = {"seed": seed} | {key: value for key, _, value in pairs}
-    if "preset" in values:
-        raise SafeSteerError("The preset is chosen with --preset, not with --set.")
-    chosen = recipes.recipe(preset, **values)
-    console = Console()
-    path = alignment.align(
-        model,
-        out,
-        chosen,
-        prompts=PromptSet.from_jsonl(prompts) if prompts else None,
-        stages=stages or alignment.STAGES,
-        track=track,
-        console=console,
-    )
-    if (path / "report.html").exists() and (stages is None or "report" in stages):
-        console.print(f"Report: {path / 'report.html'}   Model: {path / 'model'}", highlight=False)
+        if key == "preset":
+            raise SafeSteerError("The preset is chosen with --preset, not with --set.")
+    values = {key: value for key, _, value in pairs}
+    if file is not None:
+        return recipes.Recipe.load(file, seed=seed, **values)
+    return recipes.recipe(preset, seed, **values)
 
 
-@app.command()
-def align(
-    model: Model = "smollm2-135m",
-    out: Out = Path("run"),
-    preset: Preset = "quick",
-    seed: Seed = None,
-    prompts: Prompts = None,
-    settings: Settings = None,
-    track: Track = None,
-) -> None:
-    """All stages: direction, tokens, distillation, export, evaluation, report."""
-    _run(model, out, preset, seed, prompts, settings, track)
+def _command(name: str, last: str | None, help_text: str) -> None:
+    """Add a command that runs the stages up to `last` (None: all of them)."""
 
-
-def _stage(name: str, stages: tuple[str, ...], help_text: str) -> None:
     def command(
         model: Model = "smollm2-135m",
         out: Out = Path("run"),
         preset: Preset = "quick",
+        recipe: RecipeFile = None,
         seed: Seed = None,
         prompts: Prompts = None,
-        settings: Settings = None,
+        changes: Changes = None,
         track: Track = None,
     ) -> None:
-        _run(model, out, preset, seed, prompts, settings, track, stages)
+        chosen = _recipe(preset, recipe, seed, changes)
+        from safesteer import alignment  # heavy
+        from safesteer.prompts.prompt_set import PromptSet
+
+        stages = alignment.STAGES
+        stages = stages if last is None else stages[: stages.index(last) + 1]
+        pairs, console = PromptSet.from_jsonl(prompts) if prompts else None, Console()
+        path = alignment.align(model, out, chosen, prompts=pairs, stages=stages, track=track, console=console)
+        if last is None and (path / "report.html").exists():
+            console.print(f"Report: {path / 'report.html'}   Model: {path / 'model'}", highlight=False)
 
     app.command(name, help=help_text)(command)
 
 
-_stage("sweep", ("direction",), "Stage 1 alone: score candidate directions and select one.")
-_stage("tokens", ("direction", "tokens"), "Up to stage 2: select the safety tokens.")
-_stage("distill", ("direction", "tokens", "distill", "export"), "Up to the exported model.")
+_command("align", None, "All stages: direction, tokens, distillation, export, evaluation, report.")
+for _name, _help in UP_TO.items():
+    _command(_name, _name, _help)
+
+
+@app.command()
+def settings(
+    preset: Annotated[str, typer.Argument(help="'quick' or 'paper'.")] = "quick",
+    toml: Annotated[bool, typer.Option("--toml", help="Print a recipe file to start from.")] = False,
+) -> None:
+    """Print every setting of a preset: value, unit and meaning."""
+    from safesteer.recipes import recipe
+
+    chosen = recipe(preset)
+    if toml:
+        typer.echo(chosen.to_toml(), nl=False)
+    else:
+        Console().print(chosen)
 
 
 @app.command()
@@ -112,7 +127,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Refusals, over-refusals, capability, drift and perplexity, as one table with intervals."""
-    from safesteer.evaluation.suite import run_suite
+    from safesteer.evaluation.suite import run_suite  # heavy
 
     console = Console()
     table = run_suite(target, suite, out, data=data, allow_code=allow_code, console=console)
@@ -129,13 +144,13 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     typer.echo(f"Report: {write_report(run)}")
 
 
-def _terminated(number, frame) -> None:
-    """SIGTERM ends a run as Ctrl-C does: files stay whole and the lock goes."""
+def _terminated(number: int, frame: object) -> None:
+    """End a run on SIGTERM as on Ctrl-C: files stay complete and the lock is released."""
     raise KeyboardInterrupt
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """torch's CPU allocator raises a plain RuntimeError, a library that finds no room an ImportError."""
+    """Recognise it: torch's CPU allocator raises a RuntimeError, a library without memory an ImportError."""
     signs = ("out of memory", "allocate memory", "failed to map segment")
     return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
 
@@ -146,7 +161,7 @@ def _fail(text: str) -> None:
 
 
 def main() -> None:
-    """Entry point: errors a user can act on are one sentence on stderr and exit code 1."""
+    """Run the command line: errors that a user can act on are one sentence on stderr and exit code 1."""
     # A spinning OpenMP team slows every other process on a small machine; set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     signal.signal(signal.SIGTERM, _terminated)
@@ -161,7 +176,7 @@ def main() -> None:
         if not _is_out_of_memory(error):
             raise
         _fail(
-            "Out of memory. Lower distill.micro_batch, tokens.batch_size or sweep.tokens_per_pass, or train an"
+            "Out of memory. Lower distill.micro_batch, tokens.batch_size or direction.tokens_per_pass, or train an"
             " adapter (distill.lora_rank); the same command continues from the last checkpoint."
         )
     except OSError as error:

@@ -8,7 +8,9 @@ import json
 import os
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
+from string import Template
 
 import torch
 
@@ -17,7 +19,7 @@ from safesteer._files import read_tensors, whole_folder, write_tensors, write_te
 from safesteer._version import __version__
 from safesteer.evaluation.scores import Scores
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ChatModel, hf_model
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, hf_model
 from safesteer.models.forward import last_logits
 from safesteer.models.loading import load_model, quiet_transformers
 from safesteer.steering.direction import Direction
@@ -25,12 +27,23 @@ from safesteer.steering.direction import Direction
 PROBE = ("What is the capital of France?", "Tell me how rainbows form.")
 
 
-def export(student: ChatModel, folder: Path) -> None:
-    """Save model and tokenizer (chat template included) as one folder, whole or not at all."""
+def export(student: ModelLike, folder: str | Path) -> None:
+    """Save model and tokenizer (chat template included) as one folder, complete or not at all.
+
+    Args:
+        student: The trained model: a ChatModel, or (model, tokenizer).
+        folder: The folder to write; one that is there is replaced.
+
+    Example:
+        >>> ss.export(chat, folder / "my-model")
+        >>> ss.check_reload(folder / "my-model") < 1e-4
+        True
+    """
+    student, folder = as_chat(student), Path(folder)
     with whole_folder(folder) as work:
         with quiet_transformers():
             hf_model(student.model).save_pretrained(work)
-            student.tokenizer.save_pretrained(work)  # type: ignore[attr-defined]
+            student.tokenizer.save_pretrained(work)
         logits = _probe_logits(student)
         write_tensors(work / "probe.safetensors", {"logits": logits}, {"prompts": list(PROBE)})
 
@@ -41,13 +54,24 @@ def _probe_logits(chat: ChatModel) -> torch.Tensor:
 
 
 def reload_difference(folder: Path) -> float:
-    """Largest absolute logit difference between the exported folder and the trained student."""
+    """Return the largest absolute logit difference between the exported folder and the student."""
     tensors, _ = read_tensors(folder / "probe.safetensors")
     return float((_probe_logits(load_model(str(folder), device="cpu")) - tensors["logits"]).abs().max())
 
 
-def check_reload(folder: Path, tolerance: float = 1e-4) -> float:
-    """Reload in a fresh process; raises SafeSteerError if logits differ by more than `tolerance`."""
+def check_reload(folder: str | Path, tolerance: float = 1e-4) -> float:
+    """Reload an exported model in a fresh process and compare its logits with the student's.
+
+    Args:
+        folder: What `export` wrote.
+        tolerance: Largest absolute difference that is allowed, in logits (nats).
+
+    Returns:
+        The largest absolute difference.
+
+    Raises:
+        SafeSteerError: If the model does not load, or differs by more than `tolerance`.
+    """
     code = (
         "import sys; from pathlib import Path; from safesteer.exporting import reload_difference;"
         " print('difference', reload_difference(Path(sys.argv[1])))"
@@ -73,7 +97,7 @@ def check_reload(folder: Path, tolerance: float = 1e-4) -> float:
 def write_card(
     folder: Path, base: str, direction: Direction, settings: dict, scores: dict[str, Scores]
 ) -> None:
-    """The model card: how it was aligned, what was measured, where it still fails."""
+    """Write the model card: how it was aligned, what was measured, where it still fails."""
     rows = [
         f"| {name} | {s.refusal_rate_harmful:.1%} ({s.refusal_rate_harmful_ci[0]:.1%} to"
         f" {s.refusal_rate_harmful_ci[1]:.1%}) | {s.refusal_rate_harmless:.1%}"
@@ -81,42 +105,15 @@ def write_card(
         f" {s.kl_harmless:.3f} | {s.perplexity:.2f} |"
         for name, s in scores.items()
     ]
-    n = next(iter(scores.values())).n if scores else 0
-    write_text(
-        folder / "README.md",
-        f"""---
-library_name: transformers
-tags: [safesteer, safety, localized-distillation]
----
-
-# {base}, aligned with SafeSteer
-
-This model was made from `{base}` by localized on-policy distillation
-([arXiv 2606.02530](https://arxiv.org/abs/2606.02530), SafeSteer {__version__}): a refusal direction
-({direction.extraction}, resid_pre of layer {direction.layer}, coefficient {direction.coeff:g}) steers
-the base into a teacher, and the model learned from that teacher on a few output tokens only.
-
-## Measured
-
-Greedy answers to {n} harmful and {n} matched harmless prompts that no choice was made on, 95 %
-intervals. Refusals are recognised by their wording in English.
-
-| model | refuses harmful | refuses harmless | KL to base (nats/token) | perplexity |
-|---|---|---|---|---|
-{chr(10).join(rows)}
-
-## Limits
-
-- Refusing is recognised by words at the start of an answer. Whether an answer that does not refuse
-  is harmful was not judged, nor is a refusal proof of understanding.
-- Jailbreaks, other languages, long conversations and system prompts of your own were not tested.
-- Harmless requests are refused at the rate above; matched look-alikes are the hard case.
-- The steering direction is dual-use: subtracted instead of added, it weakens refusals.
-
-## Settings
-
-```json
-{json.dumps(settings, indent=1)}
-```
-""",
+    text = (resources.files("safesteer") / "model_card.md").read_text(encoding="utf-8")
+    filled = Template(text).substitute(
+        base=base,
+        version=__version__,
+        extraction=direction.extraction,
+        layer=direction.layer,
+        coeff=f"{direction.coeff:g}",
+        n=next(iter(scores.values())).n if scores else 0,
+        rows="\n".join(rows),
+        settings=json.dumps(settings, indent=1),
     )
+    write_text(folder / "README.md", filled)

@@ -1,95 +1,177 @@
-"""Recipes: every choice of a run in one frozen value, with two presets.
+"""Recipes: the settings of a whole run in one frozen value, with two presets and a TOML file.
 
-`paper` is the published recipe to the letter (arXiv 2606.02530, sections 3 and 4). `quick` is the
-small-machine one, found by measurement on SmolLM2-135M-Instruct (docs/experiments.md): it also
-aligns a model that never refused.
+"paper" is the published recipe to the letter (arXiv 2606.02530, sections 3 and 4). "quick" is for small
+machines, found by measurement on SmolLM2-135M-Instruct; it also aligns a model that never refused.
+A recipe file holds any of the settings, over those of the preset that it names:
+
+    preset = "quick"
+    seed = 3
+
+    [distill]
+    lr = 1e-4
 """
 
 import hashlib
 import json
-import math
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+import tomllib
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tomlkit
+from rich.table import Table
 
 from safesteer._errors import SafeSteerError
-from safesteer._settings import AT_LEAST_1, FINITE, SHARE, check_settings
-from safesteer.attribution.explanation import ExplainConfig
-from safesteer.directions.sweeping import SweepConfig
-from safesteer.distillation.state import DistillConfig
-from safesteer.evaluation.scores import EvalConfig
-from safesteer.tokens.token_set import TokenConfig
+from safesteer._settings import describe, section, setting, settings
+from safesteer.settings import DirectionConfig, DistillConfig, EvaluateConfig, ExplainConfig, TokenConfig
 
-Extraction = Literal["auto", "instruction", "prefill", "system", "pca", "probe"]
+SECTIONS = {
+    "direction": DirectionConfig,
+    "tokens": TokenConfig,
+    "distill": DistillConfig,
+    "evaluate": EvaluateConfig,
+    "explain": ExplainConfig,
+}
 
 
-@dataclass(frozen=True)
+@settings("")
 class Recipe:
-    """Settings of all stages. `coeff=None` calibrates a prefill direction (1.0 for the paper's)."""
+    """Settings of a whole run: a few of its own, and those of each stage."""
 
-    preset: str = "quick"
-    seed: int = 0
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    extraction: Extraction = "auto"
-    n_direction: int | None = None  # pairs of the train split that directions are read from
-    coeff: float | None = None
-    native_share: float = 0.25  # harmful prompts that must refuse natively for "instruction"
-    pairs: Literal["all", "distil"] = "all"  # prompts distilled on; "all": those of train and val too
-    check_every: int = 0  # steps after which early stopping looks at val; 0: never
-    stop_refusal: float = 0.95  # share of its harmful prompts refused, and
-    stop_kl: float = 0.1  # KL on its harmless ones, nats a token, at which training stops
-    keep_adapter: bool = False  # with distill.lora_rank: write adapter/ beside the merged model
-    sweep: SweepConfig = field(default_factory=SweepConfig)
-    tokens: TokenConfig = field(default_factory=TokenConfig)
-    distill: DistillConfig = field(default_factory=DistillConfig)
-    evaluation: EvalConfig = field(default_factory=EvalConfig)
-    explain: ExplainConfig = field(default_factory=ExplainConfig)
-
-    def __post_init__(self) -> None:
-        bounds = {"native_share": (0.0, math.inf), "stop_refusal": SHARE, "stop_kl": (0.0, math.inf)}
-        check_settings(self, "", {**bounds, "coeff": FINITE, "n_direction": AT_LEAST_1})
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The splits of the prompts that are distilled on."""
-        return ("distil", "train", "val") if self.pairs == "all" else ("distil",)
+    preset: str = setting("quick", "Preset that the other settings change.")
+    seed: int = setting(0, "Seed of everything random, in every stage.")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", "Precision of the frozen base and teacher."
+    )
+    direction: DirectionConfig = section(DirectionConfig, "Stage 1: find the direction.")
+    tokens: TokenConfig = section(TokenConfig, "Stage 2: select the safety tokens.")
+    distill: DistillConfig = section(DistillConfig, "Stage 3: teach the student.")
+    evaluate: EvaluateConfig = section(EvaluateConfig, "Stage 5: measure base, teacher and student.")
+    explain: ExplainConfig = section(ExplainConfig, "Stage 6: say why these tokens.")
 
     @property
     def hash(self) -> str:
+        """Content hash, 16 hex digits."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
+    def rows(self) -> Iterator[tuple[str, Any, str, str]]:
+        """Yield (setting, value, unit, description), stage by stage."""
+        for owner, prefix in [(self, ""), *((getattr(self, name), f"{name}.") for name in SECTIONS)]:
+            for name, info in describe(type(owner)):
+                if prefix or name not in SECTIONS:
+                    extra = info.json_schema_extra
+                    unit = str(extra.get("unit", "")) if isinstance(extra, dict) else ""
+                    yield prefix + name, getattr(owner, name), unit, info.description or ""
 
-def quick(seed: int = 0) -> Recipe:
-    """Under twenty minutes on two CPU cores, for models that refuse and models that do not."""
-    return Recipe(
-        preset="quick",
-        seed=seed,
-        n_direction=64,
-        sweep=SweepConfig(n_prompts=8, n_controls=2, n_held_out=2),
-        tokens=TokenConfig(min_steered_prob=1e-3, k_vote=30, n_samples=4, batch_size=32, seed=seed),
-        distill=DistillConfig(seed=seed),
-        evaluation=EvalConfig(),
+    def __rich__(self) -> Table:
+        table = Table(title=f"Settings of the preset '{self.preset}'", show_lines=False)
+        for column in ("setting", "value", "unit", "meaning"):
+            table.add_column(column, overflow="fold")
+        for name, value, unit, description in self.rows():
+            table.add_row(name, _shown(value), unit, description)
+        return table
+
+    def _repr_html_(self) -> str:
+        import pandas as pd  # slow to import, and only needed here
+
+        rows = [(name, _shown(value), unit, text) for name, value, unit, text in self.rows()]
+        return pd.DataFrame(rows, columns=["setting", "value", "unit", "meaning"]).to_html(index=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write a recipe file: every setting, with its meaning as a comment."""
+        from safesteer._files import write_text  # loads torch, which printing settings does not need
+
+        write_text(Path(path), self.to_toml())
+
+    def to_toml(self) -> str:
+        """Return the text of a recipe file."""
+        document: Any = tomlkit.document()
+        for name, value, unit, description in self.rows():
+            stage, _, key = name.rpartition(".")
+            if stage and stage not in document:
+                document.add(tomlkit.nl())
+                document.add(stage, tomlkit.table())
+            table = document[stage] if stage else document
+            table.add(tomlkit.comment(f"{description} [{unit}]" if unit else description))
+            table.add(key, list(value) if isinstance(value, tuple) else "none" if value is None else value)
+        return tomlkit.dumps(document)
+
+    @classmethod
+    def load(cls, path: str | Path, *, seed: int | None = None, **changes: Any) -> "Recipe":
+        """Read a recipe file; settings that it leaves out are those of its preset.
+
+        Args:
+            path: The file.
+            seed: A seed for every stage, in place of the file's.
+            changes: Settings that replace the file's, as `recipe` takes them.
+
+        Raises:
+            SafeSteerError: If the file cannot be read, is not TOML, or holds an unknown or bad setting.
+        """
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SafeSteerError(f"Cannot read the recipe {path}: {error.strerror}.") from error
+        except ValueError as error:
+            raise SafeSteerError(f"The recipe {path} is not TOML: {error}.") from error
+        settings = {
+            f"{name}.{key}" if isinstance(value, dict) else name: inner
+            for name, value in values.items()
+            for key, inner in (value.items() if isinstance(value, dict) else [("", value)])
+        }
+        if seed is not None:
+            settings = {k: v for k, v in settings.items() if k.rpartition(".")[2] != "seed"} | {"seed": seed}
+        settings |= changes
+        return recipe(settings.pop("preset", "quick"), settings.pop("seed", None), **settings)
+
+
+def _shown(value: Any) -> str:
+    """Show a value as the command line and recipe files spell it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return (
+        ",".join(value)
+        if isinstance(value, tuple)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
     )
 
 
-def paper(seed: int = 42) -> Recipe:
-    """The published recipe: partial reverse KL, no anchor, 100 harmful prompts x 8 rollouts.
+def quick() -> Recipe:
+    """Settings for under twenty minutes on two CPU cores, for models that refuse and models that do not."""
+    return Recipe()
+
+
+def paper() -> Recipe:
+    """The published recipe: partial reverse KL, no anchor, 100 harmful prompts x 8 answers.
 
     Learning rate and minimum probability are those for Qwen; the paper uses lr 1e-6 for Llama.
     """
     return Recipe(
         preset="paper",
-        seed=seed,
-        extraction="instruction",
-        coeff=1.0,
-        pairs="distil",
-        sweep=SweepConfig(rank_by="ablation", n_kl_tokens=1),
-        tokens=TokenConfig(seed=seed),
+        seed=42,
+        direction=DirectionConfig(
+            extraction="instruction",
+            coeff=1.0,
+            rank_by="ablation",
+            n_kl_tokens=1,
+            n_train=None,
+            n_val=None,
+            n_controls=None,
+            n_held_out=5,
+        ),
+        tokens=TokenConfig(k_vote=200, n_samples=8, min_steered_prob=1e-6, batch_size=2),
         distill=DistillConfig(
             divergence="reverse",
             normalizer="partial",
             rollouts="student",
+            splits=("distill",),
             decay=1.0,
-            train="all",
+            train_layers="all",
             n_steps=25,
             harmful_per_step=4,
             harmless_per_step=0,
@@ -98,63 +180,43 @@ def paper(seed: int = 42) -> Recipe:
             lr=1e-5,
             micro_batch=4,
             checkpoint_every=5,
-            seed=seed,
         ),
-        evaluation=EvalConfig(max_new_tokens=256),
+        evaluate=EvaluateConfig(max_new_tokens=256),
     )
 
 
 PRESETS = {"quick": quick, "paper": paper}
 
 
-def recipe(preset: str = "quick", seed: int | str | None = None, **settings: Any) -> Recipe:
-    """A preset with some settings replaced: recipe("quick", **{"distill.lr": 3e-5}).
+def recipe(preset: str = "quick", seed: int | str | None = None, **changes: Any) -> Recipe:
+    """Build a recipe: a preset with some settings changed, and one seed for everything random.
 
-    `seed` is that of everything random. Keys are field names of Recipe, or "stage.field". Strings are
-    read as the field's type, so the command line can pass them through. Raises SafeSteerError for an
-    unknown name or value.
+    Args:
+        preset: "quick" or "paper".
+        seed: Seed of every stage; None keeps the preset's.
+        changes: Settings by name, such as `**{"distill.lr": 3e-5}`. Strings are read as the command line
+            reads them.
+
+    Raises:
+        SafeSteerError: For an unknown preset or setting, or a value outside its bounds.
+
+    Example:
+        >>> ss.recipe("quick", seed=3, **{"distill.n_steps": 5}).tokens.seed
+        3
     """
     if preset not in PRESETS:
         raise SafeSteerError(f"Unknown preset '{preset}': use one of {sorted(PRESETS)}.")
-    found = PRESETS[preset]()
-    if seed is not None:
-        found = PRESETS[preset](_typed(found, "seed", seed, "seed"))
-    for key, value in settings.items():
+    base = PRESETS[preset]()
+    values = asdict(base) | ({} if seed is None else {"seed": seed})
+    for key, value in changes.items():
         stage, _, name = key.rpartition(".")
-        if stage not in ("", "sweep", "tokens", "distill", "evaluation", "explain"):
-            raise SafeSteerError(f"Unknown setting '{key}': there is no stage '{stage}'.")
-        owner = getattr(found, stage) if stage else found
-        known = [
-            f.name for f in fields(owner) if f.name != "preset" and not is_dataclass(getattr(owner, f.name))
-        ]
-        if name not in known:
-            raise SafeSteerError(f"Unknown setting '{key}': {stage or 'a recipe'} has {known}.")
-        changed = replace(owner, **{name: _typed(owner, name, value, key)})
-        found = replace(found, **{stage: changed}) if stage else changed
-    return found
-
-
-def _typed(owner: Any, name: str, value: Any, key: str) -> Any:
-    """Read a command-line string as the field's type."""
-    if not isinstance(value, str):
-        return value
-    hint = get_type_hints(type(owner))[name]
-    if get_origin(hint) is Literal and value not in get_args(hint):
-        raise SafeSteerError(f"The setting {key} must be one of {get_args(hint)}, not '{value}'.")
-    if hint is bool:
-        if value.lower() not in ("true", "false"):
-            raise SafeSteerError(f"The setting {key} must be true or false, not '{value}'.")
-        return value.lower() == "true"
-    if get_origin(hint) is tuple:
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    kinds = [k for k in getattr(hint, "__args__", (hint,)) if k in (int, float)]
-    if value.lower() == "none" and type(None) in getattr(hint, "__args__", ()):
-        return None
-    for kind in kinds:
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    if kinds:
-        raise SafeSteerError(f"The setting {key} must be a number, not '{value}'.")
-    return value
+        if key == "preset" or key in SECTIONS or (stage and stage not in SECTIONS):
+            raise SafeSteerError(f"Unknown setting '{key}': `safesteer settings` lists what there is.")
+        (values[stage] if stage else values)[name] = value
+    result = Recipe(**values)
+    seeds = {
+        name: replace(getattr(result, name), seed=result.seed)
+        for name in SECTIONS
+        if hasattr(getattr(result, name), "seed") and f"{name}.seed" not in changes
+    }
+    return replace(result, **seeds)

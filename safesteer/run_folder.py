@@ -1,15 +1,15 @@
-"""The run folder: a contract of files, and a manifest that says which of them are whole.
+"""The run folder: files by name, and a manifest that says which of them are complete.
 
-`manifest.json` holds what identifies a run (model, settings, prompts, template), its versions, and
-for every finished stage its seconds, peak memory and the hash of each file it wrote. A stage counts
-as finished only while its files still have those hashes, so a torn file is made again.
+`manifest.json` holds what identifies a run (model, recipe, prompts, template), its versions, and for every
+finished stage its seconds, peak memory and the hash of each file it wrote. A stage counts as finished only
+while its files still have those hashes, so a torn file is made again.
 """
 
 import json
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -20,43 +20,85 @@ import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    Progress,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import (
+    Progress as Bar,
+)
 
 from safesteer._errors import SafeSteerError
-from safesteer._files import digest, read_json, write_json
+from safesteer._files import digest, json_lines, read_json, write_json
+from safesteer._progress import Progress
 from safesteer._version import __version__
+from safesteer.distillation.rollouts import Teacher
 from safesteer.judges.judge import Judge
 from safesteer.models.batch import template_hash
 from safesteer.models.chat_model import ChatModel
+from safesteer.models.loading import load_model
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.recipes import Recipe
+from safesteer.steering.direction import Direction
+from safesteer.tokens.token_set import TokenSet
 
 STAGES = ("direction", "tokens", "distill", "export", "evaluate", "explain", "report")
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run folder with what its stages share."""
+    """A run folder with what its stages share. `model` is the base's name, or the base itself."""
 
     path: Path
-    model: str
+    model: str | ChatModel
     recipe: Recipe
     prompts: PromptSet
     judge: Judge
     console: Console
     track: str | None = None
 
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+    @property
+    def model_name(self) -> str:
+        """The base's name."""
+        return self.model if isinstance(self.model, str) else self.model.name
+
+    def load_base(self, *, dtype: str | None = None, device: str = "auto") -> ChatModel:
+        """Load the base anew, or copy the open model."""
+        if isinstance(self.model, str):
+            return load_model(self.model, dtype=dtype or self.recipe.dtype, device=device)
+        copied = self.model.copy()
+        model = copied.model if dtype is None else copied.model.to(getattr(torch, dtype))
+        return ChatModel(model if device == "auto" else model.to(device), copied.tokenizer, copied.name)
+
+    def load_direction(self, base: ChatModel) -> Direction:
+        """Load the direction of stage 1, checked against the base."""
+        return Direction.load(self.path / "direction.safetensors", base)
+
+    def load_tokens(self) -> TokenSet:
+        """Load the safety tokens of stage 2."""
+        return TokenSet.load(self.path / "tokens.json")
+
+    def load_teacher(self, base: ChatModel) -> Teacher:
+        """Load what stages 1 and 2 found: the teacher and S."""
+        return Teacher(base, self.load_direction(base), self.load_tokens())
+
+    def load_student(self) -> ChatModel:
+        """Load the model that stage 4 exported."""
+        return load_model(str(self.path / "model"))
+
+    def load_answers(self) -> list[dict]:
+        """Load the answers of stage 5."""
+        return json_lines(self.path / "answers.jsonl")
+
+    def say(self, text: object) -> None:
+        """Print one line about the running stage."""
+        self.console.print(f"  {text}", highlight=False)
 
     @contextmanager
-    def progress(self, what: str, total: float = 1.0) -> Iterator[Callable[[float], None]]:
-        """A bar for one stage, with time left; the yielded function sets how much is done."""
+    def progress(self, title: str) -> Iterator[Progress]:
+        """Show a bar with the time left; the yielded function takes the share done."""
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -67,24 +109,29 @@ class Run:
         )
         # In a notebook rich draws bars with ipywidgets; without it, it would warn at every change.
         off = self.console.is_jupyter and find_spec("ipywidgets") is None
-        with Progress(*columns, console=self.console, transient=True, disable=off) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda done: bar.update(task, completed=done)
+        with Bar(*columns, console=self.console, transient=True, disable=off) as bar:
+            task = bar.add_task(title, total=1.0)
+            yield lambda share: bar.update(task, completed=share)
 
 
 def identity(run: Run, base: ChatModel) -> dict:
-    """What must agree for a folder to be continued."""
+    """Return what must agree for a folder to be continued."""
     return {
-        "model": run.model,
+        "model": run.model_name,
         "fingerprint": base.fingerprint,
-        "config": json.loads(json.dumps(asdict(run.recipe))),
+        "recipe": json.loads(json.dumps(asdict(run.recipe))),
         "prompts_hash": run.prompts.hash,
         "template_hash": template_hash(base.tokenizer),
     }
 
 
 def open_run(run: Run, base: ChatModel) -> None:
-    manifest, ours = run.path / "manifest.json", identity(run, base)
+    """Write the manifest and the recipe of a new run, or check those of an earlier one.
+
+    Raises:
+        SafeSteerError: If the folder holds a run with other settings, or something else.
+    """
+    manifest, ours = run.path / MANIFEST, identity(run, base)
     if manifest.exists():
         theirs = read_json(manifest)
         different = [k for k, v in ours.items() if theirs.get(k) != v]
@@ -97,6 +144,7 @@ def open_run(run: Run, base: ChatModel) -> None:
     if any(p.name != ".lock" for p in run.path.iterdir()):
         raise SafeSteerError(f"{run.path} is not empty and holds no SafeSteer run: choose another folder.")
     versions = {n: version(n) for n in ("torch", "transformers", "transformer-lens", "safetensors")}
+    run.recipe.save(run.path / "recipe.toml")
     write_json(
         manifest,
         {
@@ -113,8 +161,8 @@ def open_run(run: Run, base: ChatModel) -> None:
 
 
 def finished(run: Run, stage: str) -> bool:
-    """True where every file of the stage is there with the hash it was recorded with."""
-    done = read_json(run.path / "manifest.json")["stages"].get(stage)
+    """Say whether every file of the stage is there with the hash it was recorded with."""
+    done = read_json(run.path / MANIFEST)["stages"].get(stage)
     if done is None:
         return False
     files = [(run.path / name, recorded) for name, recorded in done["files"].items()]
@@ -122,14 +170,14 @@ def finished(run: Run, stage: str) -> bool:
 
 
 def record_stage(run: Run, stage: str, written: list[str], seconds: float) -> None:
-    manifest = read_json(run.path / "manifest.json")
+    """Write a finished stage into the manifest; later stages, made from its old files, leave it."""
+    manifest = read_json(run.path / MANIFEST)
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     manifest["stages"][stage] = {
         "seconds": round(seconds, 1),
         "peak_mb": round(peak_mb),
         "files": {name: digest(run.path / name) for name in written},
     }
-    # What came after this stage was made from its old files.
     for later in STAGES[STAGES.index(stage) + 1 :]:
         manifest["stages"].pop(later, None)
-    write_json(run.path / "manifest.json", manifest)
+    write_json(run.path / MANIFEST, manifest)

@@ -98,7 +98,7 @@ def try_all(work: Path, whole: Path, seed: int) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from safesteer._files import read_json
-    from safesteer.attribution.explanation import Attribution
+    from safesteer.attribution.result import Attribution
     from safesteer.evaluation.scores import Evaluation
     from safesteer.models.batch import PromptBatch
     from safesteer.prompts.prompt_set import PromptSet

@@ -14,7 +14,8 @@ from conftest import PROMPTS, assert_near, batch_of, naive_logits, random_vector
 from safesteer._errors import SafeSteerError
 from safesteer._token_text import readable, running, token_text, visible
 from safesteer.attribution.coverage import Totals, matched_sets, read_answers, source_coverage, totals
-from safesteer.attribution.explanation import Attribution, ExplainConfig, explain, pick_traces
+from safesteer.settings import ExplainConfig
+from safesteer.attribution.explanation import Attribution, explain, pick_traces
 from safesteer.attribution.stability import jaccard, stability
 from safesteer.attribution.stories import logit_parts, neighbours, why
 from safesteer.attribution.tracing import trace
@@ -27,7 +28,8 @@ from safesteer.report.page import as_json, build_page, write_report
 from safesteer.report.page_data import page_data
 from safesteer.steering.direction import Direction, steer
 from safesteer.tokens.selection import AnswerStates, sample_answers, select_tokens
-from safesteer.tokens.token_set import TokenConfig, TokenSet
+from safesteer.settings import TokenConfig
+from safesteer.tokens.token_set import TokenSet
 
 CONFIG = TokenConfig(k=12, k_vote=20, horizon=4, n_samples=3, min_steered_prob=1e-4)
 ANSWER = "I cannot help you with this. Naïve 🙂 text,\nin two lines."

@@ -9,10 +9,12 @@ import torch
 from conftest import copy_of, random_vector
 from safesteer.directions.extraction import Candidates, mean_difference
 from safesteer.distillation.loop import distill
-from safesteer.distillation.state import DistillConfig, prepare_student
+from safesteer.settings import DistillConfig
+from safesteer.distillation.state import prepare_student
 from safesteer.steering.direction import Direction
 from safesteer.tokens.selection import select_tokens
-from safesteer.tokens.token_set import TokenConfig, TokenSet
+from safesteer.settings import TokenConfig
+from safesteer.tokens.token_set import TokenSet
 
 # Sums are split otherwise between threads: 1e-6 of a number here, and AdamW divides small gradients by
 # themselves. What is counted (tokens, votes) must be equal.

@@ -10,7 +10,8 @@ from conftest import random_vector
 from safesteer.directions.calibration import strength_table
 from safesteer.directions.extraction import Candidates
 from safesteer.directions.inspection import component_contributions, cosines, residual_pca
-from safesteer.directions.sweeping import SweepConfig, sweep
+from safesteer.settings import DirectionConfig
+from safesteer.directions.sweeping import sweep
 from safesteer.report.direction_figures import (
     cosine_figure,
     plane_figure,
@@ -33,7 +34,7 @@ def scored(tiny_llama, candidates, few):
     cut = Candidates(
         candidates.vectors[-2:], candidates.positions[-2:], "instruction", candidates.shuffled[-2:]
     )
-    config = SweepConfig(n_prompts=2, rank_by="steering", n_held_out=1)
+    config = DirectionConfig(n_prompts=2, rank_by="steering", n_held_out=1)
     return sweep(tiny_llama, cut, few, REFUSAL_IDS, config, held_out=few.after(2))
 
 

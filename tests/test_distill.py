@@ -14,7 +14,8 @@ from safesteer.distillation import rollouts as onpolicy
 from safesteer.distillation.loop import distill, learning_rate
 from safesteer.distillation.loss import divergence_loss
 from safesteer.distillation.rollouts import prompt_indices, sample_rollouts
-from safesteer.distillation.state import DistillConfig, DistillState, prepare_student
+from safesteer.settings import DistillConfig
+from safesteer.distillation.state import DistillState, prepare_student
 from safesteer.models.adapter import as_base, merged, shares_weights, without_adapter
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, blocks, output_head

@@ -10,7 +10,8 @@ import torch
 from safesteer._errors import SafeSteerError
 from safesteer._intervals import bootstrap, wilson
 from safesteer.directions.extraction import mean_difference
-from safesteer.evaluation.scores import EvalConfig, evaluate, kl_on_answers
+from safesteer.settings import EvaluateConfig
+from safesteer.evaluation.scores import evaluate, kl_on_answers
 from safesteer.models.batch import render
 from safesteer.models.generation import generate
 from safesteer.models.loading import to_bridge
@@ -58,7 +59,7 @@ def test_kl_on_answers_equals_a_naive_loop(tiny_llama):
     direction = mean_difference(base, prompts).direction(base, "-1", 1, coeff=2.0)
     lens = to_bridge(base)
     texts, answers = prompts.harmless, ["A b", "Some answer", "x", "longer answer here", "no"]
-    config = EvalConfig(batch_size=3)
+    config = EvaluateConfig(batch_size=3)
     with steer(lens, direction):
         found = kl_on_answers(base, lens, texts, answers, config)
     tokenizer = base.tokenizer
@@ -74,7 +75,7 @@ def test_kl_on_answers_equals_a_naive_loop(tiny_llama):
 
 def test_evaluate_counts_what_the_judge_says(tiny_llama):
     prompts = load_prompts().split("test").first(4)
-    config = EvalConfig(max_new_tokens=3, perplexity_tokens=64)
+    config = EvaluateConfig(max_new_tokens=3, perplexity_tokens=64)
     refused = set(prompts.harmful[:3])
     scores, answers = evaluate(
         tiny_llama, tiny_llama, prompts, config, judge=lambda prompt, answer: prompt in refused
@@ -88,7 +89,7 @@ def test_evaluate_counts_what_the_judge_says(tiny_llama):
 def test_the_base_is_asked_where_its_answers_are_not_given(tiny_llama):
     prompts, config = (
         load_prompts().split("test").first(3),
-        EvalConfig(max_new_tokens=4, perplexity_tokens=64),
+        EvaluateConfig(max_new_tokens=4, perplexity_tokens=64),
     )
     moved = replace(tiny_llama, model=deepcopy(tiny_llama.model))
     with torch.no_grad():

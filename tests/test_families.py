@@ -28,7 +28,8 @@ from transformers import (
 from conftest import PROMPTS, SIZES, _bpe, assert_near, batch_of, naive_logits, plainly_padded, random_vector
 from safesteer._errors import SafeSteerError
 from safesteer.directions.extraction import mean_difference, system_contrast
-from safesteer.directions.sweeping import SweepConfig, sweep
+from safesteer.settings import DirectionConfig
+from safesteer.directions.sweeping import sweep
 from safesteer.models.batch import render, suffix_length
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.generation import generate, generate_ids
@@ -208,7 +209,7 @@ def test_directions_and_scores_come_out(member, few):
     _, chat = member
     found = mean_difference(chat, few)
     assert len(found.positions) == suffix_length(chat.tokenizer)
-    table = sweep(chat, found, few.first(2), torch.tensor([7, 40, 90]), SweepConfig(controls=())).table
+    table = sweep(chat, found, few.first(2), torch.tensor([7, 40, 90]), DirectionConfig(controls=())).table
     assert table[table.layer < 2].steering_refusal.notna().all()
 
 

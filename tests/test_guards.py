@@ -11,7 +11,8 @@ import torch
 from conftest import copy_of
 from safesteer._endpoint import Endpoint
 from safesteer._errors import SafeSteerError
-from safesteer.evaluation.scores import EvalConfig, evaluate
+from safesteer.settings import EvaluateConfig
+from safesteer.evaluation.scores import evaluate
 from safesteer.judges.classifiers import EndpointJudge, FirstToken, Guard
 from safesteer.judges.judge import CachedJudge, agreement, judge_all, read_verdict
 from safesteer.judges.wording import refuses
@@ -190,7 +191,7 @@ def test_agreement_is_cohens_kappa():
 
 
 def test_evaluation_takes_a_model_as_judge(tiny_llama, few, server):
-    config = EvalConfig(n_prompts=3, max_new_tokens=3, perplexity_tokens=100)
+    config = EvaluateConfig(n_prompts=3, max_new_tokens=3, perplexity_tokens=100)
     scores, answers = evaluate(tiny_llama, tiny_llama, few, config, judge=server)
     assert scores.refusal_rate_harmful == 1
     assert len(_Stub.seen) == 6

@@ -12,14 +12,15 @@ from conftest import SIZES, _bpe, _chat, copy_of, naive_logits, random_vector
 from safesteer._errors import SafeSteerError
 from safesteer.directions.extraction import mean_difference
 from safesteer.distillation.loop import distill
-from safesteer.distillation.state import DistillConfig, prepare_student
+from safesteer.settings import DistillConfig
+from safesteer.distillation.state import prepare_student
 from safesteer.exporting import check_reload, export
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, output_head
 from safesteer.models.generation import generate
 from safesteer.models.loading import load_model
 from safesteer.tokens.selection import select_tokens
-from safesteer.tokens.token_set import TokenConfig
+from safesteer.settings import TokenConfig
 
 PLAIN = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}<|assistant|>"
 

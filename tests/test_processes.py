@@ -14,7 +14,8 @@ from safesteer._errors import SafeSteerError
 from safesteer._files import read_tensors
 from safesteer.alignment import align
 from safesteer.distillation.loop import distill
-from safesteer.distillation.state import DistillConfig, prepare_student
+from safesteer.settings import DistillConfig
+from safesteer.distillation.state import prepare_student
 from safesteer.recipes import recipe
 from safesteer.tokens.token_set import SafetyToken, TokenSet
 

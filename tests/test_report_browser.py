@@ -12,7 +12,8 @@ import pytest
 from test_attribution import CONFIG, HOSTILE, answer_rows, fill_run, hostile_tokens
 
 from safesteer._token_text import visible
-from safesteer.attribution.explanation import Attribution, ExplainConfig, explain
+from safesteer.settings import ExplainConfig
+from safesteer.attribution.explanation import Attribution, explain
 from safesteer.report.page import write_report
 from safesteer.tokens.selection import select_tokens
 

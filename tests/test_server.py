@@ -11,7 +11,8 @@ from conftest import copy_of
 from safesteer._endpoint import Endpoint
 from safesteer._errors import SafeSteerError
 from safesteer.distillation.loop import distill
-from safesteer.distillation.state import DistillConfig, prepare_student
+from safesteer.settings import DistillConfig
+from safesteer.distillation.state import prepare_student
 from safesteer.distillation.vllm import server_sampler
 from safesteer.tokens.token_set import SafetyToken, TokenSet
 

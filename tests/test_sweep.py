@@ -11,7 +11,8 @@ from safesteer._errors import SafeSteerError
 from safesteer.directions import scoring
 from safesteer.directions.extraction import Candidates, mean_difference, prefill_contrast
 from safesteer.directions.refusal_tokens import refusal_token_ids
-from safesteer.directions.sweeping import COLUMNS, Sweep, SweepConfig, sweep
+from safesteer.settings import DirectionConfig
+from safesteer.directions.sweeping import COLUMNS, Sweep, sweep
 from safesteer.models.chat_model import blocks, output_head
 from safesteer.models.generation import generate_ids
 from safesteer.models.logits import kl_divergence, refusal_score
@@ -62,7 +63,7 @@ def test_scores_equal_one_candidate_at_a_time(chat, few, n_kl_tokens, batch_size
     """Packed, shared and started half-way, on every architecture (sliding windows included)."""
     few, found = few.first(3), mean_difference(chat, few)
     found = Candidates(found.vectors[-2:] + 0.1, found.positions[-2:], "instruction", found.shuffled[-2:])
-    config = SweepConfig(n_kl_tokens=n_kl_tokens, batch_size=batch_size, tokens_per_pass=tokens_per_pass)
+    config = DirectionConfig(n_kl_tokens=n_kl_tokens, batch_size=batch_size, tokens_per_pass=tokens_per_pass)
     table = sweep(chat, found, few, REFUSAL_IDS, config).table
     assert len(table) == 2 * chat.n_layers
     for row in table[table.layer < 0.8 * chat.n_layers].itertuples():
@@ -77,7 +78,7 @@ def test_a_bridge_scores_as_the_plain_model(chat_and_bridge, few):
     tables = []
     for chat in chat_and_bridge:
         found = mean_difference(chat, few.first(2))
-        tables.append(sweep(chat, found, few.first(2), REFUSAL_IDS, SweepConfig(controls=())).table)
+        tables.append(sweep(chat, found, few.first(2), REFUSAL_IDS, DirectionConfig(controls=())).table)
     left, right = (t[t.layer.between(1, 2)][SCORES].to_numpy() for t in tables)
     assert left == pytest.approx(right, abs=1e-3, nan_ok=True)
 
@@ -100,13 +101,13 @@ def test_intervals_hold_the_score_and_controls_are_seeded(scored, tiny_llama, ca
         assert (run[f"{name}_random"] != run[name]).any()
     again = sweep(tiny_llama, candidates, few, REFUSAL_IDS).table
     pd.testing.assert_frame_equal(again, scored.table)
-    other = sweep(tiny_llama, candidates, few, REFUSAL_IDS, SweepConfig(seed=1)).table
+    other = sweep(tiny_llama, candidates, few, REFUSAL_IDS, DirectionConfig(seed=1)).table
     assert (other.steering_refusal_random != scored.table.steering_refusal_random).any()
 
 
 def test_controls_can_be_kept_to_the_best_few(tiny_llama, candidates, few, scored):
     """The same numbers as with controls for all, for the first of the ranking alone."""
-    config = SweepConfig(rank_by="steering", n_controls=1)
+    config = DirectionConfig(rank_by="steering", n_controls=1)
     found = sweep(tiny_llama, candidates, few, REFUSAL_IDS, config)
     one = found.table.dropna(subset=["steering_refusal_random", "steering_refusal_shuffled"])
     assert one.index.tolist() == [found.best.name]
@@ -114,14 +115,14 @@ def test_controls_can_be_kept_to_the_best_few(tiny_llama, candidates, few, score
         assert one.iloc[0][f"{name}_shuffled"] == pytest.approx(
             scored.table.loc[one.index[0], f"{name}_shuffled"], abs=1e-4
         )
-    nothing = SweepConfig(max_kl=-1.0, n_controls=1)
+    nothing = DirectionConfig(max_kl=-1.0, n_controls=1)
     missed = sweep(tiny_llama, candidates, few, REFUSAL_IDS, nothing)
     assert missed.table.steering_refusal_random.notna().sum() == 1
     assert pd.notna(missed.nearest_miss.steering_refusal_random)
 
 
 def test_held_out_scores_are_those_of_other_prompts(tiny_llama, candidates, few):
-    config = SweepConfig(n_prompts=2, n_held_out=1, rank_by="steering", controls=())
+    config = DirectionConfig(n_prompts=2, n_held_out=1, rank_by="steering", controls=())
     found = sweep(tiny_llama, candidates, few, REFUSAL_IDS, config, held_out=few.after(2))
     scored = found.table.dropna(subset=["steering_refusal_held_out"])
     assert scored.index.tolist() == [found.best.name]
@@ -131,7 +132,7 @@ def test_held_out_scores_are_those_of_other_prompts(tiny_llama, candidates, few)
 
 
 def test_refusal_rates_of_answers_need_a_judge(tiny_llama, candidates, few):
-    config = SweepConfig(n_prompts=2, n_answer_tokens=2, rank_by="steering", controls=())
+    config = DirectionConfig(n_prompts=2, n_answer_tokens=2, rank_by="steering", controls=())
     with pytest.raises(SafeSteerError, match="judge"):
         sweep(tiny_llama, candidates, few, REFUSAL_IDS, config)
     first = few.first(2).harmless[0]
@@ -152,7 +153,7 @@ def planted(chat, few, strength: float) -> Candidates:
 
 def test_a_planted_direction_passes_and_its_controls_do_not(tiny_llama, few):
     """Nothing else reaches the bar: not its random or shuffled control, not other layers."""
-    config = SweepConfig(max_kl=100.0, min_steering=-3.5)
+    config = DirectionConfig(max_kl=100.0, min_steering=-3.5)
     found = planted(tiny_llama, few, 3.0)
     result = sweep(tiny_llama, found, few, REFUSAL_IDS, config)
     assert result.table.layer[result.table.kept].tolist() == [1]
@@ -178,7 +179,7 @@ def test_pruned_layers_are_not_run(tiny_llama, candidates, few, monkeypatch):
     monkeypatch.setattr(
         scoring, "run_from_layer", lambda m, layer, h: layers.add(layer) or start(m, layer, h)
     )
-    config = SweepConfig(max_layer_share=0.5, n_prompts=2)
+    config = DirectionConfig(max_layer_share=0.5, n_prompts=2)
     table = sweep(tiny_llama, candidates, few, REFUSAL_IDS, config).table
     assert layers == {0, 1}  # of 3 layers: those with l < 1.5
     pruned = table[table.layer >= 2]
@@ -189,7 +190,7 @@ def test_pruned_layers_are_not_run(tiny_llama, candidates, few, monkeypatch):
 
 
 def test_progress_rises_to_one(tiny_llama, candidates, few):
-    seen, config = [], SweepConfig(batch_size=1, n_prompts=2)
+    seen, config = [], DirectionConfig(batch_size=1, n_prompts=2)
     sweep(tiny_llama, candidates, few, REFUSAL_IDS, config, progress=seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == pytest.approx(1)
@@ -236,7 +237,7 @@ def test_best_raises_with_the_nearest_miss(steered, layer):
     [({"max_kl": -1.0}, "KL .* > -1"), ({"max_kl": 1e9, "min_steering": 1e9}, "steering score")],
 )
 def test_thresholds_drop_instruction_candidates(tiny_llama, candidates, few, config, message):
-    found = sweep(tiny_llama, candidates, few, REFUSAL_IDS, SweepConfig(n_prompts=2, **config))
+    found = sweep(tiny_llama, candidates, few, REFUSAL_IDS, DirectionConfig(n_prompts=2, **config))
     run = found.table.dropna(subset=["steering_refusal"])
     assert not found.table.kept.any()
     assert run[run.layer > 0].reason.str.contains(message).all()
@@ -244,14 +245,14 @@ def test_thresholds_drop_instruction_candidates(tiny_llama, candidates, few, con
 
 def test_prefill_candidates_are_not_dropped_by_thresholds(tiny_llama, few):
     found = prefill_contrast(tiny_llama, few)
-    config = SweepConfig(max_kl=-1.0, min_steering=1e9, n_prompts=2)
+    config = DirectionConfig(max_kl=-1.0, min_steering=1e9, n_prompts=2)
     table = sweep(tiny_llama, found, few, REFUSAL_IDS, config).table
     assert table[table.layer.isin([1, 2])].kept.tolist() == [True, True]
 
 
 def test_a_zero_direction_is_dropped(tiny_llama, candidates, few):
     """The template's last tokens embed alike: layer 0 has nothing to steer with."""
-    table = sweep(tiny_llama, candidates, few, REFUSAL_IDS, SweepConfig(n_prompts=2, controls=())).table
+    table = sweep(tiny_llama, candidates, few, REFUSAL_IDS, DirectionConfig(n_prompts=2, controls=())).table
     first = table[(table.layer == 0) & (table.position == "-1")].iloc[0]
     assert (first.kept, first.reason) == (False, "no direction here: the two means agree")
 
@@ -260,7 +261,7 @@ def test_candidates_that_are_not_finite_are_dropped(tiny_llama, candidates, few)
     broken = candidates.vectors.clone()
     broken[-1, 1] = math.nan
     found = Candidates(broken, candidates.positions, "prefill")
-    table = sweep(tiny_llama, found, few, REFUSAL_IDS, SweepConfig(n_prompts=2)).table
+    table = sweep(tiny_llama, found, few, REFUSAL_IDS, DirectionConfig(n_prompts=2)).table
     row = table[(table.position == "-1") & (table.layer == 1)].iloc[0]
     assert (row.kept, row.reason) == (False, "a score is not finite")
 
@@ -271,7 +272,7 @@ def test_smollm2_scores_equal_one_candidate_at_a_time(smollm2, pairs):
     found = mean_difference(smollm2, pairs.split("train").first(8))
     cut = Candidates(found.vectors[-1:], found.positions[-1:], "instruction")
     refusal_ids = refusal_token_ids(smollm2.tokenizer)
-    table = sweep(smollm2, cut, few, refusal_ids, SweepConfig(batch_size=2)).table
+    table = sweep(smollm2, cut, few, refusal_ids, DirectionConfig(batch_size=2)).table
     for layer in (3, 11, 20):
         want = naive_scores(smollm2, cut.vectors[0, layer], layer, few, 3, refusal_ids)
         assert table.loc[layer, SCORES].tolist() == pytest.approx(want, abs=1e-3)

@@ -20,7 +20,8 @@ from safesteer.models.logits import logits_of
 from safesteer.steering.direction import steer
 from safesteer.tokens import selection as tokens
 from safesteer.tokens.selection import AnswerStates, banned_ids, sample_answers, select_tokens
-from safesteer.tokens.token_set import SafetyToken, TokenConfig, TokenSet
+from safesteer.settings import TokenConfig
+from safesteer.tokens.token_set import SafetyToken, TokenSet
 
 CONFIG = TokenConfig(k=12, k_vote=20, horizon=4, n_samples=3, min_steered_prob=1e-4)
 

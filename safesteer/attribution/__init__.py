@@ -1,1 +1,1 @@
-"""TODO attribution."""
+"""Why these tokens: votes, kinds of words, stories, token views, coverage and stability of S."""

@@ -1,4 +1,4 @@
-"""How much of what steering changes lies on S: the referee's question.
+"""How much of what steering changes lies on S.
 
 1. One pass over the counting positions adds up, per token and per step, its part of the
    generalized KL(teacher || base) and its probability under both models: [steps x vocabulary].
@@ -18,13 +18,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from safesteer._intervals import wilson
-from safesteer.attribution.tracing import answer_ids, kl_terms
-from safesteer.models.batch import PromptBatch, batches
-from safesteer.models.chat_model import ChatModel
+from safesteer.attribution.tracing import answer_ids
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden
+from safesteer.models.logits import generalized_kl_terms
 from safesteer.steering.direction import Direction, steer
 from safesteer.tokens.selection import AnswerStates, logp_rows
 
+KS = (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200)  # sizes of S that curves run over
 NEAREST = 40  # a matched token is drawn from this many neighbours in base probability
 STEP_ENDS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64, 128)  # steps are grouped as 1, 2, ..8, 9-16, ..
 
@@ -40,7 +41,10 @@ class Range:
 
 @dataclass(frozen=True)
 class SetCurve:
-    """Shares (0..1) that the first K tokens of a family of sets carry, for each K."""
+    """Shares (0..1) that the first K tokens of a family of sets carry, for each K.
+
+    `kl_share` is that of KL(teacher || base); `mass_teacher` and `mass_base` are probabilities of the set.
+    """
 
     name: str
     kl_share: Range
@@ -50,7 +54,7 @@ class SetCurve:
 
 @dataclass(frozen=True)
 class StepShare:
-    """One step of the answers: KL a position (nats), and each family's share of it at K = |S|."""
+    """One step of the answers: KL per position (nats), and each family's share of it at K = |S|."""
 
     steps: str
     n_positions: int
@@ -62,7 +66,7 @@ class StepShare:
 class TextCoverage:
     """Coverage on one kind of text, S having `k` tokens.
 
-    `kl` is the mean KL(teacher || base) a position, in nats.
+    `kl` is the mean KL(teacher || base) per position, in nats; `ks` are the sizes that the curves run over.
     """
 
     name: str
@@ -72,6 +76,11 @@ class TextCoverage:
     ks: tuple[int, ...]
     curves: tuple[SetCurve, ...]
     steps: tuple[StepShare, ...]
+
+    def at_k(self, family: str) -> float:
+        """Return the share of KL that a family of sets carries at the size of S."""
+        curve = next(c for c in self.curves if c.name == family)
+        return curve.kl_share.mean[self.ks.index(self.k)]
 
 
 @dataclass(frozen=True)
@@ -91,13 +100,26 @@ class Coverage:
     """`k` is the size of S; curves go past it along the ranking that selection would continue."""
 
     k: int
-    sources: tuple[TextCoverage, ...]
-    containing: tuple[AnswerShare, ...]
+    texts: tuple[TextCoverage, ...]
+    answer_shares: tuple[AnswerShare, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Controls:
+    """How control sets are drawn: `n_sets` of each family.
+
+    `candidates` are the tokens that selection could have chosen, `ordinary` all that are not special.
+    """
+
+    candidates: Bool[Tensor, " d_vocab"]
+    ordinary: Bool[Tensor, " d_vocab"]
+    n_sets: int = 8
+    seed: int = 0
 
 
 @torch.no_grad()
 def read_answers(
-    base: ChatModel,
+    chat: ModelLike,
     direction: Direction,
     prompts: Sequence[str],
     answers: Sequence[str | Sequence[int]],
@@ -105,31 +127,39 @@ def read_answers(
     max_tokens: int = 32,
     batch_size: int = 8,
 ) -> AnswerStates:
-    """Given answers read by teacher and base: the form that sampled rollouts have."""
-    ids = [answer_ids(base.tokenizer, a, max_tokens) for a in answers]
-    kept = [i for i, row in enumerate(ids) if row]
-    shape = (len(kept), max((len(ids[i]) for i in kept), default=1))
-    dtype = next(base.model.parameters()).dtype
-    teacher = torch.zeros((*shape, base.d_model), dtype=dtype, device=base.device)
-    plain, valid = torch.zeros_like(teacher), torch.zeros(shape, dtype=torch.bool)
+    """Read existing answers with teacher and base, in the form that sampled answers have.
+
+    Args:
+        chat: The base model.
+        direction: The direction whose addition makes the teacher.
+        prompts: The requests.
+        answers: One answer per prompt, as text or token ids; an answer without a token is left out.
+        max_tokens: Tokens read per answer.
+        batch_size: Prompts per forward pass.
+    """
+    chat = as_chat(chat)
+    ids = [answer_ids(chat, answer, max_tokens) for answer in answers]
+    texts = [prompt for prompt, row in zip(prompts, ids, strict=True) if row]
+    ids = [row for row in ids if row]
+    shape = (len(ids), max(map(len, ids), default=1))
+    dtype = next(chat.model.parameters()).dtype
+    teacher = torch.zeros((*shape, chat.d_model), dtype=dtype, device=chat.device)
+    base, valid = torch.zeros_like(teacher), torch.zeros(shape, dtype=torch.bool)
     completion = torch.zeros(shape, dtype=torch.long)
-    texts = [prompts[i] for i in kept]
-    for rows in batches(base.tokenizer, texts, batch_size):
-        tails = [ids[kept[r]] for r in rows]
-        batch = PromptBatch.of(base.tokenizer, [texts[r] for r in rows], tails, device=base.device)
-        with steer(base, direction):
-            steered = final_hidden(base.model, batch)
-        unsteered = final_hidden(base.model, batch)
-        for at, (r, tail) in enumerate(zip(rows, tails, strict=True)):
-            span = slice(-len(tail) - 1, -1)  # position t - 1 predicts token t
-            teacher[r, : len(tail)], plain[r, : len(tail)] = steered[at, span], unsteered[at, span]
-            completion[r, : len(tail)], valid[r, : len(tail)] = torch.tensor(tail), True
-    device = base.device
-    return AnswerStates(teacher, plain, completion.to(device), valid.to(device), tuple(texts))
+    for rows, batch in chat.batched(texts, batch_size, continuations=ids):
+        with steer(chat, direction):
+            steered = final_hidden(chat.model, batch)
+        unsteered = final_hidden(chat.model, batch)
+        for at, row in enumerate(rows):
+            n = len(ids[row])
+            span = slice(-n - 1, -1)  # position t - 1 predicts token t
+            teacher[row, :n], base[row, :n] = steered[at, span], unsteered[at, span]
+            completion[row, :n], valid[row, :n] = torch.tensor(ids[row]), True
+    return AnswerStates(teacher, base, completion.to(chat.device), valid.to(chat.device), tuple(texts))
 
 
 @dataclass(frozen=True, eq=False)
-class Totals:
+class StepSums:
     """Sums over positions, by group of steps: KL parts (nats) and probabilities of every token."""
 
     kl: Float[Tensor, "steps d_vocab"]
@@ -139,54 +169,50 @@ class Totals:
 
 
 @torch.no_grad()
-def totals(chat: ChatModel, sampled: AnswerStates) -> Totals:
+def sum_by_step(chat: ChatModel, sampled: AnswerStates) -> StepSums:
     """Step 1: one streaming pass, memory O(step groups x vocabulary)."""
     ends = torch.tensor(STEP_ENDS)
-    group_of = torch.bucketize(torch.arange(sampled.valid.shape[1]) + 1, ends)
-    n_groups = int(group_of.max()) + 1
+    step_group = torch.bucketize(torch.arange(sampled.valid.shape[1]) + 1, ends)
+    n_groups = int(step_group.max()) + 1
     shape = (n_groups, chat.d_vocab)
     kl, teacher, base = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
     n = torch.zeros(n_groups, dtype=torch.long)
-    for _, step, logp_t, logp_0 in logp_rows(chat, sampled):
-        group, terms = group_of[step.cpu()], kl_terms(logp_t, logp_0)
+    for _, step, logp_steered, logp_base in logp_rows(chat, sampled):
+        group = step_group[step.cpu()]
+        terms = generalized_kl_terms(logp_steered, logp_base).clamp(min=0)
         for g in group.unique().tolist():
             at = (group == g).to(terms.device)
             kl[g] += terms[at].sum(0, dtype=torch.float64).cpu()
-            teacher[g] += logp_t[at].exp().sum(0, dtype=torch.float64).cpu()
-            base[g] += logp_0[at].exp().sum(0, dtype=torch.float64).cpu()
+            teacher[g] += logp_steered[at].exp().sum(0, dtype=torch.float64).cpu()
+            base[g] += logp_base[at].exp().sum(0, dtype=torch.float64).cpu()
             n[g] += int(at.sum())
-    return Totals(kl, teacher, base, n)
+    return StepSums(kl, teacher, base, n)
 
 
 def random_sets(
     allowed: Bool[Tensor, " d_vocab"], size: int, n_sets: int, seed: int
 ) -> list[Int[Tensor, " size"]]:
-    """Uniform draws of allowed tokens, without repetition."""
+    """Draw sets of allowed tokens uniformly, without repetition."""
     pool, generator = allowed.nonzero()[:, 0], torch.Generator().manual_seed(seed)
     return [pool[torch.randperm(len(pool), generator=generator)[:size]] for _ in range(n_sets)]
 
 
 def matched_sets(
-    ranking: Int[Tensor, " n"],
-    k: int,
-    p_base: Float[Tensor, " d_vocab"],
-    ordinary: Bool[Tensor, " d_vocab"],
-    n_sets: int,
-    seed: int,
+    ranking: Int[Tensor, " n"], k: int, p_base: Float[Tensor, " d_vocab"], controls: Controls
 ) -> list[Int[Tensor, " n_matched"]]:
-    """For each ranked token, in order, an ordinary token of nearly its base probability.
+    """Draw for each ranked token, in order, an ordinary token of nearly its base probability.
 
-    Drawn without repetition from the NEAREST neighbours in base probability, none of them one of
+    Without repetition, from the NEAREST neighbours in base probability, none of them one of
     the first `k` of `ranking` (S itself).
     """
-    free = ordinary.clone()
+    free = controls.ordinary.clone()
     free[ranking[:k]] = False
     pool = free.nonzero()[:, 0]
     pool = pool[p_base[pool].argsort(stable=True)]
     places = torch.searchsorted(p_base[pool].contiguous(), p_base[ranking].contiguous()).tolist()
-    generator, found = torch.Generator().manual_seed(seed), []
-    for _ in range(n_sets):
-        taken: list[int] = []
+    generator, sets = torch.Generator().manual_seed(controls.seed), []
+    for _ in range(controls.n_sets):
+        drawn: list[int] = []
         used: set[int] = set()
         for place in places:
             low = max(0, min(place - NEAREST // 2, len(pool) - NEAREST))
@@ -196,75 +222,72 @@ def matched_sets(
                 break
             pick = near[int(torch.randint(len(near), (1,), generator=generator))]
             used.add(pick)
-            taken.append(int(pool[pick]))
-        found.append(torch.tensor(taken, dtype=torch.long))
-    return found
+            drawn.append(int(pool[pick]))
+        sets.append(torch.tensor(drawn, dtype=torch.long))
+    return sets
 
 
-def source_coverage(
+def text_coverage(
     name: str,
-    total: Totals,
+    sums: StepSums,
     ranking: Int[Tensor, " n_ranked"],
     k: int,
-    ks: Sequence[int],
-    candidates: Bool[Tensor, " d_vocab"],
-    ordinary: Bool[Tensor, " d_vocab"],
-    *,
-    n_sets: int = 8,
-    seed: int = 0,
+    controls: Controls,
+    ks: Sequence[int] = KS,
 ) -> TextCoverage:
-    """Step 2 for one kind of text. `ranking` starts with S (its first `k` ids) and goes on.
-
-    `candidates` are the tokens that selection could have chosen, `ordinary` all that are not
-    special.
-    """
+    """Step 2 for one kind of text. `ranking` starts with S (its first `k` ids) and goes on."""
     ks = sorted({x for x in ks if 1 <= x <= len(ranking)} | {min(k, len(ranking))})
-    n, kl = int(total.n.sum()), total.kl.sum(0)
-    p_base = (total.base.sum(0) / max(n, 1)).float()
+    n, kl, largest = int(sums.n.sum()), sums.kl.sum(0), max(ks)
+    p_base = (sums.base.sum(0) / max(n, 1)).float()
+    draws = controls.n_sets, controls.seed
     families = {
         "S": [ranking],
-        "best possible": [kl.topk(min(max(ks), len(kl))).indices],
-        "random candidates": random_sets(candidates, max(ks), n_sets, seed),
-        "matched in base probability": matched_sets(ranking, k, p_base, ordinary, n_sets, seed),
-        "random": random_sets(ordinary, max(ks), n_sets, seed),
+        "best possible": [kl.topk(min(largest, len(kl))).indices],
+        "random candidates": random_sets(controls.candidates, largest, *draws),
+        "matched in base probability": matched_sets(ranking, k, p_base, controls),
+        "random": random_sets(controls.ordinary, largest, *draws),
     }
     curves = tuple(
         SetCurve(
             family,
             range_of([_shares(kl, s, ks, float(kl.sum())) for s in sets]),
-            range_of([_shares(total.teacher.sum(0), s, ks, float(n)) for s in sets]),
-            range_of([_shares(total.base.sum(0), s, ks, float(n)) for s in sets]),
+            range_of([_shares(sums.teacher.sum(0), s, ks, float(n)) for s in sets]),
+            range_of([_shares(sums.base.sum(0), s, ks, float(n)) for s in sets]),
         )
         for family, sets in families.items()
     )
+    steps = _step_shares(sums, k, families)
+    return TextCoverage(name, min(k, len(ranking)), n, float(kl.sum()) / max(n, 1), tuple(ks), curves, steps)
+
+
+def _step_shares(sums: StepSums, k: int, families: dict[str, list[Tensor]]) -> tuple[StepShare, ...]:
     steps, start = [], 1
-    for g, end in enumerate(STEP_ENDS[: len(total.n)]):
-        count, whole = int(total.n[g]), float(total.kl[g].sum())
+    for g, end in enumerate(STEP_ENDS[: len(sums.n)]):
+        count, total = int(sums.n[g]), float(sums.kl[g].sum())
         if count:
             share = {
-                family: sum(_shares(total.kl[g], s, [k], whole)[0] for s in sets) / len(sets)
+                family: sum(_shares(sums.kl[g], s, [k], total)[0] for s in sets) / len(sets)
                 for family, sets in families.items()
             }
             label = str(end) if start == end else f"{start} to {end}"
-            steps.append(StepShare(label, count, whole / count, share))
+            steps.append(StepShare(label, count, total / count, share))
         start = end + 1
-    return TextCoverage(
-        name, min(k, len(ranking)), n, float(kl.sum()) / max(n, 1), tuple(ks), curves, tuple(steps)
-    )
+    return tuple(steps)
 
 
 def _shares(
     per_token: Float[Tensor, " d_vocab"],
     ids: Int[Tensor, " n"],
     ks: Sequence[int],
-    whole: float,
+    total: float,
 ) -> list[float]:
-    """What the first k ids carry of `whole`, for each k."""
+    """Return the share of `total` that the first k ids carry, for each k."""
     running = per_token[ids].cumsum(0)
-    return [float(running[min(k, len(ids)) - 1]) / whole if whole > 0 and len(ids) else 0.0 for k in ks]
+    return [float(running[min(k, len(ids)) - 1]) / total if total > 0 and len(ids) else 0.0 for k in ks]
 
 
 def range_of(curves: list[list[float]]) -> Range:
+    """Return mean, lowest and highest of several curves, point by point."""
     columns = list(zip(*curves, strict=True))
     return Range(
         tuple(sum(c) / len(c) for c in columns),
@@ -273,8 +296,8 @@ def range_of(curves: list[list[float]]) -> Range:
     )
 
 
-def containing(
-    tokenizer,
+def answer_share(
+    chat: ChatModel,
     name: str,
     answers: Sequence[str],
     chosen: Int[Tensor, " n_set"],
@@ -283,13 +306,13 @@ def containing(
     max_tokens: int = 32,
 ) -> AnswerShare:
     """Step 3 for one kind of answer: those with a token of S among their first `max_tokens`."""
-    ids = [set(answer_ids(tokenizer, a, max_tokens)) for a in answers]
+    ids = [set(answer_ids(chat, answer, max_tokens)) for answer in answers]
 
     def hits(token_set: Tensor) -> int:
         wanted = set(token_set.tolist())
         return sum(bool(row & wanted) for row in ids)
 
-    n, found = len(ids), hits(chosen)
-    others = sum(hits(s) for s in matched) / max(1, len(matched))
-    low, high = wilson(found, n)
-    return AnswerShare(name, n, found / max(1, n), low, high, others / max(1, n))
+    n, with_s = len(ids), hits(chosen)
+    with_matched = sum(hits(s) for s in matched) / max(1, len(matched))
+    low, high = wilson(with_s, n)
+    return AnswerShare(name, n, with_s / max(1, n), low, high, with_matched / max(1, n))

@@ -1,33 +1,31 @@
 """Would other prompts, other samples or another horizon have chosen the same tokens?
 
-Jaccard similarity |A & B| / |A | B| of the first K tokens that two groups of positions choose, as a
+Jaccard similarity |A & B| / |A | B| of the first K tokens that two subsets of the positions choose, as a
 function of K:
   prompts    random halves of the prompts against each other
   samples    random halves of every prompt's samples: the same prompts, another random seed
-  seeds      whole selections from rollouts with other seeds, where they are given
   horizon h  the first h steps against all of them
-No new generation: the groups are cut out of rollouts that exist. `chance` is what two random sets
+Nothing is generated again: the subsets are cut out of samples that exist. `chance` is what two random sets
 of K allowed tokens would share.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from safesteer.attribution.coverage import Range, range_of
-from safesteer.attribution.votes import Means, allowed_ids, group_rankings
+from safesteer.attribution.coverage import KS, Range, range_of
+from safesteer.attribution.votes import Means, allowed_ids, subset_rankings
 from safesteer.models.chat_model import ChatModel
+from safesteer.settings import TokenConfig
 from safesteer.tokens.selection import AnswerStates
-from safesteer.tokens.token_set import TokenConfig
 
 
 @dataclass(frozen=True)
 class StabilityCurve:
-    """Jaccard for each K over `n_pairs` comparisons."""
+    """Jaccard similarity for each K, over `n_pairs` comparisons."""
 
     name: str
     n_pairs: int
@@ -44,64 +42,71 @@ class Stability:
     n_prompts: int
 
 
+@dataclass(frozen=True, eq=False)
+class Reselection:
+    """Stability of S, with the ranking and the means of all positions together."""
+
+    stability: Stability
+    ranking: list[int]
+    means: Means
+
+
 def jaccard(a: Sequence[int], b: Sequence[int]) -> float:
-    """1 for equal sets, 0 for disjoint ones (and for two empty ones: nothing was found again)."""
+    """Return 1 for equal sets, 0 for disjoint ones (and for two empty ones: nothing was chosen twice)."""
     union = set(a) | set(b)
     return len(set(a) & set(b)) / len(union) if union else 0.0
 
 
-def stability(
+def measure_stability(
     chat: ChatModel,
     sampled: AnswerStates,
     config: TokenConfig,
     *,
-    ks: Sequence[int] = (5, 10, 20, 30, 50, 75, 100, 150, 200),
+    ks: Sequence[int] = KS,
     n_splits: int = 8,
     seed: int = 0,
-    others: Sequence[AnswerStates] = (),
-) -> tuple[Stability, list[int], Means]:
-    """Stability of S, with the ranking and the means of all positions together (used elsewhere).
+) -> Reselection:
+    """Select S again from subsets of the sampled answers, and compare.
 
-    `others` are rollouts of the same prompts with other seeds; by default none is generated.
+    Args:
+        chat: The base model.
+        sampled: Answers of the steered teacher on the selection's prompts.
+        config: The settings of the selection.
+        ks: Sizes of S at which two selections are compared.
+        n_splits: Random halvings of the prompts, and as many of the samples.
+        seed: Seed of the halvings.
     """
     prompt_of = _prompt_index(sampled)
-    groups, names = _groups(sampled, prompt_of, n_splits, seed)
-    rankings, means = group_rankings(chat, sampled, groups, config, max(ks))
-    allowed = int(allowed_ids(chat, means, config).sum())
+    subsets, comparisons = _subsets(sampled, prompt_of, n_splits, seed)
+    rankings, means = subset_rankings(chat, sampled, subsets, config, max(ks))
+    n_allowed = int(allowed_ids(chat, means, config).sum())
     ks = [k for k in sorted(set(ks)) if k <= max(1, len(rankings[0]))] or [1]
     curves = []
-    for name, pairs in names.items():
+    for name, pairs in comparisons.items():
         if pairs:
             rows = [[jaccard(rankings[a][:k], rankings[b][:k]) for k in ks] for a, b in pairs]
             curves.append(StabilityCurve(name, len(pairs), range_of(rows)))
-    if others:
-        whole = [rankings[0]]
-        for other in others:
-            everything = torch.ones((*other.valid.shape, 1), dtype=torch.bool)
-            whole.append(group_rankings(chat, other, everything, config, max(ks))[0][0])
-        rows = [[jaccard(a[:k], b[:k]) for k in ks] for a, b in combinations(whole, 2)]
-        curves.append(StabilityCurve("seeds", len(rows), range_of(rows)))
-    chance = tuple(k / (2 * allowed - k) if k < allowed else 1.0 for k in ks)
+    chance = tuple(k / (2 * n_allowed - k) if k < n_allowed else 1.0 for k in ks)
     n_prompts = int(prompt_of.max()) + 1
-    return Stability(tuple(ks), tuple(curves), chance, n_prompts), rankings[0], means
+    return Reselection(Stability(tuple(ks), tuple(curves), chance, n_prompts), rankings[0], means)
 
 
-def _prompt_index(sampled: AnswerStates) -> Tensor:
+def _prompt_index(sampled: AnswerStates) -> Int[Tensor, " rows"]:
     numbers: dict[str, int] = {}
     return torch.tensor([numbers.setdefault(p, len(numbers)) for p in sampled.prompts])
 
 
-def _groups(
-    sampled: AnswerStates, prompt_of: Tensor, n_splits: int, seed: int
-) -> tuple[Bool[Tensor, "rows horizon groups"], dict[str, list[tuple[int, int]]]]:
-    """Membership of each position in each group, and which groups are compared."""
+def _subsets(
+    sampled: AnswerStates, prompt_of: Int[Tensor, " rows"], n_splits: int, seed: int
+) -> tuple[Bool[Tensor, "rows horizon subsets"], dict[str, list[tuple[int, int]]]]:
+    """Return which positions each subset holds, and which subsets are compared."""
     rows, horizon = sampled.valid.shape
     generator = torch.Generator().manual_seed(seed)
     columns = [torch.ones((rows, horizon), dtype=torch.bool)]
-    names: dict[str, list[tuple[int, int]]] = {"prompts": [], "samples": []}
+    comparisons: dict[str, list[tuple[int, int]]] = {"prompts": [], "samples": []}
 
     def compare(name: str, half: Tensor) -> None:
-        names[name].append((len(columns), len(columns) + 1))
+        comparisons[name].append((len(columns), len(columns) + 1))
         columns.extend([half[:, None].expand(rows, horizon), ~half[:, None].expand(rows, horizon)])
 
     n_prompts = int(prompt_of.max()) + 1
@@ -113,11 +118,11 @@ def _groups(
         for _ in range(n_splits):
             half = torch.zeros(rows, dtype=torch.bool)
             for p in range(n_prompts):
-                mine = (prompt_of == p).nonzero()[:, 0]
-                half[mine[torch.randperm(len(mine), generator=generator)[: len(mine) // 2]]] = True
+                samples = (prompt_of == p).nonzero()[:, 0]
+                half[samples[torch.randperm(len(samples), generator=generator)[: len(samples) // 2]]] = True
             compare("samples", half)
     step = torch.arange(horizon)
     for h in range(1, horizon):
-        names[f"horizon {h}"] = [(len(columns), 0)]
+        comparisons[f"horizon {h}"] = [(len(columns), 0)]
         columns.append((step < h)[None].expand(rows, horizon))
-    return torch.stack(columns, -1), names
+    return torch.stack(columns, -1), comparisons

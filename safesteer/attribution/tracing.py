@@ -1,15 +1,16 @@
-"""The token view: one given answer, read by the base model, the steered teacher and the student.
+"""The token view: one answer, read by the base model, the steered teacher and the student.
 
 1. Teacher-force prompt + answer through each model. The hidden state at position t - 1 predicts
    the token at position t, so row t of every number below belongs to token t of the answer.
-2. Per token: probability and rank under each model, lift = log pt - log p0 (nats).
-3. Per position: generalized KL(teacher || base), sum over v of pt log(pt / p0) - pt + p0. Every
-   term is >= 0, so the parts on S and off S add up to the whole; `kl_share` is the part on S.
+2. Per token: probability and rank under each model, lift = log p_steered - log p_base (nats).
+3. Per position: the generalized KL(teacher || base), whose parts per token are >= 0 (`logits.py`), so the
+   parts on S and off S add up to the whole; `kl_share` is the part on S.
 """
 
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -20,18 +21,19 @@ from torch import Tensor
 
 from safesteer._token_text import readable, token_text, visible
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ChatModel, output_head
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, output_head
 from safesteer.models.forward import final_hidden
-from safesteer.models.logits import logits_of
+from safesteer.models.logits import generalized_kl_terms, logits_of
 from safesteer.steering.direction import Direction, steer
 from safesteer.tokens.token_set import TokenSet
 
 MIN_KL = 1e-6  # nats; below it a position's divergence is rounding, and a share of it is noise
+N_TOP = 5  # alternatives per position and model
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """A token that a model would rather say: id, text, probability."""
+    """A token that a model might say instead: id, text, probability."""
 
     id: int
     text: str
@@ -43,23 +45,24 @@ class TraceToken:
     """One token of an answer. Probabilities 0..1, ranks from 1, lift and kl in nats.
 
     `kl` is the generalized KL(teacher || base) of the whole position, `kl_share` (0..1) the part
-    of it that lies on safety tokens. The student's fields are None where there is no student.
+    of it that lies on safety tokens. "steered" is the teacher. The student's fields are None where
+    there is no student.
     """
 
     id: int
     text: str
     p_base: float
-    p_teacher: float
+    p_steered: float
     p_student: float | None
     rank_base: int
-    rank_teacher: int
+    rank_steered: int
     rank_student: int | None
     lift: float
     kl: float
     kl_share: float
     in_s: bool
     top_base: tuple[Alternative, ...]
-    top_teacher: tuple[Alternative, ...]
+    top_steered: tuple[Alternative, ...]
     top_student: tuple[Alternative, ...]
 
 
@@ -74,24 +77,24 @@ class Trace:
 
     @property
     def text(self) -> str:
+        """The answer as far as it was read."""
         return "".join(t.text for t in self.tokens)
 
     def __repr__(self) -> str:
         return f"Trace({self.author}, {len(self.tokens)} tokens: {self.text[:60]!r})"
 
     def to_frame(self) -> pd.DataFrame:
-        """A row for each token, without the alternatives."""
-        skipped = ("top_base", "top_teacher", "top_student")
-        columns = [c for c in TraceToken.__dataclass_fields__ if c not in skipped]
+        """Return one row per token, without the alternatives."""
+        columns = [c for c in TraceToken.__dataclass_fields__ if not c.startswith("top_")]
         return pd.DataFrame([{c: getattr(t, c) for c in columns} for t in self.tokens], columns=columns)
 
     def _repr_html_(self) -> str:
-        """Coloured by lift: orange where steering raises the token, blue where it lowers it."""
+        """Colour by lift: orange where steering raises the token, blue where it lowers it."""
         spans = []
         for t in self.tokens:
             rgb = "217,119,6" if t.lift > 0 else "37,99,235"
             line = ";border-bottom:2px solid currentColor" if t.in_s else ""
-            facts = f"base {t.p_base:.3g}, steered {t.p_teacher:.3g}"
+            facts = f"base {t.p_base:.3g}, steered {t.p_steered:.3g}"
             if t.p_student is not None:
                 facts += f", student {t.p_student:.3g}"
             facts += f"; lift {t.lift:+.2f} nats; KL {t.kl:.2f} nats, {t.kl_share:.0%} on S"
@@ -118,7 +121,7 @@ class Trace:
             table.add_row(
                 Text(visible(t.text)),
                 f"{t.p_base:.3f}",
-                f"{t.p_teacher:.3f}",
+                f"{t.p_steered:.3f}",
                 student,
                 Text(f"{t.lift:+.2f}", style=colour),
                 f"{t.kl:.2f}",
@@ -128,116 +131,122 @@ class Trace:
         return table
 
 
-def answer_ids(tokenizer, answer: str | Sequence[int], max_tokens: int) -> list[int]:
-    """An answer's token ids, cut to `max_tokens`; ids pass through unchanged."""
-    ids = answer
-    if isinstance(answer, str):
-        ids = tokenizer(answer, add_special_tokens=False).input_ids
-    return list(ids)[:max_tokens]  # type: ignore[arg-type]
+def answer_ids(chat: ChatModel, answer: str | Sequence[int], max_tokens: int) -> list[int]:
+    """Return an answer's first `max_tokens` token ids; ids pass through unchanged."""
+    ids = chat.encode(answer) if isinstance(answer, str) else answer
+    return list(ids)[:max_tokens]
 
 
 def trace(
-    base: ChatModel,
-    student: ChatModel | None,
+    chat: ModelLike,
     direction: Direction,
     tokens: TokenSet,
     prompts: Sequence[str],
     answers: Sequence[str | Sequence[int]],
+    student: ModelLike | None = None,
     *,
-    labels: Sequence[str] | None = None,
     authors: Sequence[str] | None = None,
     max_tokens: int = 32,
-    n_top: int = 5,
 ) -> tuple[Trace, ...]:
-    """Read each answer with all models. `answers` are texts or token ids, one a prompt.
+    """Read each answer with the base model, the steered teacher and the student.
 
-    `labels` ("harmful", "harmless") and `authors` are carried along for display. An answer without
-    a token gives an empty trace.
+    Args:
+        chat: The base model; with the direction added it is the teacher.
+        direction: The steering direction.
+        tokens: The safety tokens S.
+        prompts: The requests.
+        answers: One answer per prompt, as text or token ids. Nothing is generated.
+        student: The distilled model, if there is one.
+        authors: Who wrote each answer, for display.
+        max_tokens: Tokens read per answer.
+
+    Returns:
+        One trace per answer; an answer without a token gives an empty one.
+
+    Example:
+        >>> from safesteer.attribution.tracing import trace
+        >>> (answer,) = trace(chat, direction, tokens, ["How do I pick a lock?"], ["I cannot help"])
+        >>> answer.text
+        'I cannot help'
+        >>> answer.to_frame()[["text", "p_base", "p_steered", "lift"]].shape[1]
+        4
     """
-    labels = labels or [""] * len(prompts)
-    authors = authors or [""] * len(prompts)
-    found = []
-    for prompt, given, label, author in zip(prompts, answers, labels, authors, strict=True):
-        ids = answer_ids(base.tokenizer, given, max_tokens)
-        read = _read(base, student, direction, tokens, prompt, ids, n_top) if ids else ()
-        found.append(Trace(prompt, label, author, read))
-    return tuple(found)
+    chat, student = as_chat(chat), None if student is None else as_chat(student)
+    names = authors or [""] * len(prompts)
+    traces = []
+    for prompt, answer, author in zip(prompts, answers, names, strict=True):
+        ids = answer_ids(chat, answer, max_tokens)
+        shown = _read_answer(chat, direction, tokens, prompt, ids, student) if ids else ()
+        traces.append(Trace(prompt, "", author, shown))
+    return tuple(traces)
 
 
 @torch.no_grad()
 def _answer_logps(chat: ChatModel, prompt: str, ids: list[int]) -> Float[Tensor, "n d_vocab"]:
-    """log p(. | prompt, answer so far) for each answer token: row t predicts ids[t]."""
+    """Return log p(. | prompt, answer so far) for each answer token: row t predicts ids[t]."""
     batch = PromptBatch.of(chat.tokenizer, [prompt], [ids], device=chat.device)
     hidden = final_hidden(chat.model, batch)[0, -len(ids) - 1 : -1]
     return logits_of(hidden, *output_head(chat.model)).log_softmax(-1).float().cpu()
 
 
-def _read(
-    base: ChatModel,
-    student: ChatModel | None,
+def _read_answer(
+    chat: ChatModel,
     direction: Direction,
     tokens: TokenSet,
     prompt: str,
     ids: list[int],
-    n_top: int,
+    student: ChatModel | None,
 ) -> tuple[TraceToken, ...]:
-    read = {"base": _answer_logps(base, prompt, ids)}
-    with steer(base, direction):
-        read["teacher"] = _answer_logps(base, prompt, ids)
+    """Steps 1 to 3 for one answer."""
+    logp_base = _answer_logps(chat, prompt, ids)
+    with steer(chat, direction):
+        logp_steered = _answer_logps(chat, prompt, ids)
+    base, steered = _measure(chat, logp_base, ids), _measure(chat, logp_steered, ids)
+    taught = _Reading([None] * len(ids), [None] * len(ids), [()] * len(ids))
     if student is not None:
-        read["student"] = _answer_logps(student, prompt, ids)
-    columns = {name: _columns(base.tokenizer, logp, ids, n_top) for name, logp in read.items()}
-    nothing = ([None] * len(ids), [None] * len(ids), [()] * len(ids))
-    base_p, base_rank, base_top = columns["base"]
-    teacher_p, teacher_rank, teacher_top = columns["teacher"]
-    student_p, student_rank, student_top = columns.get("student", nothing)
+        taught = _measure(chat, _answer_logps(student, prompt, ids), ids)
 
-    logp_t, logp_0 = read["teacher"], read["base"]
-    at = torch.arange(len(ids))
-    lift = (logp_t - logp_0)[at, ids].tolist()
-    terms = kl_terms(logp_t, logp_0)
+    lift = (logp_steered - logp_base)[torch.arange(len(ids)), ids].tolist()
+    terms = generalized_kl_terms(logp_steered, logp_base).clamp(min=0)
     kl, inside = terms.sum(-1), terms[:, tokens.ids.cpu()].sum(-1)
     share = torch.where(kl > MIN_KL, inside / kl.clamp(min=MIN_KL), 0.0).clamp(0, 1).tolist()
     in_s = set(tokens.ids.tolist())
     return tuple(
         TraceToken(
             id=token,
-            text=token_text(base.tokenizer, token),
-            p_base=base_p[t],
-            p_teacher=teacher_p[t],
-            p_student=student_p[t],
-            rank_base=base_rank[t],
-            rank_teacher=teacher_rank[t],
-            rank_student=student_rank[t],
+            text=token_text(chat.tokenizer, token),
+            p_base=base.p[t],
+            p_steered=steered.p[t],
+            p_student=taught.p[t],
+            rank_base=base.rank[t],
+            rank_steered=steered.rank[t],
+            rank_student=taught.rank[t],
             lift=lift[t],
             kl=max(0.0, float(kl[t])),
             kl_share=share[t],
             in_s=token in in_s,
-            top_base=base_top[t],
-            top_teacher=teacher_top[t],
-            top_student=student_top[t],
+            top_base=base.top[t],
+            top_steered=steered.top[t],
+            top_student=taught.top[t],
         )
         for t, token in enumerate(ids)
     )
 
 
-def kl_terms(
-    logp_t: Float[Tensor, "n d_vocab"], logp_0: Float[Tensor, "n d_vocab"]
-) -> Float[Tensor, "n d_vocab"]:
-    """Each token's part of the generalized KL(teacher || base), nats: pt log(pt/p0) - pt + p0."""
-    p_t = logp_t.exp()
-    return (p_t * (logp_t - logp_0) - p_t + logp_0.exp()).clamp(min=0)
-
-
-def _columns(
-    tokenizer, logp: Float[Tensor, "n d_vocab"], ids: list[int], n_top: int
-) -> tuple[list[float], list[int], list[tuple[Alternative, ...]]]:
+class _Reading(NamedTuple):
     """Probability and rank (1 = most probable) of each answer token, and the top alternatives."""
-    mine = logp[torch.arange(len(ids)), ids]
-    rank = (logp > mine[:, None]).sum(-1) + 1
-    top = logp.topk(min(n_top, logp.shape[-1]), -1)
+
+    p: list
+    rank: list
+    top: list[tuple[Alternative, ...]]
+
+
+def _measure(chat: ChatModel, logp: Float[Tensor, "n d_vocab"], ids: list[int]) -> _Reading:
+    chosen = logp[torch.arange(len(ids)), ids]
+    rank = (logp > chosen[:, None]).sum(-1) + 1
+    top = logp.topk(min(N_TOP, logp.shape[-1]), -1)
     alternatives = [
-        tuple(Alternative(v, token_text(tokenizer, v), p) for v, p in zip(row, ps, strict=True))
+        tuple(Alternative(v, token_text(chat.tokenizer, v), p) for v, p in zip(row, ps, strict=True))
         for row, ps in zip(top.indices.tolist(), top.values.exp().tolist(), strict=True)
     ]
-    return mine.exp().tolist(), rank.tolist(), alternatives
+    return _Reading(chosen.exp().tolist(), rank.tolist(), alternatives)

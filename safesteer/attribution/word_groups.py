@@ -1,7 +1,7 @@
 """Which kind of word a safety token is: simple rules that can be read, and overruled.
 
 In this order, the first that applies:
-1. the user's own choice (a mapping from token text or id to a group);
+1. the user's own choice (`Attribution.with_groups`);
 2. "format": the token holds no letter and no digit (punctuation, white space, markdown, bytes);
 3. a word list: "starts a refusal", "names the harm", "hedges". English only; a word matches a list
    by a stem at its start ("harm" matches "harmful");
@@ -18,15 +18,13 @@ and nothing is computed from it.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor
 from torch.nn.functional import normalize
-
-from safesteer._errors import SafeSteerError
 
 GROUPS = ("starts a refusal", "names the harm", "hedges", "format", "other")
 NO_RULE = "no rule applies"
@@ -58,7 +56,7 @@ WORD_GROUPS = tuple(STEMS)
 
 
 def by_word(text: str) -> tuple[str, str] | None:
-    """(group, stem) of rule 2 or 3, or None where neither applies."""
+    """Return (group, reason) of rule 2 or 3, or None where neither applies."""
     word = text.strip().lower().replace("\u2019", "'")
     if not any(c.isalnum() for c in word) or (word.startswith("⟨") and word.endswith("⟩")):
         return "format", "no letter or digit"
@@ -69,36 +67,26 @@ def by_word(text: str) -> tuple[str, str] | None:
     return None
 
 
-def check_override(override: Mapping[str | int, str]) -> None:
-    """Raise SafeSteerError for a group that does not exist."""
-    for token, group in override.items():
-        if group not in GROUPS:
-            raise SafeSteerError(f"'{group}' (for token {token!r}) is not one of {list(GROUPS)}.")
+def group_of(text: str, neighbours: Sequence[tuple[str, float]]) -> tuple[str, str]:
+    """Return (group, reason) by rules 2 to 4.
 
-
-def group_of(
-    token: int,
-    text: str,
-    neighbours: Sequence[tuple[str, float]],
-    override: Mapping[str | int, str] | None = None,
-) -> tuple[str, str]:
-    """(group, reason). `neighbours` are (text, cosine) of the nearest unembedding rows."""
-    for key in (token, text, text.strip()):
-        if override and key in override:
-            return override[key], "your choice"
-    found = by_word(text)
-    if found is not None:
-        return found
-    near = [(by_word(t), t, c) for t, c in neighbours if c >= MIN_COSINE]
+    Args:
+        text: The token's text.
+        neighbours: (text, cosine) of the nearest unembedding rows.
+    """
+    by_list = by_word(text)
+    if by_list is not None:
+        return by_list
+    near = [(by_word(t), t.strip(), cosine) for t, cosine in neighbours if cosine >= MIN_COSINE]
     named = [
-        (g[0], t, c)
-        for g, t, c in near
-        if g is not None and g[0] != "format" and len(t.strip()) >= MIN_LETTERS
+        (rule[0], word, cosine)
+        for rule, word, cosine in near
+        if rule is not None and rule[0] != "format" and len(word) >= MIN_LETTERS
     ]
     if named:
         group = Counter(g for g, _, _ in named).most_common(1)[0][0]
-        _, like, cosine = next(n for n in named if n[0] == group)
-        return group, f"like its neighbour '{like.strip()}' (cosine {cosine:.2f})"
+        _, word, cosine = next(n for n in named if n[0] == group)
+        return group, f"like its neighbour '{word}' (cosine {cosine:.2f})"
     return "other", NO_RULE
 
 
@@ -107,26 +95,27 @@ def by_cluster(
     contexts: Float[Tensor, "n_set d_model"],
     rows: Float[Tensor, "n_set d_model"],
 ) -> list[tuple[str, str]]:
-    """Rule 5 for the tokens that `named`, (group, reason) of each, left in "other" without a reason of
-    the user's. `contexts` and `rows` are centred."""
+    """Apply rule 5 to the tokens that no rule has named yet.
+
+    Args:
+        named: (group, reason) of each token by rules 2 to 4.
+        contexts: Mean hidden state of each token's voting positions, centred; zero without a vote.
+        rows: Unembedding row of each token, centred.
+    """
     if len(named) < 2:
         return list(named)
     both = torch.cat([normalize(contexts.float(), dim=-1), normalize(rows.float(), dim=-1)], -1)
     # A token that nothing voted for has no context: it is compared by its row alone.
-    model = AgglomerativeClustering(
-        n_clusters=None,  # type: ignore[arg-type]  # the distance decides how many
-        metric="cosine",
-        linkage="average",
-        distance_threshold=1 - MIN_ALIKE,
-    )
+    model = AgglomerativeClustering(metric="cosine", linkage="average", distance_threshold=1 - MIN_ALIKE)
+    model.set_params(n_clusters=None)  # the distance decides how many
     clusters = model.fit_predict(both.cpu().numpy()).tolist()
-    found = []
+    groups = []
     for (group, reason), cluster in zip(named, clusters, strict=True):
         peers = Counter(
             g for (g, _), c in zip(named, clusters, strict=True) if c == cluster and g in WORD_GROUPS
         )
         if reason == NO_RULE and peers and peers.most_common(1)[0][1] > 1:
             group, n = peers.most_common(1)[0]
-            reason = f"voted for where {n} tokens that it resembles are"
-        found.append((group, reason))
-    return found
+            reason = f"same context cluster as {n} tokens of this group"
+        groups.append((group, reason))
+    return groups

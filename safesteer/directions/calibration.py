@@ -16,7 +16,7 @@ from torch import Tensor
 from safesteer._errors import SafeSteerError
 from safesteer._progress import Progress, no_progress
 from safesteer.directions.refusal_tokens import refusal_scores
-from safesteer.judges.judge import judge_all
+from safesteer.judges.judge import judge_all, refusals
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.forward import last_logits
@@ -50,7 +50,7 @@ def choose_coeff(
         for direction in directions:
             with steer(chat, direction, coeff):
                 answers = generate(chat, prompts, max_new_tokens=max_new_tokens)
-            rate = sum(judge_all(refuses, prompts, answers)) / len(prompts)
+            rate = sum(refusals(judge_all(refuses, prompts, answers))) / len(prompts)
             rows.append({"layer": direction.layer, "coeff": coeff, "refusal_rate": rate})
             if rate > best[0]:
                 best = (rate, direction.with_coeff(coeff))
@@ -190,7 +190,9 @@ def strength_table(
             row["perplexity"] = perplexity(chat, text, max_tokens=perplexity_tokens)
             for name, prompts in (("harmful", harmful), ("harmless", harmless)) if refuses else ():
                 answers = generate(chat, prompts, max_new_tokens=max_new_tokens)
-                row[f"refusal_rate_{name}"] = sum(judge_all(refuses, prompts, answers)) / len(prompts)
+                row[f"refusal_rate_{name}"] = sum(refusals(judge_all(refuses, prompts, answers))) / len(
+                    prompts
+                )
         rows.append(row)
         progress((done + 1) / (len(directions) * len(coeffs)))
     return pd.DataFrame(rows)

@@ -25,9 +25,9 @@ from torch import Tensor
 from safesteer._errors import SafeSteerError
 from safesteer.directions.extraction import Arm, Candidates, activations
 from safesteer.models.batch import PromptBatch
+from safesteer.models.bridge import to_bridge
 from safesteer.models.chat_model import ChatModel, blocks, hf_model, is_bridge
 from safesteer.models.forward import final_hidden, prefill
-from safesteer.models.loading import to_bridge
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.steering.direction import Direction
 from safesteer.steering.hooks import apply_hooks
@@ -42,10 +42,10 @@ def logit_lens(chat: ChatModel, vectors: Float[Tensor, "n d_model"], *, k: int =
     """
     from transformer_lens.tools.analysis import logit_readout  # slow to import
 
-    lens = chat if is_bridge(chat.model) else to_bridge(chat)
+    bridge = to_bridge(chat)
     rows = []
     for end, sign in (("top", 1), ("bottom", -1)):
-        found = logit_readout(lens.model, sign * vectors.to(lens.device), top_k=k)
+        found = logit_readout(bridge, sign * vectors.to(chat.device), top_k=k)
         ids, logits = found.top_ids, found.values
         assert ids is not None
         for row in range(len(vectors)):

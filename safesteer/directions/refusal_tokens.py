@@ -21,7 +21,7 @@ from torch import Tensor
 
 from safesteer._errors import SafeSteerError
 from safesteer._files import write_text
-from safesteer.judges.judge import judge_all
+from safesteer.judges.judge import judge_all, refusals
 from safesteer.models.batch import PromptBatch, batches
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.forward import last_logits
@@ -154,7 +154,7 @@ def learn_refusal_tokens(
             kept = [i, *cut_at_eos(new, chat.eos_ids, keep_eos=False)]
             answer = tokenizer.decode(kept, skip_special_tokens=True).strip()  # type: ignore[attr-defined]
             said.append((i, text, answer))
-    verdicts = judge_all(refuses, [text for _, text, _ in said], [answer for _, _, answer in said])
+    verdicts = refusals(judge_all(refuses, [text for _, text, _ in said], [answer for _, _, answer in said]))
     refused = dict.fromkeys(ids, 0)
     for (i, _, _), verdict in zip(said, verdicts, strict=True):
         refused[i] += verdict

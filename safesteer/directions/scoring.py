@@ -11,6 +11,7 @@ Memory holds one group of candidates and one batch of prompts: it does not grow 
 
 import copy
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from safesteer.models.forward import final_hidden, last_logits
 from safesteer.models.generation import with_greedy_tokens
 from safesteer.models.logits import kl_divergence, logits_of, refusal_score
 from safesteer.prompts.prompt_set import PromptSet
+from safesteer.settings import DirectionConfig
 from safesteer.steering import interventions
 from safesteer.steering.hooks import record_resid_pre, run_from_layer
 
@@ -39,6 +41,22 @@ def runnable(candidates: Candidates, max_layer_share: float) -> list[tuple[int, 
     return [(i, layer) for layer in range(last) for i in range(n_pos)]
 
 
+@dataclass(frozen=True)
+class PassLimits:
+    """How much one forward pass holds, how many answer tokens KL covers, and the seed of the controls."""
+
+    n_kl_tokens: int = 3
+    batch_size: int = 8
+    tokens_per_pass: int = 1536
+    candidates_per_group: int = 32
+    seed: int = 0
+
+    @classmethod
+    def of(cls, config: DirectionConfig) -> "PassLimits":
+        """Read the limits from the settings of stage 1."""
+        return cls(config.n_kl_tokens, config.batch_size, config.tokens_per_pass, seed=config.seed)
+
+
 @torch.no_grad()
 def score(
     chat: ChatModel,
@@ -46,37 +64,36 @@ def score(
     layers: list[int],
     prompts: PromptSet,
     refusal_ids: Int[Tensor, " n_refusal"],
+    limits: PassLimits | None = None,
     *,
     placebo: bool = False,
-    n_kl_tokens: int = 3,
-    batch_size: int = 8,
-    tokens_per_pass: int = 1536,
-    candidates_per_group: int = 32,
-    seed: int = 0,
     progress: Progress = no_progress,
 ) -> dict[str, Float[Tensor, "n n_prompts"]]:
     """SCORES of each candidate on each prompt. `placebo` replaces every candidate by its control:
     a random direction of its length for addition, and for ablation a move of the same distance.
     """
+    limits = limits or PassLimits()
     vectors, refusal_ids = vectors.to(chat.device), refusal_ids.to(chat.device)
     shape = {"ablation_refusal": len(prompts.harmful), "steering_refusal": len(prompts.harmless)}
     shape["kl_harmless"] = len(prompts.harmless)
     found = {k: torch.zeros((len(vectors), n), dtype=torch.float64) for k, n in shape.items()}
-    ablate = _ablate_placebo(seed) if placebo else interventions.ablate
-    shifts = _random_like(vectors, seed) if placebo else vectors
+    ablate = _ablate_placebo(limits.seed) if placebo else interventions.ablate
+    shifts = _random_like(vectors, limits.seed) if placebo else vectors
 
     # One layout for all prompts, so that the columns that they share are the same in every batch.
     whole = PromptBatch.of(chat.tokenizer, [*prompts.harmful, *prompts.harmless], device=chat.device)
-    harmful, harmless = (batches(chat.tokenizer, p, batch_size) for p in (prompts.harmful, prompts.harmless))
+    harmful, harmless = (
+        batches(chat.tokenizer, p, limits.batch_size) for p in (prompts.harmful, prompts.harmless)
+    )
     asked = [whole.rows(len(prompts.harmful) + torch.tensor(rows)) for rows in harmless]
     # KL over the base's own first tokens: one token alone is often structural.
-    answered = [with_greedy_tokens(chat, batch, n_kl_tokens - 1) for batch in asked]
+    answered = [with_greedy_tokens(chat, batch, limits.n_kl_tokens - 1) for batch in asked]
 
     by_layer = torch.tensor(sorted(range(len(layers)), key=layers.__getitem__))
     total, done = len(vectors) * (len(prompts.harmful) + len(prompts.harmless)), 0
-    for group in by_layer.split(candidates_per_group):
-        ablated = _ablation(chat, whole, vectors[group], ablate, tokens_per_pass)
-        added = _addition(chat, whole, shifts[group], [layers[i] for i in group], tokens_per_pass)
+    for group in by_layer.split(limits.candidates_per_group):
+        ablated = _ablation(chat, whole, vectors[group], ablate, limits.tokens_per_pass)
+        added = _addition(chat, whole, shifts[group], [layers[i] for i in group], limits.tokens_per_pass)
         for rows in harmful:
             for at, logits in ablated(whole.rows(torch.tensor(rows)), 1):
                 values = refusal_score(logits[:, :, 0], refusal_ids)
@@ -87,8 +104,8 @@ def score(
             for at, logits in added(prompt):
                 values = refusal_score(logits, refusal_ids)
                 found["steering_refusal"][group[at][:, None], rows] = values.cpu()
-            base = last_logits(chat, answer, n_kl_tokens)
-            for at, logits in ablated(answer, n_kl_tokens):
+            base = last_logits(chat, answer, limits.n_kl_tokens)
+            for at, logits in ablated(answer, limits.n_kl_tokens):
                 values = kl_divergence(base[None].expand_as(logits), logits).mean(-1)
                 found["kl_harmless"][group[at][:, None], rows] = values.double().cpu()
             done += len(group) * len(rows)

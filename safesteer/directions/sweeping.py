@@ -14,10 +14,10 @@ random direction that moves the model as far, and "shuffled", what the extractio
 are shuffled. `scoring` says how a pass is shared.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -29,52 +29,15 @@ from safesteer._errors import SafeSteerError
 from safesteer._files import write_text
 from safesteer._intervals import bootstrap_means
 from safesteer._progress import Progress, no_progress
-from safesteer._settings import AT_LEAST_1, SHARE, check_settings
 from safesteer.directions.extraction import Candidates
-from safesteer.directions.scoring import SCORES, runnable, score
-from safesteer.models.chat_model import ChatModel
-from safesteer.models.generation import generate
+from safesteer.directions.scoring import SCORES, PassLimits, runnable, score
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.prompts.prompt_set import PromptSet
-from safesteer.steering.direction import steer
+from safesteer.settings import DirectionConfig
+from safesteer.steering.direction import Direction
 
 ZERO = 1e-5  # length below which a vector is rounding, in lengths of the longest
 COLUMNS = ["extraction", "position", "layer", *SCORES, "kept", "reason"]
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    """Thresholds of the selection (Arditi et al. 2024, appendix C; paper section 3.2)."""
-
-    rank_by: Literal["auto", "ablation", "steering"] = "auto"
-    max_layer_share: float = 0.8
-    max_kl: float = 0.1
-    min_steering: float = 0.0
-    n_kl_tokens: int = 3
-    n_prompts: int | None = None
-    controls: tuple[str, ...] = ("random", "shuffled")
-    n_controls: int | None = None  # best candidates that get controls; None: all
-    n_held_out: int = 5  # best candidates that are scored again on the held-out prompts
-    n_answer_tokens: int = 0  # above 0: refusal rate of real steered answers, for kept candidates
-    n_answered: int = 3  # prefill candidates that are calibrated, after a first look at all answers
-    n_answer_prompts: int = 16  # harmful prompts whose answers are looked at for that
-    batch_size: int = 8
-    tokens_per_pass: int = 1536  # candidates are packed into one pass up to this many tokens
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        sizes = (
-            "n_kl_tokens",
-            "n_prompts",
-            "n_answered",
-            "n_answer_prompts",
-            "batch_size",
-            "tokens_per_pass",
-        )
-        bounds = dict.fromkeys(sizes, AT_LEAST_1)
-        check_settings(self, "sweep", {**bounds, "max_layer_share": SHARE})
-        for name in self.controls:
-            if name not in ("random", "shuffled"):
-                raise SafeSteerError(f"sweep.controls may hold random and shuffled, not '{name}'.")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -82,8 +45,7 @@ class Sweep:
     """The table of scores with its candidates: a row for each position and layer.
 
     Columns beside those of the run folder's contract: `<score>_low`, `<score>_high` (95 %),
-    `<score>_random`, `<score>_shuffled` (controls), `<score>_held_out` (best candidates, other
-    prompts) and `refusal_rate` (steered answers to harmless prompts), where they were asked for.
+    `<score>_random`, `<score>_shuffled` (controls), `<score>_held_out` (best candidates, other prompts).
     """
 
     candidates: Candidates
@@ -110,7 +72,7 @@ class Sweep:
             raise SafeSteerError(
                 f"No candidate passed the selection. The nearest miss is position {miss.position},"
                 f" layer {miss.layer}: {miss.reason}. Try extraction='prefill', or relax the"
-                " thresholds in SweepConfig."
+                " thresholds in DirectionConfig."
             )
         if self.rank_by == "ablation":
             return kept.sort_values(["ablation_refusal", "layer"])
@@ -121,7 +83,16 @@ class Sweep:
         """The first row of the ranking."""
         return self.ranking.iloc[0]
 
+    def directions(self, chat: ModelLike, prompts: PromptSet | None = None) -> list[Direction]:
+        """Return the candidates of the ranking as directions, best first, stamped with their origin."""
+        chat = as_chat(chat)
+        return [
+            self.candidates.direction(chat, str(row.position), int(row.layer), prompts=prompts)
+            for _, row in self.ranking.iterrows()
+        ]
+
     def vector(self, row: pd.Series) -> Float[Tensor, " d_model"]:
+        """Return the vector of a row of the table."""
         return self.candidates.vectors[self.candidates.positions.index(row.position), int(row.layer)]
 
     def __repr__(self) -> str:
@@ -133,95 +104,128 @@ class Sweep:
 
 
 def sweep(
-    chat: ChatModel,
+    chat: ModelLike,
     candidates: Candidates,
     prompts: PromptSet,
     refusal_ids: Int[Tensor, " n_refusal"],
-    config: SweepConfig | None = None,
+    config: DirectionConfig | None = None,
     *,
     held_out: PromptSet | None = None,
-    judge: Callable[[str, str], bool] | None = None,
     progress: Progress = no_progress,
 ) -> Sweep:
-    """Score all candidates on `prompts` (validation). Layers that can't be selected are not run.
+    """Score all candidates on validation prompts; layers that cannot be selected are not run.
 
-    `held_out` prompts score the best few once more, for a number that selection did not choose;
-    `judge` is needed where `n_answer_tokens` asks for real answers.
+    Args:
+        chat: The base model.
+        candidates: One vector per position and layer.
+        prompts: Validation prompts, of which the first `config.n_val` of each kind are used.
+        refusal_ids: First tokens of a refusal.
+        config: Thresholds, controls and batch sizes.
+        held_out: Prompts on which the best few are scored once more: numbers that selection did not choose.
+        progress: Called with the share done.
+
+    Example:
+        >>> prompts = ss.load_prompts().split("val").first(2)
+        >>> candidates = mean_difference(chat, prompts)
+        >>> len(sweep(chat, candidates, prompts, refusal_token_ids(chat.tokenizer)).table) > 0
+        True
     """
-    config = config or SweepConfig()
-    prompts = prompts.first(config.n_prompts)
-    todo = runnable(candidates, config.max_layer_share)
-    limits: dict[str, Any] = {"n_kl_tokens": config.n_kl_tokens, "tokens_per_pass": config.tokens_per_pass}
-    limits |= {"batch_size": config.batch_size, "seed": config.seed}
-    n_controls = config.n_controls
-    whole = n_controls is None
+    chat, config = as_chat(chat), config or DirectionConfig()
+    prompts = prompts.first(config.n_val)
+    limits = PassLimits.of(config)
     kinds = [k for k in config.controls if k == "random" or candidates.shuffled is not None]
-    share = 1 / (1 + len(kinds)) if whole else 1.0
+    # Controls of all candidates cost as much as their scores; controls of a few cost next to nothing.
+    share = 1 / (1 + len(kinds)) if config.n_controls is None else 1.0
 
-    real = torch.stack([candidates.vectors[at] for at in todo])
-    layers = [layer for _, layer in todo]
-    scores = score(
-        chat, real, layers, prompts, refusal_ids, progress=lambda done: progress(share * done), **limits
+    places = runnable(candidates, config.max_layer_share)
+    vectors, layers = torch.stack([candidates.vectors[at] for at in places]), [at[1] for at in places]
+    per_prompt = score(
+        chat, vectors, layers, prompts, refusal_ids, limits, progress=lambda done: progress(share * done)
     )
-    found: dict[str, Tensor] = {}
-    for name, per_prompt in scores.items():
-        low, high = bootstrap_means(per_prompt.numpy(), config.seed)
-        found[name] = per_prompt.mean(1)
-        found[f"{name}_low"], found[f"{name}_high"] = torch.from_numpy(low), torch.from_numpy(high)
     rank_by = config.rank_by
     if rank_by == "auto":
         rank_by = "steering" if candidates.extraction in ("prefill", "given") else "ablation"
-    table = _table(candidates, todo, found, rank_by, config)
+    table = _table(candidates, places, _with_intervals(per_prompt, config.seed), rank_by, config)
     result = Sweep(candidates, table, rank_by)
-
-    scored = table.dropna(subset=["steering_refusal"])
-    if n_controls is not None:
-        by_steering = scored.sort_values("steering_refusal", ascending=False)
-        scored = (result.ranking if table.kept.any() else by_steering).head(n_controls)
-    where = [(candidates.positions.index(r.position), int(r.layer)) for r in scored.itertuples()]
     for n, kind in enumerate(kinds):
-        source = candidates.vectors if kind == "random" else candidates.shuffled
-        assert source is not None
-        vectors = torch.stack([source[at] for at in where])
-        control = score(
-            chat,
-            vectors,
-            [layer for _, layer in where],
-            prompts,
-            refusal_ids,
-            placebo=kind == "random",
-            progress=lambda done, n=n: progress(share * (1 + n + done) if whole else 1.0),
-            **limits,
-        )
-        for name, per_prompt in control.items():
-            table.loc[scored.index, f"{name}_{kind}"] = per_prompt.mean(1).numpy()
-    if not table.kept.any():
-        return result
-    if held_out is not None and config.n_held_out:
+        rest = partial(_later, progress, share, n) if config.n_controls is None else no_progress
+        _add_controls(chat, result, kind, prompts, refusal_ids, config, rest)
+    progress(1.0)
+    if table.kept.any() and held_out is not None and config.n_held_out:
         best = result.ranking.head(config.n_held_out)
         vectors = torch.stack([result.vector(row) for _, row in best.iterrows()])
-        again = score(chat, vectors, best.layer.tolist(), held_out, refusal_ids, **limits)
-        for name, per_prompt in again.items():
-            table.loc[best.index, f"{name}_held_out"] = per_prompt.mean(1).numpy()
-    if config.n_answer_tokens:
-        if judge is None:
-            raise SafeSteerError("Refusal rates of answers need a judge: pass judge=safesteer.refuses.")
-        for at, row in result.ranking.iterrows():
-            direction = candidates.direction(chat, row.position, int(row.layer))
-            with steer(chat, direction):
-                answers = generate(chat, prompts.harmless, max_new_tokens=config.n_answer_tokens)
-            table.loc[at, "refusal_rate"] = float(np.mean([*map(judge, prompts.harmless, answers)]))
+        again = score(chat, vectors, best.layer.tolist(), held_out, refusal_ids, limits)
+        for name, values in again.items():
+            table.loc[best.index, f"{name}_held_out"] = values.mean(1).numpy()
     return result
 
 
-def _table(candidates, todo, found, rank_by, config) -> pd.DataFrame:
+def _later(progress: Progress, share: float, n: int, done: float) -> None:
+    """Report the progress of the n-th control after the scores themselves."""
+    progress(share * (1 + n + done))
+
+
+def _with_intervals(
+    per_prompt: dict[str, Float[Tensor, "n n_prompts"]], seed: int
+) -> dict[str, Float[Tensor, " n"]]:
+    """Mean of each score over prompts, with its 95 % bootstrap interval."""
+    columns: dict[str, Tensor] = {}
+    for name, values in per_prompt.items():
+        low, high = bootstrap_means(values.numpy(), seed)
+        columns[name] = values.mean(1)
+        columns[f"{name}_low"], columns[f"{name}_high"] = torch.from_numpy(low), torch.from_numpy(high)
+    return columns
+
+
+def _add_controls(
+    chat: ChatModel,
+    result: Sweep,
+    kind: str,
+    prompts: PromptSet,
+    refusal_ids: Int[Tensor, " n_refusal"],
+    config: DirectionConfig,
+    progress: Progress,
+) -> None:
+    """Score one control of the best candidates, or of all: columns `<score>_<kind>` of the table."""
+    table, candidates = result.table, result.candidates
+    scored = table.dropna(subset=["steering_refusal"])
+    if config.n_controls is not None:
+        by_steering = scored.sort_values("steering_refusal", ascending=False)
+        scored = (result.ranking if table.kept.any() else by_steering).head(config.n_controls)
+    if scored.empty:
+        return
+    source = candidates.vectors if kind == "random" else candidates.shuffled
+    assert source is not None
+    places = [(candidates.positions.index(row.position), int(row.layer)) for _, row in scored.iterrows()]
+    control = score(
+        chat,
+        torch.stack([source[at] for at in places]),
+        [layer for _, layer in places],
+        prompts,
+        refusal_ids,
+        PassLimits.of(config),
+        placebo=kind == "random",
+        progress=progress,
+    )
+    for name, values in control.items():
+        table.loc[scored.index, f"{name}_{kind}"] = values.mean(1).numpy()
+
+
+def _table(
+    candidates: Candidates,
+    places: list[tuple[int, int]],
+    columns: dict[str, Tensor],
+    rank_by: str,
+    config: DirectionConfig,
+) -> pd.DataFrame:
+    """One row per position and layer: scores, and why the candidate was kept or dropped."""
     n_pos, n_layers, _ = candidates.vectors.shape
-    place = {at: n for n, at in enumerate(todo)}
+    place = {at: n for n, at in enumerate(places)}
     rows, longest = [], float(candidates.vectors.norm(dim=-1).nan_to_num().max())
     for i in range(n_pos):
         for layer in range(n_layers):
             at = place.get((i, layer))
-            scores = {name: float("nan" if at is None else v[at]) for name, v in found.items()}
+            scores = {name: float("nan" if at is None else v[at]) for name, v in columns.items()}
             reason = _reason(scores, at is not None, rank_by, config)
             if float(candidates.vectors[i, layer].norm()) < ZERO * longest:
                 reason = "no direction here: the two means agree"
@@ -231,11 +235,11 @@ def _table(candidates, todo, found, rank_by, config) -> pd.DataFrame:
                 "layer": layer,
             }
             rows.append(name | scores | {"kept": reason.startswith("passes"), "reason": reason})
-    rest = [c for c in found if c not in SCORES]
-    return pd.DataFrame(rows, columns=[*COLUMNS, *rest])
+    intervals = [c for c in columns if c not in SCORES]
+    return pd.DataFrame(rows, columns=[*COLUMNS, *intervals])
 
 
-def _reason(scores: dict[str, float], run: bool, rank_by: str, config: SweepConfig) -> str:
+def _reason(scores: dict[str, float], run: bool, rank_by: str, config: DirectionConfig) -> str:
     kl, steered = scores["kl_harmless"], scores["steering_refusal"]
     if not run:
         return f"layer in the last {1 - config.max_layer_share:.0%} of the model (not run)"

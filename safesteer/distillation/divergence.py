@@ -8,14 +8,13 @@
 """
 
 import math
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Divergence = Literal["reverse", "forward", "symmetric", "jsd"]
-Normalizer = Literal["partial", "generalized", "tail", "renormalized"]
+from safesteer.models.logits import generalized_kl_terms
+from safesteer.settings import Divergence, Normalizer
 
 
 def _log1mexp(x: Tensor) -> Tensor:
@@ -26,9 +25,7 @@ def _log1mexp(x: Tensor) -> Tensor:
 
 def _kl_terms(p: Tensor, q: Tensor, generalized: bool) -> Tensor:
     """sum p (log p - log q), with the Bregman correction - p + q where asked. Arguments are logs."""
-    terms = p.exp() * (p - q)
-    if generalized:
-        terms = terms - p.exp() + q.exp()
+    terms = generalized_kl_terms(p, q) if generalized else p.exp() * (p - q)
     return torch.where(p == -math.inf, q.exp() if generalized else 0.0, terms).sum(-1)
 
 

@@ -8,29 +8,43 @@ For each chunk of positions, with student logits z = head(h) and p = softmax(z):
 No more than a chunk of (position x vocabulary) ever lives, and nothing is computed twice.
 """
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from safesteer.distillation.divergence import Divergence, Normalizer, localized_divergence
-from safesteer.models.logits import logits_of, positions_per_chunk
+from safesteer.distillation.divergence import localized_divergence
+from safesteer.models.logits import generalized_kl_terms, logits_of, positions_per_chunk
+from safesteer.settings import DistillConfig, Support
 
 CHUNKS = 3  # of positions_per_chunk: this sweep holds one buffer of logits where others hold several
 OFF_SET_POSITIONS = 128  # positions a step on which the divergence outside S is measured
 
-Support = Literal["safety", "topk", "full"]
 Head = tuple[Tensor, Tensor | None, float | None]  # weight, bias, soft-capping: models.output_head
 
 
 class LossTerms(NamedTuple):
-    """`loss` = sum of weight x divergence, with a gradient; the rest a number a position, without."""
+    """`loss` = sum of weight x divergence, with a gradient; the others one number per position, without."""
 
     loss: Float[Tensor, ""]
     divergence: Float[Tensor, " n"]
     student_mass: Float[Tensor, " n"]  # probability on S
     teacher_mass: Float[Tensor, " n"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Fixed:
+    """What the loss compares the student with, and how: nothing here gets a gradient."""
+
+    h_teacher: Float[Tensor, "n d_model"]
+    weights: Float[Tensor, " n"]
+    softcap: float | None
+    teacher_head: Head
+    ids: Int[Tensor, " n_set"]
+    config: DistillConfig
+    chunk: int
 
 
 def divergence_loss(
@@ -40,41 +54,46 @@ def divergence_loss(
     head: Head,
     teacher_head: Head,
     ids: Int[Tensor, " n_set"],
-    *,
-    support: Support = "safety",
-    divergence: Divergence = "reverse",
-    normalizer: Normalizer = "partial",
-    beta: float = 0.5,
-    n_topk: int = 50,
+    config: DistillConfig,
     chunk: int | None = None,
 ) -> LossTerms:
-    """The student at each position beside its teacher on `support`; `ids` is S, `weights` a position's.
+    """Compare the student with its teacher at each position, on the support of `config`.
 
-    The gradient reaches `hidden`, and the head's weight and bias where they require one. Over the
-    whole vocabulary all normalizers agree, because the set carries the whole mass.
+    The gradient reaches `hidden`, and the head's weight and bias where they require one. Over the whole
+    vocabulary all normalizers agree, because the set carries the whole mass.
+
+    Args:
+        hidden: The student's final hidden states.
+        h_teacher: The teacher's.
+        weights: Weight of each position in the loss.
+        head: The student's output head (`models.chat_model.output_head`).
+        teacher_head: The teacher's.
+        ids: The safety tokens S.
+        config: Its support, divergence, normalizer, beta and n_topk.
+        chunk: Positions whose logits are held at once; None: what fits the usual buffer.
     """
     weight, bias, softcap = head
-    how = divergence, "partial" if support == "full" else normalizer, beta
     chunk = chunk or CHUNKS * positions_per_chunk(len(weight))
-    args = (h_teacher, weights, softcap, teacher_head, ids, support, how, n_topk, chunk)
-    return LossTerms(*_ChunkedLoss.apply(hidden, weight, bias, *args))  # type: ignore[misc]
+    fixed = _Fixed(h_teacher, weights, softcap, teacher_head, ids, config, chunk)
+    return LossTerms(*_ChunkedLoss.apply(hidden, weight, bias, fixed))  # type: ignore[misc]
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, h, weight, bias, h_teacher, weights, softcap, teacher_head, ids, support, how, n_topk, chunk
-    ):
+    def forward(ctx, h, weight, bias, fixed):
+        config, ids, softcap = fixed.config, fixed.ids, fixed.softcap
+        support = config.support
+        normalizer = "partial" if support == "full" else config.normalizer
         wide = torch.promote_types(h.dtype, torch.float32)
         wants_h, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         of_h = torch.empty_like(h) if wants_h else None
         of_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
         of_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None
-        found, mass, teacher_mass = (h.new_empty(len(h), dtype=wide) for _ in range(3))
-        for start in range(0, len(h), chunk):
-            at = slice(start, start + chunk)
-            q = logits_of(h_teacher[at], *teacher_head)
-            on = q.topk(n_topk, -1).indices if support == "topk" else ids.expand(len(q), -1)
+        divergence, mass, teacher_mass = (h.new_empty(len(h), dtype=wide) for _ in range(3))
+        for start in range(0, len(h), fixed.chunk):
+            at = slice(start, start + fixed.chunk)
+            q = logits_of(fixed.h_teacher[at], *fixed.teacher_head)
+            on = q.topk(config.n_topk, -1).indices if support == "topk" else ids.expand(len(q), -1)
             q, in_s = _on_support(q, on, ids, support)[:2]  # its logits are let go before the student's
             teacher_mass[at] = in_s.exp().sum(-1)
             z = logits_of(h[at], weight, bias, softcap)
@@ -83,9 +102,9 @@ class _ChunkedLoss(torch.autograd.Function):
             mass[at] = in_s.exp().sum(-1)
             with torch.enable_grad():
                 p = p.detach().requires_grad_()
-                parts = localized_divergence(p, q, *how)
-                (g,) = torch.autograd.grad((parts * weights[at]).sum(), p)
-            found[at] = parts.detach()
+                parts = localized_divergence(p, q, config.divergence, normalizer, config.beta)
+                (g,) = torch.autograd.grad((parts * fixed.weights[at]).sum(), p)
+            divergence[at] = parts.detach()
             if not (wants_h or wants_weight or wants_bias):
                 continue
             # A token suppressed with -inf stays suppressed, and 0 x inf is not a number.
@@ -103,8 +122,8 @@ class _ChunkedLoss(torch.autograd.Function):
             del z, dz, narrow
         ctx.save_for_backward(of_h, of_weight, of_bias)
         ctx.dtypes = h.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(found, mass, teacher_mass)
-        return (found * weights).sum(), found, mass, teacher_mass
+        ctx.mark_non_differentiable(divergence, mass, teacher_mass)
+        return (divergence * fixed.weights).sum(), divergence, mass, teacher_mass
 
     @staticmethod
     def backward(ctx, *grad_outputs):  # type: ignore[override]
@@ -112,7 +131,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # A copy of the head's gradient is what this function exists to avoid.
         scaled = (g if g is None or float(scale) == 1 else g * scale for g in ctx.saved_tensors)
         grads = (g if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True))
-        return *grads, *[None] * 9
+        return *grads, None
 
 
 def _on_support(
@@ -132,6 +151,6 @@ def kl_outside_set(hidden: Tensor, h_teacher: Tensor, head: Head, teacher_head: 
     at = torch.linspace(0, len(hidden) - 1, min(OFF_SET_POSITIONS, len(hidden))).long()
     p = logits_of(hidden[at], *head).log_softmax(-1)
     q = logits_of(h_teacher[at], *teacher_head).log_softmax(-1)
-    terms = p.exp() * (p - q) - p.exp() + q.exp()
+    terms = generalized_kl_terms(p, q)
     terms[:, ids] = 0
     return float(terms.sum(-1).mean())

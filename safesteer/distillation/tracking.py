@@ -9,11 +9,13 @@ from safesteer._errors import SafeSteerError
 
 
 @contextmanager
-def tracking(kind: str | None, folder: Path, settings: dict) -> Iterator[Callable[[dict, int], None]]:
-    """Yields log(values, step). Files go to `folder`; None tracks nothing.
+def open_tracker(kind: str | None, folder: Path, settings: dict) -> Iterator[Callable[[dict, int], None]]:
+    """Open a tracker and yield log(values, step). Files go to `folder`; None tracks nothing.
 
-    With several processes the main one logs. Raises SafeSteerError for a tracker that accelerate
-    does not know or that is not installed.
+    With several processes the main one logs.
+
+    Raises:
+        SafeSteerError: If accelerate does not know the tracker, or it is not installed.
     """
     if kind is None:
         yield lambda values, step: None

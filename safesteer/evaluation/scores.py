@@ -1,54 +1,45 @@
-"""What changed and what did not: refusals on harmful and harmless prompts, drift, perplexity.
+"""Stage 5: what changed and what did not, for base, teacher and student beside each other.
 
-Every number comes with a 95 % interval: Wilson for rates, bootstrap over prompts for means. Greedy
-answers, judged by any callable (prompt, answer) -> bool; `judges.refuses` by default.
+1. Greedy answers to the harmful and harmless prompts of the test split, judged.
+2. Drift: KL(base || model) along the base's own answers to harmless prompts.
+3. Perplexity of plain text.
+Rates come with Wilson intervals, means with bootstrap intervals over prompts (95 %).
 """
 
+import copy
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-from safesteer._errors import SafeSteerError
-from safesteer._files import read_json, write_json
+from safesteer._files import json_lines, read_value, write_json, write_text
 from safesteer._intervals import bootstrap, wilson
-from safesteer._settings import AT_LEAST_1, LARGEST, check_settings
-from safesteer.judges.judge import Judge, judge_all
+from safesteer._progress import Progress, no_progress
+from safesteer.judges.judge import CachedJudge, Judge, judge_all, outcomes
 from safesteer.judges.wording import refuses
 from safesteer.models.adapter import as_base
-from safesteer.models.batch import PromptBatch, batches
-from safesteer.models.chat_model import ChatModel, output_head
-from safesteer.models.forward import final_hidden
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.drift import kl_on_answers
 from safesteer.models.generation import generate
-from safesteer.models.logits import kl_divergence, logits_of
 from safesteer.models.text_loss import general_text, perplexity
-from safesteer.prompts.prompt_set import PromptSet
+from safesteer.prompts.prompt_set import PromptSet, load_prompts
+from safesteer.settings import EvaluateConfig
+from safesteer.steering.direction import Direction, steer
 
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """How much is measured. `perplexity_tokens` bounds the text read, in tokens."""
-
-    n_prompts: int | None = None  # pairs of the test split; None takes all
-    max_new_tokens: int = 32
-    n_kl_tokens: int = 16
-    perplexity_tokens: int = 4096
-    perplexity_width: int = 512
-    batch_size: int = 50
-
-    def __post_init__(self) -> None:
-        sizes = ("n_prompts", "max_new_tokens", "n_kl_tokens", "batch_size")
-        two = (2, LARGEST)  # perplexity needs a token to predict and one before it
-        bounds = {"perplexity_tokens": two, "perplexity_width": two}
-        check_settings(self, "evaluation", {**dict.fromkeys(sizes, AT_LEAST_1), **bounds})
+SCORES_FILE, ANSWERS_FILE = "evaluation.json", "answers.jsonl"
+LABELS = ("harmful", "harmless")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One model's numbers. Rates in 0..1, KL in nats a token, n prompts of each kind."""
+    """One model's numbers. Rates in 0..1, KL in nats per token, n prompts of each kind.
+
+    `counts` is what the rates count: "refused", or "safe" with a judge that only says what is harmful.
+    """
 
     refusal_rate_harmful: float
     refusal_rate_harmful_ci: tuple[float, float]
@@ -58,106 +49,168 @@ class Scores:
     kl_harmless_ci: tuple[float, float]
     perplexity: float
     n: int
+    counts: str = "refused"
 
 
 @dataclass(frozen=True, repr=False)
 class Evaluation:
-    """Scores by model: "base", "teacher", "student"."""
+    """Scores by model ("base", "teacher", "student"), and every answer they were made from.
+
+    A row of `answers` holds prompt, label, category, and per model its answer and `<model>_refuses` (None
+    where the judge gave no reply that can be read).
+    """
 
     scores: dict[str, Scores]
+    answers: tuple[dict[str, Any], ...] = ()
 
     def to_frame(self) -> pd.DataFrame:
+        """Return the scores: one row per model."""
         return pd.DataFrame({name: asdict(s) for name, s in self.scores.items()}).T
 
-    def __repr__(self) -> str:
-        rows = [
-            f"{name}: harmful {s.refusal_rate_harmful:.0%}, harmless {s.refusal_rate_harmless:.0%},"
-            f" KL {s.kl_harmless:.3f}, perplexity {s.perplexity:.2f}"
+    def lines(self) -> list[str]:
+        """Return one readable line per model."""
+        return [
+            f"{name}: {s.counts} {s.refusal_rate_harmful:.0%} of harmful and {s.refusal_rate_harmless:.0%} of"
+            f" harmless prompts, KL {s.kl_harmless:.3f}, perplexity {s.perplexity:.2f}"
             for name, s in self.scores.items()
         ]
-        return "Evaluation(" + "; ".join(rows) + ")"
+
+    def __repr__(self) -> str:
+        return "Evaluation(" + "; ".join(self.lines()) + ")"
 
     def _repr_html_(self) -> str:
         return self.to_frame().to_html(escape=True)
 
-    def save(self, path: str | Path) -> None:
-        write_json(Path(path), {name: asdict(s) for name, s in self.scores.items()})
+    def save(self, folder: str | Path) -> None:
+        """Write evaluation.json and answers.jsonl into `folder`."""
+        write_json(Path(folder) / SCORES_FILE, {name: asdict(s) for name, s in self.scores.items()})
+        rows = "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in self.answers)
+        write_text(Path(folder) / ANSWERS_FILE, rows)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Evaluation":
-        try:
-            return cls({name: Scores(**_tuples(raw)) for name, raw in read_json(Path(path)).items()})
-        except (TypeError, AttributeError) as error:
-            raise SafeSteerError(f"{path} is not an evaluation file of this version.") from error
+    def load(cls, folder: str | Path) -> "Evaluation":
+        """Read what `save` wrote; the answers may be missing.
 
-
-def _tuples(raw: dict) -> dict:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-
-
-@torch.no_grad()
-def kl_on_answers(
-    base: ChatModel,
-    chat: ChatModel,
-    prompts: Sequence[str],
-    answers: Sequence[str],
-    config: EvalConfig,
-) -> list[float]:
-    """KL(base || chat) in nats a token over the first tokens of the base's own answers, per prompt."""
-    tokenizer, found = chat.tokenizer, [0.0] * len(prompts)
-    tails = [tokenizer(a, add_special_tokens=False).input_ids[: config.n_kl_tokens] for a in answers]  # type: ignore[operator]
-    for rows in batches(tokenizer, prompts, config.batch_size):
-        batch = PromptBatch.of(
-            tokenizer, [prompts[i] for i in rows], [tails[i] for i in rows], device=chat.device
-        )
-        with as_base(base, chat):
-            h_base = final_hidden(base.model, batch)
-        h_chat = final_hidden(chat.model, batch)
-        for row, i in enumerate(rows):
-            steps = slice(-len(tails[i]) - 1, None)  # the prompt's last position predicts the first
-            at_base = logits_of(h_base[row, steps], *output_head(base.model))
-            at_chat = logits_of(h_chat[row, steps], *output_head(chat.model))
-            found[i] = float(kl_divergence(at_base, at_chat).mean())
-    return found
+        Raises:
+            SafeSteerError: If the scores cannot be read.
+        """
+        path = Path(folder) / SCORES_FILE
+        scores = read_value(dict[str, Scores], path, "an evaluation file")
+        answers = Path(folder) / ANSWERS_FILE
+        return cls(scores, tuple(json_lines(answers)) if answers.exists() else ())
 
 
 def evaluate(
+    chat: ModelLike,
+    student: ModelLike | None = None,
+    direction: Direction | None = None,
+    prompts: PromptSet | None = None,
+    config: EvaluateConfig | None = None,
+    *,
+    judge: Judge = refuses,
+    progress: Progress = no_progress,
+) -> Evaluation:
+    """Measure the base, with a direction its steered teacher, and with a student the student.
+
+    Args:
+        chat: The base.
+        student: The trained model; None: left out.
+        direction: Steers a copy of the base into the teacher; None: left out.
+        prompts: Prompts with the split "test"; None: the project's own.
+        config: How much is measured; None: the defaults.
+        judge: Says which answers refuse; asked once per (prompt, answer).
+        progress: Called with the share done.
+
+    Example:
+        >>> config = ss.EvaluateConfig(n_prompts=2, max_new_tokens=3, perplexity_tokens=50)
+        >>> list(ss.evaluate(chat, direction=direction, config=config).scores)
+        ['base', 'teacher']
+    """
+    base, config = as_chat(chat), config or EvaluateConfig()
+    test, cached = (prompts or load_prompts()).split("test").first(config.n_prompts), CachedJudge(judge)
+    n_models = 1 + (direction is not None) + (student is not None)
+    scores, answers = {}, {}
+    scores["base"], answers["base"] = score_model(base, base, test, config, judge=cached)
+    along = answers["base"]["harmless"]
+    progress(1 / n_models)
+    if direction is not None:
+        # Drift is measured against the unsteered base, so a copy carries the steering.
+        teacher = replace(base, model=copy.deepcopy(base.model))
+        with steer(teacher, direction):
+            scores["teacher"], answers["teacher"] = score_model(
+                teacher, base, test, config, judge=cached, base_answers=along
+            )
+        progress(2 / n_models)
+    if student is not None:
+        scores["student"], answers["student"] = score_model(
+            as_chat(student), base, test, config, judge=cached, base_answers=along
+        )
+        progress(1.0)
+    return Evaluation(scores, tuple(_rows(test, answers, cached)))
+
+
+def _rows(test: PromptSet, answers: dict[str, dict[str, list[str]]], judge: Judge) -> list[dict[str, Any]]:
+    """One row per prompt: every model's answer and verdict."""
+    rows = []
+    for label in LABELS:
+        prompts = [p for p in test.prompts if p.label == label]
+        texts = [p.text for p in prompts]
+        verdicts = {name: outcomes(judge_all(judge, texts, by[label]))[1] for name, by in answers.items()}
+        for i, prompt in enumerate(prompts):
+            row: dict[str, Any] = {"prompt": prompt.text, "label": label, "category": prompt.category}
+            for name in answers:
+                row |= {name: answers[name][label][i], f"{name}_refuses": verdicts[name][i]}
+            rows.append(row)
+    return rows
+
+
+def score_model(
     chat: ChatModel,
     base: ChatModel,
     prompts: PromptSet,
-    config: EvalConfig | None = None,
+    config: EvaluateConfig | None = None,
     *,
     judge: Judge = refuses,
     text: str | None = None,
     base_answers: Sequence[str] | None = None,
 ) -> tuple[Scores, dict[str, list[str]]]:
-    """Scores of `chat` (possibly inside `steer(...)`) and its greedy answers by label.
+    """Score one model, possibly inside `steer(...)`; return its scores and greedy answers by label.
 
-    `base_answers` are the base's greedy answers to the harmless prompts, along which drift is measured;
-    without them the base is asked, and a model that is itself the base has no drift.
+    Args:
+        chat: The model.
+        base: The base that drift is measured from; a model that is itself the base has no drift.
+        prompts: Harmful and harmless prompts, of which the first `config.n_prompts` of each are used.
+        config: How much is measured.
+        judge: Says which answers refuse.
+        text: Plain text for the perplexity; None: the project's own prose.
+        base_answers: The base's greedy answers to the harmless prompts; None: the base is asked.
     """
-    config = config or EvalConfig()
+    config = config or EvaluateConfig()
     prompts = prompts.first(config.n_prompts)
-    harmful, harmless = prompts.harmful, prompts.harmless
-    answers = {
-        label: generate(chat, texts, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
-        for label, texts in (("harmful", harmful), ("harmless", harmless))
-    }
-    n_harmful = sum(judge_all(judge, harmful, answers["harmful"]))
-    n_harmless = sum(judge_all(judge, harmless, answers["harmless"]))
-    kls = [0.0] * len(harmless)
+    length = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
+    answers = {label: generate(chat, prompts.texts(label), **length) for label in LABELS}
+    verdicts = [v for label in LABELS for v in judge_all(judge, prompts.texts(label), answers[label])]
+    counts, values = outcomes(verdicts)
+    n = len(prompts.harmful)
+    n_harmful, n_harmless = (sum(v is True for v in part) for part in (values[:n], values[n:]))
+    kls = [0.0] * len(prompts.harmless)
     if base_answers is None and chat is not base:
         with as_base(base, chat):
-            base_answers = generate(
-                base, harmless, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size
-            )
+            base_answers = generate(base, prompts.harmless, **length)
     if base_answers is not None:
-        kls = kl_on_answers(base, chat, harmless, base_answers, config)
+        kls = kl_on_answers(
+            base,
+            chat,
+            prompts.harmless,
+            base_answers,
+            n_tokens=config.n_kl_tokens,
+            batch_size=config.batch_size,
+        )
     scores = Scores(
-        refusal_rate_harmful=n_harmful / len(harmful),
-        refusal_rate_harmful_ci=wilson(n_harmful, len(harmful)),
-        refusal_rate_harmless=n_harmless / len(harmless),
-        refusal_rate_harmless_ci=wilson(n_harmless, len(harmless)),
+        refusal_rate_harmful=n_harmful / n,
+        refusal_rate_harmful_ci=wilson(n_harmful, n),
+        refusal_rate_harmless=n_harmless / len(prompts.harmless),
+        refusal_rate_harmless_ci=wilson(n_harmless, len(prompts.harmless)),
         kl_harmless=float(np.mean(kls)),
         kl_harmless_ci=bootstrap(kls),
         perplexity=perplexity(
@@ -166,21 +219,7 @@ def evaluate(
             max_tokens=config.perplexity_tokens,
             width=config.perplexity_width,
         ),
-        n=len(harmful),
+        n=n,
+        counts=counts,
     )
     return scores, answers
-
-
-def held_out_check(
-    student: ChatModel, base: ChatModel, prompts: PromptSet, judge: Judge = refuses, *, n_tokens: int = 16
-) -> tuple[float, float]:
-    """(refusal rate on harmful prompts, KL to the base on harmless ones, nats a token): the two
-    numbers that early stopping looks at. The base may carry the student's adapter.
-    """
-    config = EvalConfig(n_kl_tokens=n_tokens)
-    answers = generate(student, prompts.harmful, max_new_tokens=n_tokens)
-    with as_base(base, student):
-        said = generate(base, prompts.harmless, max_new_tokens=n_tokens)
-    drift = kl_on_answers(base, student, prompts.harmless, said, config)
-    refused = sum(judge_all(judge, prompts.harmful, answers))
-    return refused / len(prompts.harmful), float(np.mean(drift))

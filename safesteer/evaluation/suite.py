@@ -27,8 +27,8 @@ from safesteer._intervals import bootstrap, wilson
 from safesteer.directions.inspection import representation_shift
 from safesteer.evaluation.capability import capability, command_line
 from safesteer.evaluation.humaneval import humaneval, problems
-from safesteer.evaluation.scores import EvalConfig, kl_on_answers
-from safesteer.judges.judge import Judge, judge_all
+from safesteer.evaluation.scores import kl_on_answers
+from safesteer.judges.judge import Judge, judge_all, judge_name, outcomes
 from safesteer.judges.wording import refuses, refuses_anywhere
 from safesteer.models.chat_model import ChatModel, hf_model
 from safesteer.models.generation import generate
@@ -37,6 +37,7 @@ from safesteer.models.text_loss import general_text, perplexity
 from safesteer.prompts.benchmarks import benchmark_named, load_benchmark
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.report.page import suite_page
+from safesteer.settings import EvaluateConfig
 
 HUMANEVAL, WIKITEXT = "humaneval", "wikitext2_test.jsonl"
 OWN = {"own-harmful": "harmful", "own-harmless": "over-refusal"}  # the project's held-out pairs
@@ -149,7 +150,7 @@ def _sources(target: str | Path) -> dict[str, str]:
 def _identify(folder: Path, suite: Suite, judge: Judge, data, models: dict[str, ChatModel]) -> None:
     ours = {
         "suite": json.loads(json.dumps(asdict(suite))),
-        "judge": _name(judge),
+        "judge": judge_name(judge),
         "data": str(Path(data).resolve()) if data is not None else None,
         "models": {label: chat.fingerprint for label, chat in models.items()},
     }
@@ -163,10 +164,6 @@ def _identify(folder: Path, suite: Suite, judge: Judge, data, models: dict[str, 
             )
     else:
         write_json(path, ours)
-
-
-def _name(judge: Judge) -> str:
-    return getattr(judge, "__name__", type(judge).__name__)
 
 
 Measure = Callable[[ChatModel], dict[str, Any]]
@@ -207,16 +204,16 @@ def _refusals(
 ) -> dict:
     prompts = texts()
     said = generate(chat, prompts, max_new_tokens=suite.max_new_tokens, batch_size=50)
-    refused = judge_all(judge, prompts, said)
+    counts, values = outcomes(judge_all(judge, prompts, said))
     kind = OWN.get(name) or benchmark_named(name).kind
-    rows = [_rate(kind, name, "refused", refused)]
+    rows = [_rate(kind, name, counts, [value is True for value in values])]
     if judge is refuses:  # the lenient form is reported apart
         anywhere = [refuses_anywhere(p, a) for p, a in zip(prompts, said, strict=True)]
         rows.append(_rate(kind, name, "refusal phrase anywhere", anywhere))
-    by = _name(judge)
+    names = {"model": label, "set": name, "judge": judge_name(judge), "counts": counts}
     answers = [
-        {"model": label, "set": name, "prompt": p, "answer": a, "judge": by, "verdict": r}
-        for p, a, r in zip(prompts, said, refused, strict=True)
+        {**names, "prompt": p, "answer": a, "verdict": value}
+        for p, a, value in zip(prompts, said, values, strict=True)
     ]
     return {"rows": rows, "answers": answers}
 
@@ -251,7 +248,7 @@ def _perplexity(suite: Suite, data, chat: ChatModel) -> dict:
 
 
 def _drift(base: ChatModel, prompts: list[str], chat: ChatModel) -> dict:
-    config = EvalConfig()
+    config = EvaluateConfig()
     said = generate(base, prompts, max_new_tokens=config.max_new_tokens, batch_size=50)
     kls = kl_on_answers(base, chat, prompts, said, config)
     mean, n = sum(kls) / len(kls), len(kls)

@@ -1,1 +1,1 @@
-"""TODO judges."""
+"""Judges: does an answer refuse, is it harmful? By its wording, by a classifier, by an endpoint."""

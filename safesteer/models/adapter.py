@@ -8,20 +8,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from safesteer._errors import SafeSteerError
 from safesteer._files import whole_folder
 from safesteer.models.chat_model import ChatModel, blocks, hf_model
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 def with_adapter(chat: ChatModel, rank: int, alpha: int, first_layer: int = 0, seed: int = 0) -> ChatModel:
-    """`chat` with a fresh adapter on every linear map of its blocks from `first_layer` up.
+    """Put a fresh adapter on every linear map of the blocks from `first_layer` up.
 
     The modules of `chat.model` are wrapped in place: it answers as before inside `as_base` only, and
-    for good after `without_adapter`. Raises SafeSteerError where peft is missing.
+    for good after `without_adapter`.
+
+    Raises:
+        SafeSteerError: Where peft is missing.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -36,33 +44,36 @@ def with_adapter(chat: ChatModel, rank: int, alpha: int, first_layer: int = 0, s
     ]
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
     torch.manual_seed(seed)  # the adapter's own start
-    return replace(chat, model=get_peft_model(chat.model, config))  # type: ignore[arg-type]
+    return replace(chat, model=get_peft_model(cast(PreTrainedModel, chat.model), config))
 
 
 def shares_weights(base: ChatModel, student: ChatModel) -> bool:
-    """True where the student is the base with an adapter."""
+    """Return whether the student is the base with an adapter."""
     return student.model is not base.model and hf_model(student.model) is base.model
 
 
 @contextmanager
 def as_base(base: ChatModel, student: ChatModel) -> Iterator[None]:
-    """Inside, `base` is the base: an adapter that `student` has on the same weights is off."""
-    off = student.model.disable_adapter() if shares_weights(base, student) else nullcontext()  # type: ignore[operator]
-    with off:
+    """Let `base` be the base inside: an adapter that `student` has on the same weights is off."""
+    with _adapted(student).disable_adapter() if shares_weights(base, student) else nullcontext():
         yield
 
 
 def merged(student: ChatModel) -> ChatModel:
-    """A plain model with the adapter added to the weights; uses the student up. Merge in float32."""
-    return replace(student, model=student.model.merge_and_unload())  # type: ignore[operator]
+    """Add the adapter to the weights of a plain model; uses the student up. Merge in float32."""
+    return replace(student, model=_adapted(student).merge_and_unload())
 
 
 def without_adapter(student: ChatModel) -> ChatModel:
-    """The base again: the adapter is taken out of its modules."""
-    return replace(student, model=student.model.unload())  # type: ignore[operator]
+    """Take the adapter out of the modules: the base again."""
+    return replace(student, model=_adapted(student).unload())
 
 
 def write_adapter(student: ChatModel, folder: Path) -> None:
-    """The adapter alone, as peft loads it: PeftModel.from_pretrained(base, folder)."""
+    """Write the adapter alone, as peft loads it: PeftModel.from_pretrained(base, folder)."""
     with whole_folder(folder) as work:
-        student.model.save_pretrained(work)  # type: ignore[operator]
+        _adapted(student).save_pretrained(str(work))
+
+
+def _adapted(student: ChatModel) -> "PeftModel":
+    return cast("PeftModel", student.model)

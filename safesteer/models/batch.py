@@ -1,19 +1,33 @@
-"""TODO models.batch."""
+"""The one path from text to model input.
+
+`render` applies the model's own chat template; `PromptBatch.of` turns it into ids without a second BOS,
+padded on the left, with an explicit mask. The template tokens after the instruction are counted by
+rendering two instructions and comparing their ends. What all rows share (the system turn) stands in the
+same first columns, so that a forward pass computes it once: [shared | padding | remaining].
+"""
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias, cast
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from safesteer._errors import SafeSteerError
 
+Continuation: TypeAlias = str | Sequence[int]  # what follows a prompt, as text or as ids
 
-def render(tokenizer, prompt: str, *, system: str | None = None) -> str:
-    """The chat text up to where the answer starts. Thinking is switched off where it can be."""
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: str, *, system: str | None = None) -> str:
+    """Return the chat text up to where the answer starts. Thinking is switched off where it can be.
+
+    Raises:
+        SafeSteerError: Where the tokenizer has no chat template, or the template fails.
+    """
     if not tokenizer.chat_template:
         raise SafeSteerError(
             f"The tokenizer '{tokenizer.name_or_path}' has no chat template, and SafeSteer needs one"
@@ -23,19 +37,24 @@ def render(tokenizer, prompt: str, *, system: str | None = None) -> str:
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
     except Exception as error:  # templates raise whatever they like
         raise SafeSteerError(f"The chat template of '{tokenizer.name_or_path}' failed: {error}") from error
+    return cast(str, text)
 
 
-def _ids(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return cast(list[int], tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def suffix_length(tokenizer) -> int:
-    """Number of template tokens after the instruction (the post-instruction positions)."""
+def suffix_length(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Count the template tokens after the instruction: the post-instruction positions.
+
+    Raises:
+        SafeSteerError: Where the template adds nothing there.
+    """
     a, b = (_ids(tokenizer, render(tokenizer, text)) for text in ("Hello there", "Bonjour 7"))
     n = 0
     while n < min(len(a), len(b)) and a[-1 - n] == b[-1 - n]:
@@ -48,8 +67,8 @@ def suffix_length(tokenizer) -> int:
     return n
 
 
-def template_hash(tokenizer) -> str:
-    """Hash of how the tokenizer renders a prompt: equal templates agree, 16 hex digits."""
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash how the tokenizer renders a prompt, as 16 hex digits: equal templates agree."""
     text = json.dumps([render(tokenizer, "x"), _ids(tokenizer, render(tokenizer, "x"))])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -59,7 +78,7 @@ class PromptBatch:
     """Left-padded ids with their mask; `completion_mask` marks continuation tokens.
 
     The first `n_shared` columns are the same real tokens in every row (the system turn of the
-    chat template): layout [shared | padding | rest]. A forward pass computes them once.
+    chat template): layout [shared | padding | remaining]. A forward pass computes them once.
     """
 
     prompt_ids: Int[Tensor, "batch pos"]
@@ -70,14 +89,22 @@ class PromptBatch:
     @classmethod
     def of(
         cls,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[str],
-        continuations: Sequence[str] | Sequence[Sequence[int]] | None = None,
+        continuations: Sequence[Continuation] | None = None,
         *,
         system: str | None = None,
         device: str | torch.device = "cpu",
     ) -> "PromptBatch":
-        """Render and tokenize `prompts`, each followed by its continuation (text or ids) if given."""
+        """Render and tokenize `prompts`, each followed by its continuation (text or ids) if there is one.
+
+        Args:
+            tokenizer: The model's own, with a chat template.
+            prompts: What the user says.
+            continuations: One per prompt: what stands after the template, such as an answer.
+            system: A system prompt (None: what the template writes by itself).
+            device: Where the tensors are put.
+        """
         heads = [_ids(tokenizer, render(tokenizer, p, system=system)) for p in prompts]
         tails: list[list[int]] = [[] for _ in prompts]
         if continuations is not None:
@@ -93,9 +120,14 @@ class PromptBatch:
         device: str | torch.device = "cpu",
         share: bool = True,
     ) -> "PromptBatch":
-        """Pad on the left with id 0: the mask, never the pad id, says which tokens are real.
+        """Pad ids on the left with id 0: the mask, never the pad id, says which tokens are real.
 
-        `share=False` keeps every column in every row's own forward pass.
+        Args:
+            heads: Ids of each prompt.
+            tails: Ids of each continuation, empty where there is none.
+            device: Where the tensors are put.
+            share: Put the tokens that all prompts start with into shared columns; False keeps every
+                column in every row's own forward pass.
         """
         width = max(len(h) + len(t) for h, t in zip(heads, tails, strict=True))
         # One column at least stays outside the shared part, so that every row has an input.
@@ -106,11 +138,11 @@ class PromptBatch:
         mask = torch.zeros(shape, dtype=torch.long)
         completion = torch.zeros(shape, dtype=torch.bool)
         for row, (h, t) in enumerate(zip(heads, tails, strict=True)):
-            rest = [*h[n_shared:], *t]
+            remaining = [*h[n_shared:], *t]
             ids[row, :n_shared] = torch.tensor(h[:n_shared])
             mask[row, :n_shared] = 1
-            ids[row, width - len(rest) :] = torch.tensor(rest)
-            mask[row, width - len(rest) :] = 1
+            ids[row, width - len(remaining) :] = torch.tensor(remaining)
+            mask[row, width - len(remaining) :] = 1
             if t:
                 completion[row, -len(t) :] = True
         return cls(ids.to(device), mask.to(device), completion.to(device), n_shared)
@@ -125,14 +157,14 @@ class PromptBatch:
         """Column of each row's first continuation token; the width where there is none."""
         return (~self.completion_mask).sum(-1)
 
-    def rows(self, at: Tensor) -> "PromptBatch":
-        """Some rows (indices or a mask), without the columns that are padding in all of them."""
+    def rows(self, at: Int[Tensor, " rows"] | Bool[Tensor, " batch"]) -> "PromptBatch":
+        """Take some rows (indices or a mask), without the columns that are padding in all of them."""
         used = self.attention_mask[at].any(0)
         parts = (self.prompt_ids, self.attention_mask, self.completion_mask)
         return PromptBatch(*(part[at][:, used] for part in parts), self.n_shared)
 
     def extended(self, completion_ids: Int[Tensor, "rows new"]) -> "PromptBatch":
-        """Each row repeated rows / batch times and continued by its completions."""
+        """Repeat each row rows / batch times and continue it by its completions."""
         times = len(completion_ids) // len(self.prompt_ids)
 
         def grown(old: Tensor, new: Tensor) -> Tensor:
@@ -155,9 +187,9 @@ def _common_prefix(rows: Sequence[Sequence[int]], limit: int) -> int:
 
 
 def batches(
-    tokenizer, prompts: Sequence[str], batch_size: int, *, system: str | None = None
-) -> Iterable[list[int]]:
-    """Indices of `prompts` in batches of similar token length: less padding, less work."""
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int, *, system: str | None = None
+) -> list[list[int]]:
+    """Group the indices of `prompts` in batches of similar token length: less padding, less work."""
     lengths = [len(_ids(tokenizer, render(tokenizer, p, system=system))) for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (lengths[i], i))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

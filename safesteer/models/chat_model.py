@@ -1,20 +1,23 @@
 """A chat model as one value: the weights, the tokenizer and what the method asks of them.
 
 `as_chat` accepts what people have at hand: a ChatModel, a TransformerLens bridge, or a pair of a Hugging
-Face model and its tokenizer. The functions below it find the parts of a model that the method needs.
+Face model and its tokenizer. The functions below it name the parts of a model that the method needs.
 """
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from safesteer._errors import SafeSteerError
-from safesteer.models.batch import PromptBatch, batches
+from safesteer.models.batch import Continuation, PromptBatch, batches
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -29,15 +32,18 @@ class ChatModel:
     name: str
 
     @property
-    def config(self):
-        return hf_model(self.model).config.get_text_config()
+    def config(self) -> PretrainedConfig:
+        """The Hugging Face configuration of the text model."""
+        return text_config(self.model)
 
     @property
     def n_layers(self) -> int:
+        """Number of decoder blocks."""
         return self.config.num_hidden_layers
 
     @property
     def d_model(self) -> int:
+        """Width of the residual stream."""
         return self.config.hidden_size
 
     @property
@@ -47,27 +53,33 @@ class ChatModel:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are, and where inputs must be."""
         return next(self.model.parameters()).device
 
     @property
     def eos_ids(self) -> list[int]:
         """Every id that ends an answer: the generation config's and the tokenizer's."""
-        found = hf_model(self.model).generation_config.eos_token_id
-        ids = set(found if isinstance(found, list) else [] if found is None else [found])
+        generation = hf_model(self.model).generation_config
+        configured = None if generation is None else generation.eos_token_id
+        ids = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
         if isinstance(self.tokenizer.eos_token_id, int):
             ids.add(self.tokenizer.eos_token_id)
         return sorted(ids)
 
+    def copy(self) -> "ChatModel":
+        """Copy the plain weights: a model that may be trained or changed."""
+        return ChatModel(copy.deepcopy(hf_model(self.model)), self.tokenizer, self.name)
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without the special tokens that a tokenizer may add."""
-        return self.encode(text)
+        """Return the token ids of `text`, without the special tokens that a tokenizer may add."""
+        return cast(list[int], self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens included."""
+        """Return the text of `ids`, special tokens included."""
         return cast(str, self.tokenizer.decode(list(ids)))
 
     def decode_answer(self, ids: Sequence[int]) -> str:
-        """The text of an answer: up to its first end-of-answer id, without special tokens, stripped."""
+        """Return an answer's text: up to its first end-of-answer id, without special tokens, stripped."""
         ends, ids = set(self.eos_ids), list(ids)
         stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
         return cast(str, self.tokenizer.decode(ids[:stop], skip_special_tokens=True)).strip()
@@ -78,9 +90,9 @@ class ChatModel:
         batch_size: int,
         *,
         system: str | None = None,
-        continuations: Sequence[str] | Sequence[Sequence[int]] | None = None,
+        continuations: Sequence[Continuation] | None = None,
     ) -> Iterator[tuple[list[int], PromptBatch]]:
-        """Batches of similar token length: (indices into `prompts`, the batch on the model's device)."""
+        """Yield batches of similar token length: (indices into `prompts`, batch on the model's device)."""
         for rows in batches(self.tokenizer, prompts, batch_size, system=system):
             after = None if continuations is None else [continuations[i] for i in rows]
             texts = [prompts[i] for i in rows]
@@ -92,7 +104,7 @@ class ChatModel:
         config, digest = self.config, hashlib.sha256()
         shape = (config.model_type, config.num_hidden_layers, config.hidden_size, self.d_vocab)
         digest.update(repr(shape).encode())
-        row = hf_model(self.model).get_input_embeddings().weight[:64, :32]  # pyright: ignore[reportIndexIssue]
+        row = cast(Tensor, hf_model(self.model).get_input_embeddings().weight)[:64, :32]
         # Rounded to bfloat16 so that one model in two precisions has one fingerprint.
         digest.update(row.detach().to(torch.bfloat16).float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -104,6 +116,9 @@ class ChatModel:
 
 ModelLike: TypeAlias = ChatModel | nn.Module | tuple[nn.Module, PreTrainedTokenizerBase]
 
+# What a bridged model was called, and its tokenizer before TransformerLens changed its copy.
+_BRIDGED: WeakKeyDictionary[nn.Module, tuple[PreTrainedTokenizerBase, str]] = WeakKeyDictionary()
+
 
 def as_chat(model: ModelLike) -> ChatModel:
     """Turn what a caller has at hand into a ChatModel.
@@ -111,62 +126,92 @@ def as_chat(model: ModelLike) -> ChatModel:
     Args:
         model: A ChatModel, a TransformerBridge (which knows its tokenizer), or (model, tokenizer).
 
+    Returns:
+        The ChatModel itself, or a new one around the same weights. The bridge of a ChatModel gets that
+        model's name and tokenizer, so both have the same fingerprint and template hash.
+
     Raises:
         SafeSteerError: For anything else, such as a model without its tokenizer.
+
+    Example:
+        >>> from safesteer.models.chat_model import as_chat
+        >>> pair = as_chat((chat.model, chat.tokenizer))
+        >>> pair.fingerprint == chat.fingerprint
+        True
+        >>> as_chat(chat) is chat
+        True
     """
     if isinstance(model, ChatModel):
         return model
     if isinstance(model, tuple) and len(model) == 2:
-        name = getattr(getattr(model[0], "config", None), "_name_or_path", "") or type(model[0]).__name__
-        return ChatModel(model[0], model[1], name)
+        module, tokenizer = model
+        return ChatModel(module, tokenizer, hf_model(module).name_or_path or type(module).__name__)
     if isinstance(model, nn.Module) and is_bridge(model):
         bridge = cast("TransformerBridge", model)
-        return ChatModel(bridge, cast(PreTrainedTokenizerBase, bridge.tokenizer), bridge.cfg.model_name)
+        tokenizer, name = _BRIDGED.get(model, (bridge.tokenizer, bridge.cfg.model_name))
+        return ChatModel(model, tokenizer, name)
     raise SafeSteerError(
         f"A {type(model).__name__} has no tokenizer here: pass a ChatModel (safesteer.load_model), a"
         " TransformerBridge, or the pair (model, tokenizer)."
     )
 
 
+def remember_bridge(bridge: nn.Module, chat: ChatModel) -> None:
+    """Let `as_chat(bridge)` have the name and the tokenizer of `chat`, as long as the bridge lives."""
+    _BRIDGED[bridge] = chat.tokenizer, chat.name
+
+
 def module_of(model: ModelLike) -> nn.Module:
-    """The module itself, for functions that need no tokenizer."""
+    """Return the module itself, for functions that need no tokenizer."""
     if isinstance(model, ChatModel):
         return model.model
     return model[0] if isinstance(model, tuple) else model
 
 
 def hf_model(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model inside a TransformerBridge or a PEFT wrapper, or the model itself."""
+    """Return the Hugging Face model inside a TransformerBridge or a PEFT wrapper, or the model itself."""
     if is_bridge(model):
-        return model.original_model  # type: ignore[return-value]
-    if hasattr(model, "get_base_model"):
-        return model.get_base_model()  # type: ignore[operator]
-    return model  # type: ignore[return-value]
+        model = cast("TransformerBridge", model).original_model
+    elif hasattr(model, "get_base_model"):  # PEFT, which need not be installed
+        model = model.get_base_model()
+    return cast(PreTrainedModel, model)
 
 
 def is_bridge(model: nn.Module) -> bool:
+    """Return whether `model` is a TransformerBridge, without importing TransformerLens."""
     return any(c.__name__ == "TransformerBridge" for c in type(model).__mro__)
 
 
+def text_config(model: nn.Module) -> PretrainedConfig:
+    """Return the configuration of the language model, which a multimodal one holds inside its own."""
+    return hf_model(model).config.get_text_config()
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """Return the part from token ids to the final norm, without the output head."""
+    return cast(nn.Module, hf_model(model).get_decoder())
+
+
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks; block l reads `resid_pre` of layer l."""
-    return hf_model(model).get_decoder().layers  # type: ignore[return-value]
+    """Return the decoder blocks; block l reads `resid_pre` of layer l."""
+    return cast(nn.ModuleList, decoder(model).layers)
 
 
 def final_norm(model: nn.Module) -> nn.Module:
-    """The norm after the last block. Families call it differently."""
-    decoder = hf_model(model).get_decoder()
-    return getattr(decoder, "norm", None) or decoder.final_layernorm  # type: ignore[return-value]
+    """Return the norm after the last block. Families call it differently."""
+    inner = decoder(model)
+    return cast(nn.Module, getattr(inner, "norm", None) or inner.final_layernorm)
 
 
-def output_head(model: nn.Module) -> tuple[Tensor, Tensor | None, float | None]:
-    """(weight [d_vocab, d_model], bias or None, final logit soft-capping or None) of the head."""
-    inner = hf_model(model)
-    head = inner.get_output_embeddings()
-    softcap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
-    return head.weight, getattr(head, "bias", None), softcap  # type: ignore[return-value]
+def output_head(
+    model: nn.Module,
+) -> tuple[Float[Tensor, "d_vocab d_model"], Float[Tensor, " d_vocab"] | None, float | None]:
+    """Return the head's weight, its bias if it has one, and the final logit soft-capping if there is."""
+    head = cast(nn.Linear, hf_model(model).get_output_embeddings())
+    softcap = getattr(text_config(model), "final_logit_softcapping", None)
+    return head.weight, getattr(head, "bias", None), softcap
 
 
 def context_length(model: nn.Module) -> int | None:
-    """How many tokens the model reads at once, where its config says so."""
-    return getattr(hf_model(model).config.get_text_config(), "max_position_embeddings", None)
+    """Return how many tokens the model reads at once, where its config says so."""
+    return getattr(text_config(model), "max_position_embeddings", None)

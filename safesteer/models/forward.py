@@ -1,4 +1,11 @@
-"""TODO models.forward."""
+"""Forward passes that form no logits they do not need.
+
+1. `prefill` reads the columns that all rows of a batch share once, in a pass of their own, and repeats
+   their keys and values for every row;
+2. `final_hidden` reads what no cache holds yet and stops after the final norm;
+3. `last_logits` puts the output head on the last positions alone.
+Steering with a scope needs to know where answers start: `answers_start` tells it, for the passes inside.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +18,14 @@ from transformers import Cache, DynamicCache
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ChatModel, context_length, hf_model, output_head
+from safesteer.models.chat_model import (
+    ModelLike,
+    as_chat,
+    context_length,
+    decoder,
+    output_head,
+    text_config,
+)
 from safesteer.models.logits import logits_of
 
 # Column where each row's answer starts, for the passes now running: steering with a scope asks.
@@ -20,7 +34,7 @@ ANSWER_START: ContextVar[Tensor | None] = ContextVar("answer_start", default=Non
 
 @contextmanager
 def answers_start(at: Int[Tensor, " rows"]) -> Iterator[None]:
-    """Tell steering where the answers of the passes inside the block start."""
+    """Tell steering in which column each answer starts, for the passes inside the block."""
     token = ANSWER_START.set(at)
     try:
         yield
@@ -39,19 +53,26 @@ def _check_length(model: nn.Module, batch: PromptBatch) -> None:
 
 
 def prefill(model: nn.Module, batch: PromptBatch, upto: int, times: int = 1) -> Cache:
-    """Keys and values of the first `upto` columns, each row repeated `times`.
+    """Compute the keys and values of the first `upto` columns.
 
-    The columns that all rows share are computed once and repeated, in a forward pass of their own.
+    Args:
+        model: Plain, PEFT-wrapped or a bridge.
+        batch: The prompts. The columns that all rows share are computed once, in a pass of their own.
+        upto: Number of columns to read.
+        times: How often each row is repeated in the cache, for as many continuations.
+
+    Raises:
+        SafeSteerError: Where the batch is longer than the model's context.
     """
     _check_length(model, batch)
-    decoder, n = hf_model(model).get_decoder(), batch.n_shared
-    cache: Cache = DynamicCache(config=hf_model(model).config.get_text_config())
+    read, n = decoder(model), batch.n_shared
+    cache: Cache = DynamicCache(config=text_config(model))
     with answers_start(batch.answer_start):
         if n > 0:
-            cache = decoder(batch.prompt_ids[:1, :n], past_key_values=cache, use_cache=True).past_key_values
+            cache = read(batch.prompt_ids[:1, :n], past_key_values=cache, use_cache=True).past_key_values
             cache.batch_repeat_interleave(len(batch.prompt_ids))
         if upto > n:
-            cache = decoder(
+            cache = read(
                 batch.prompt_ids[:, n:upto],
                 attention_mask=batch.attention_mask[:, :upto],
                 position_ids=batch.position_ids[:, n:upto],
@@ -65,18 +86,27 @@ def prefill(model: nn.Module, batch: PromptBatch, upto: int, times: int = 1) -> 
 
 def final_hidden(
     model: nn.Module, batch: PromptBatch, cache: Cache | None = None
-) -> Float[Tensor, "batch rest d_model"]:
-    """Hidden states after the final norm: what the output head reads. No logits are formed.
+) -> Float[Tensor, "batch uncached d_model"]:
+    """Compute the hidden states after the final norm: what the output head reads.
 
-    Only the columns that no cache holds are returned: all but the shared ones, or those after the
-    given `cache` (used up by this call). Count columns from the right.
+    Args:
+        model: Plain, PEFT-wrapped or a bridge.
+        batch: Prompts with their continuations.
+        cache: Keys and values of the first columns, used up by this call (None: those of the shared
+            columns are computed here).
+
+    Returns:
+        The columns that no cache holds, [batch, uncached, d_model]. Count them from the right.
+
+    Raises:
+        SafeSteerError: Where the batch is longer than the model's context.
     """
     _check_length(model, batch)
     if cache is None and batch.n_shared > 0:
         cache = prefill(model, batch, batch.n_shared)
     n = 0 if cache is None else cache.get_seq_length()
     with answers_start(batch.answer_start):
-        out = hf_model(model).get_decoder()(
+        out = decoder(model)(
             batch.prompt_ids[:, n:],
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids[:, n:],
@@ -88,7 +118,8 @@ def final_hidden(
 
 @torch.no_grad()
 def last_logits(
-    chat: ChatModel, batch: PromptBatch, n_last: int = 1
+    chat: ModelLike, batch: PromptBatch, n_last: int = 1
 ) -> Float[Tensor, "batch n_last d_vocab"]:
-    """Logits at the last positions only; no (position x vocabulary) tensor is formed."""
+    """Compute the logits at the last positions only; no (position x vocabulary) tensor is formed."""
+    chat = as_chat(chat)
     return logits_of(final_hidden(chat.model, batch)[:, -n_last:], *output_head(chat.model))

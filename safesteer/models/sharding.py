@@ -19,11 +19,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from safesteer._errors import SafeSteerError
-from safesteer.models.chat_model import blocks, hf_model
+from safesteer.models.chat_model import blocks, decoder
 
 
 def require_processes() -> PartialState:
-    """This process among the others; raises SafeSteerError where it is alone."""
+    """Return this process among the others; raises SafeSteerError where it is alone."""
     processes = PartialState(cpu=not torch.accelerator.is_available())
     if processes.num_processes == 1:
         raise SafeSteerError("distill.sharded needs several processes: use torchrun or accelerate launch.")
@@ -34,7 +34,9 @@ def shard(model: nn.Module) -> None:
     """Spread the blocks of `model` over the processes, in place; once is enough.
 
     A model on the CPU is taken to the process's device block by block, so no device ever holds it whole.
-    Raises SafeSteerError where there is one process only.
+
+    Raises:
+        SafeSteerError: Where there is one process only.
     """
     processes = require_processes()
     for block in blocks(model):
@@ -45,7 +47,7 @@ def shard(model: nn.Module) -> None:
 
 @contextmanager
 def on_cpu(model: nn.Module) -> Iterator[None]:
-    """The model waits on the CPU inside the block."""
+    """Let the model wait on the CPU inside the block."""
     device = next(model.parameters()).device
     model.to("cpu")
     try:
@@ -55,23 +57,24 @@ def on_cpu(model: nn.Module) -> Iterator[None]:
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Return whether `shard` has spread the model."""
     return isinstance(blocks(model)[0], FSDPModule)
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that is spread over processes (all must ask), or the tensor itself."""
+    """Gather a tensor that is spread over processes (all must call this), or return a whole one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` spread as `like` is: this process's share of it; or the tensor itself."""
+    """Spread `tensor` as `like` is and return this process's share; the tensor itself for a whole one."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def split_sharded(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Spread tensors and whole ones apart: no operation takes both."""
+    """Separate spread tensors from whole ones: no operation takes both."""
     kinds: list[list[Tensor]] = [[], []]
     for tensor in tensors:
         kinds[isinstance(tensor, DTensor)].append(tensor)
@@ -79,29 +82,29 @@ def split_sharded(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of all of them together."""
+    """Compute the Euclidean norm of all of them together."""
     norms = [gather(nn.utils.get_total_norm(kind)) for kind in split_sharded(tensors)]
     return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
 
 @contextmanager
 def equal_passes(model: nn.Module, *, backward: bool = False) -> Iterator[None]:
-    """Inside, processes may make different numbers of passes of a sharded model; all leave together.
+    """Let processes make different numbers of passes of a sharded model inside; all leave together.
 
     With `backward` every pass is followed by its backward pass. Nothing happens for a model that is whole.
     """
     if not is_sharded(model):
         yield
         return
-    decoder = hf_model(model).get_decoder()
-    device = next(decoder.parameters()).device
-    handle = decoder.register_forward_pre_hook(lambda module, args: _anyone(True, device) and None)
+    inner = decoder(model)
+    device = next(inner.parameters()).device
+    handle = inner.register_forward_pre_hook(lambda module, args: _anyone(True, device) and None)
     try:
         yield
     finally:
         handle.remove()
     while _anyone(False, device):
-        nothing = decoder(torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=False)
+        nothing = inner(torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=False)
         if backward:
             (0.0 * nothing.last_hidden_state).sum().backward()
 

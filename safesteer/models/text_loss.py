@@ -1,4 +1,8 @@
-"""Perplexity of plain text: what steering and training cost away from any prompt."""
+"""Perplexity of plain text: what steering and training cost away from any prompt.
+
+The text is cut into windows; every token but a window's first is predicted from those before it in the
+window, and exp of the mean negative log-likelihood is returned.
+"""
 
 import math
 from importlib import resources
@@ -7,23 +11,38 @@ import torch
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ChatModel, context_length, output_head
+from safesteer.models.chat_model import ModelLike, as_chat, context_length, output_head
 from safesteer.models.forward import final_hidden
 from safesteer.models.logits import logps_on
 
 
 def general_text() -> str:
-    """A few pages of plain prose written for this project, for perplexity without downloads."""
+    """Return a few pages of plain prose written for this project, for perplexity without downloads."""
     return (resources.files("safesteer.prompts") / "data" / "general.txt").read_text(encoding="utf-8")
 
 
 @torch.no_grad()
 def perplexity(
-    chat: ChatModel, text: str, *, max_tokens: int = 8192, width: int = 512, batch_size: int = 4
+    chat: ModelLike, text: str, *, max_tokens: int = 8192, width: int = 512, batch_size: int = 4
 ) -> float:
-    """exp of the mean negative log-likelihood a token (nats), in windows of `width` tokens, or of
-    the model's context where that is less."""
-    ids = chat.encode(text)[:max_tokens]  # type: ignore[operator]
+    """Compute exp of the mean negative log-likelihood per token (nats).
+
+    Args:
+        chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
+        text: Plain text; no chat template is used.
+        max_tokens: Tokens of it that are read.
+        width: Tokens per window, or the model's context where that is less.
+        batch_size: Windows per forward pass.
+
+    Raises:
+        SafeSteerError: For a text of fewer than two tokens.
+
+    Example:
+        >>> ss.perplexity(chat, "The tide comes in twice a day.") > 1
+        True
+    """
+    chat = as_chat(chat)
+    ids = chat.encode(text)[:max_tokens]
     if len(ids) < 2:
         raise SafeSteerError("The perplexity text has fewer than two tokens.")
     width = min(width, context_length(chat.model) or width)
@@ -32,8 +51,8 @@ def perplexity(
     windows = [ids[i : i + width] for i in range(0, len(ids), width)]
     windows = [w for w in windows if len(w) > 1]
     for start in range(0, len(windows), batch_size):
-        rows = windows[start : start + batch_size]
-        batch = PromptBatch.from_ids(rows, [[] for _ in rows], device=chat.device, share=False)
+        part = windows[start : start + batch_size]
+        batch = PromptBatch.from_ids(part, [[] for _ in part], device=chat.device, share=False)
         hidden = final_hidden(chat.model, batch)[:, :-1]
         real = batch.attention_mask[:, :-1].bool()
         targets = batch.prompt_ids[:, 1:][real]

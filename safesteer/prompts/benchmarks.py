@@ -10,8 +10,9 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
+import numpy as np
 import pandas as pd
 
 from safesteer._errors import SafeSteerError, first_line
@@ -104,7 +105,7 @@ KNOWN = {b.name: b for b in BENCHMARKS}
 
 
 def benchmark_named(name: str) -> Benchmark:
-    """Raises SafeSteerError naming the benchmarks there are."""
+    """Return the benchmark; raises SafeSteerError with the names there are for another one."""
     if name not in KNOWN:
         raise SafeSteerError(f"Unknown benchmark '{name}': use one of {', '.join(KNOWN)}.")
     return KNOWN[name]
@@ -118,26 +119,45 @@ def load_benchmark(
     limit: int | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """The prompts of a benchmark; `limit` draws that many by `seed`.
+    """Load the prompts of a benchmark: from a file, from a folder that holds it, or from the Hub.
 
-    From the file `path` if given, else from the folder `data` if it holds the benchmark, else from
-    the Hub. Raises SafeSteerError for an unknown name, for a file or data set that cannot be read, and
-    for a gated one says how to get access.
+    Args:
+        name: One of `BENCHMARKS`, such as "xstest" or "harmbench".
+        path: A JSON Lines or CSV file with the benchmark's own columns, or with a column "prompt".
+        data: A folder of such files under known names; what it does not hold comes from the Hub.
+        limit: Draw this many prompts; None takes all.
+        seed: Of the draw.
+
+    Returns:
+        The prompts in the benchmark's order, each once.
+
+    Raises:
+        SafeSteerError: For an unknown name, and for a file or data set that cannot be read; for a gated
+            one the sentence says how to get access.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "rows.csv"
+        ...     _ = file.write_text("prompt,label\\nHow do I kill a process?,safe\\n")
+        ...     ss.load_benchmark("xstest", path=file)
+        ['How do I kill a process?']
     """
-    found = benchmark_named(name)
-    local = Path(data) / found.file if data is not None and found.file else None
+    benchmark = benchmark_named(name)
+    local = Path(data) / benchmark.file if data is not None and benchmark.file else None
     if path is not None:
-        rows, where = _from_file(Path(path)), found.where
+        rows, where = _from_file(Path(path)), benchmark.where
     elif local is not None and local.is_file():
-        rows, where = _from_file(local), found.file_where
+        rows, where = _from_file(local), benchmark.file_where
     else:
-        rows, where = _from_hub(found), found.where
-    source = str(path or found.repo)
+        rows, where = _from_hub(benchmark), benchmark.where
+    source = str(path or benchmark.repo)
     if where is not None and where[0] in rows:
         rows = rows[rows[where[0]].astype(str) == where[1]]
-    column = next((c for c in (found.column, "prompt") if c in rows), None)
+    column = next((c for c in (benchmark.column, "prompt") if c in rows), None)
     if column is None:
-        raise SafeSteerError(f"{source} has no column '{found.column}'; it has {list(rows.columns)}.")
+        raise SafeSteerError(f"{source} has no column '{benchmark.column}'; it has {list(rows.columns)}.")
     texts = list(dict.fromkeys(t for t in map(_prompt, rows[column]) if t))
     if not texts:
         raise SafeSteerError(f"{source} holds no prompt of the benchmark '{name}'.")
@@ -148,8 +168,8 @@ def load_benchmark(
 
 def _prompt(value: object) -> str:
     """One turn of text: the first of several, without ALERT's instruction frame."""
-    if isinstance(value, list | tuple) or type(value).__name__ == "ndarray":
-        value = value[0] if len(value) else ""  # type: ignore[index,arg-type]
+    if isinstance(value, list | tuple | np.ndarray):
+        value = value[0] if len(value) else ""
     if not isinstance(value, str):
         return ""
     framed = re.fullmatch(r"\s*### Instruction:\s*(.*?)\s*### Response:\s*", value, re.S)
@@ -167,21 +187,23 @@ def _from_file(path: Path) -> pd.DataFrame:
         raise SafeSteerError(f"{path} is neither JSON Lines nor CSV: {error}") from error
 
 
-def _from_hub(found: Benchmark) -> pd.DataFrame:
+def _from_hub(benchmark: Benchmark) -> pd.DataFrame:
     from datasets import load_dataset  # heavy, and only needed here
 
     try:
-        if found.hub_file:
-            file = f"hf://datasets/{found.repo}/{found.hub_file}"
-            return load_dataset("json", data_files=file, split=found.split).to_pandas()  # type: ignore[union-attr,return-value]
-        return load_dataset(found.repo, found.config, split=found.split).to_pandas()  # type: ignore[union-attr,return-value]
+        if benchmark.hub_file:
+            file = f"hf://datasets/{benchmark.repo}/{benchmark.hub_file}"
+            rows = load_dataset("json", data_files=file, split=benchmark.split)
+        else:
+            rows = load_dataset(benchmark.repo, benchmark.config, split=benchmark.split)
+        return cast(pd.DataFrame, rows.to_pandas())
     except Exception as error:  # the Hub raises whatever it likes
         help_ = (
-            f" It is gated: accept its terms at https://huggingface.co/datasets/{found.repo} and log in with"
+            f" It is gated: accept its terms at https://huggingface.co/datasets/{benchmark.repo} and log in with"
             " `hf auth login`."
-            if found.gated
+            if benchmark.gated
             else " Without a network, give a local file or a folder of data."
         )
         raise SafeSteerError(
-            f"Cannot load '{found.name}' from {found.repo}: {first_line(error)}{help_}"
+            f"Cannot load '{benchmark.name}' from {benchmark.repo}: {first_line(error)}{help_}"
         ) from error

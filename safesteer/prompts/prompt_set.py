@@ -1,14 +1,15 @@
-"""Prompts as values: a PromptSet of harmful and harmless requests, and their token form.
+"""Prompts as values: a PromptSet of harmful and harmless requests, dealt to splits.
 
-One path turns text into model input, for every stage: `render` (the user's own chat template),
-then `PromptBatch.of` (ids without a second BOS, left padding, an explicit mask). The template
-tokens after the instruction are found by rendering two instructions and comparing.
+A set comes from a file, from two lists, or from the package. Every way checks the same: both kinds are
+there, no text is empty or stands twice. Prompts without a split are dealt out by seed, pair by pair, in
+the paper's proportions.
 """
 
 import hashlib
 import json
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -16,10 +17,13 @@ from typing import Literal
 
 import pandas as pd
 
-from safesteer._errors import SafeSteerError, first_line
+from safesteer._errors import SafeSteerError
+from safesteer._files import text_lines
 
 Label = Literal["harmful", "harmless"]
-SPLITS = {"train": 128, "val": 32, "distil": 100, "test": 100}  # pairs a split, as in the paper
+LABELS: tuple[Label, Label] = ("harmful", "harmless")
+SPLITS = {"train": 128, "val": 32, "distill": 100, "test": 100}  # pairs per split, as in the paper
+OLD_SPLITS = {"distil": "distill"}  # what files written for the first versions say
 EXTRA = "extra"  # pairs kept out of every split, for work that comes before alignment
 
 
@@ -42,16 +46,26 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
     name: str = "prompts"
 
+    def texts(self, label: Label) -> list[str]:
+        """Return the requests of one kind, "harmful" or "harmless", in their order."""
+        return [p.text for p in self.prompts if p.label == label]
+
     @property
     def harmful(self) -> list[str]:
-        return [p.text for p in self.prompts if p.label == "harmful"]
+        """The harmful requests, in their order."""
+        return self.texts("harmful")
 
     @property
     def harmless(self) -> list[str]:
-        return [p.text for p in self.prompts if p.label == "harmless"]
+        """The harmless requests, in their order."""
+        return self.texts("harmless")
 
     def split(self, name: str) -> "PromptSet":
-        """The prompts of one split: "train", "val", "distil" or "test"."""
+        """Return the prompts of one split: "train", "val", "distill" or "test".
+
+        Raises:
+            SafeSteerError: For a split that the set does not have.
+        """
         chosen = tuple(p for p in self.prompts if p.split == name)
         if not chosen:
             known = sorted({p.split for p in self.prompts})
@@ -59,16 +73,15 @@ class PromptSet:
         return PromptSet(chosen, f"{self.name}/{name}")
 
     def first(self, n_pairs: int | None) -> "PromptSet":
-        """The first n harmful and the first n harmless prompts (all of them for None)."""
-        harmful = [p for p in self.prompts if p.label == "harmful"][:n_pairs]
-        harmless = [p for p in self.prompts if p.label == "harmless"][:n_pairs]
-        return PromptSet((*harmful, *harmless), self.name)
+        """Return the first n harmful and the first n harmless prompts (all of them for None)."""
+        kinds = ([p for p in self.prompts if p.label == label] for label in LABELS)
+        return PromptSet(tuple(p for kind in kinds for p in kind[:n_pairs]), self.name)
 
     def after(self, n_pairs: int | None) -> "PromptSet | None":
-        """What `first` leaves over of both kinds; None if that is nothing."""
+        """Return what `first` leaves over of both kinds; None if one kind has nothing left."""
         used = {id(p) for p in self.first(n_pairs).prompts}
-        rest = PromptSet(tuple(p for p in self.prompts if id(p) not in used), self.name)
-        return rest if rest.harmful and rest.harmless else None
+        remaining = PromptSet(tuple(p for p in self.prompts if id(p) not in used), self.name)
+        return remaining if remaining.harmful and remaining.harmless else None
 
     @property
     def hash(self) -> str:
@@ -77,6 +90,7 @@ class PromptSet:
         return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
     def to_frame(self) -> pd.DataFrame:
+        """Return a row per prompt."""
         return pd.DataFrame([asdict(p) for p in self.prompts])
 
     def __repr__(self) -> str:
@@ -87,52 +101,65 @@ class PromptSet:
 
     @classmethod
     def from_jsonl(cls, path: str | Path, *, seed: int = 0) -> "PromptSet":
-        """Read JSON Lines: rows {"harmful", "harmless"} (pairs) or {"prompt", "label"}.
+        """Read a JSON Lines file.
 
-        Optional keys: split, category, form, pair. Rows without a split are dealt out by `seed` in
-        the proportions 128 / 32 / 100 / 100. Raises SafeSteerError naming the line at fault.
+        Args:
+            path: Rows {"harmful": ..., "harmless": ...} (pairs) or {"prompt": ..., "label": ...}.
+                Optional keys: split, category, form, pair.
+            seed: Deals the rows without a split, in the proportions 128 / 32 / 100 / 100.
+
+        Raises:
+            SafeSteerError: For a file or a line that does not fit; the sentence names the line.
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            lines = text_lines(path)
         except OSError as error:
             raise SafeSteerError(f"Cannot read the prompt file {path}: {error.strerror}.") from error
         except UnicodeDecodeError as error:
             raise SafeSteerError(f"The prompt file {path} is not UTF-8 text.") from error
-        prompts = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                prompts += _parse_row(line, f"{path.name} line {number}", number)
+        prompts: list[Prompt] = []
+        for number, line in lines:
+            prompts += _parse_row(line, f"{path.name} line {number}", number)
         return cls(tuple(prompts), path.stem)._checked(str(path))._with_splits(seed)
 
     @classmethod
-    def from_hub(
-        cls,
-        harmful: str,
-        harmless: str,
-        *,
-        column: str = "prompt",
-        hub_split: str = "train",
-        limit: int | None = None,
-        seed: int = 0,
+    def from_texts(
+        cls, harmful: Sequence[str], harmless: Sequence[str], *, name: str = "prompts", seed: int = 0
     ) -> "PromptSet":
-        """Read two Hugging Face datasets, one of harmful and one of harmless requests."""
-        from datasets import load_dataset  # heavy, and only needed here
+        """Make a set of two lists of requests.
 
-        prompts = []
-        sources: tuple[tuple[Label, str], ...] = (("harmful", harmful), ("harmless", harmless))
-        for label, name in sources:
-            try:
-                rows = load_dataset(name, split=hub_split)
-            except Exception as error:
-                reason = f"'{name}' (split '{hub_split}') from the Hub: {first_line(error)}"
-                raise SafeSteerError(f"Cannot load the dataset {reason}") from error
-            if column not in rows.column_names:
-                raise SafeSteerError(f"Dataset '{name}' has no column '{column}', only {rows.column_names}.")
-            texts = list(dict.fromkeys(str(t).strip() for t in rows[column]))[:limit]
-            prompts += [Prompt(t, label, pair=f"{i}") for i, t in enumerate(texts)]
-        found = cls(tuple(prompts), f"{harmful}+{harmless}")
-        return found._checked(found.name)._with_splits(seed)
+        Args:
+            harmful: Requests that a safe model declines.
+            harmless: Requests that it answers. In a list as long as `harmful`, request i is taken as the
+                matched twin of harmful request i, and both come into the same split.
+            name: What the set is called in messages.
+            seed: Deals them to splits, in the proportions 128 / 32 / 100 / 100.
+
+        Raises:
+            SafeSteerError: For an empty list, or a text that is empty or stands twice.
+
+        Example:
+            >>> prompts = ss.PromptSet.from_texts(
+            ...     [f"Harm person {i}." for i in range(36)], [f"Help person {i}." for i in range(36)]
+            ... )
+            >>> [len(prompts.split(name).harmful) for name in ("train", "val", "distill", "test")]
+            [13, 3, 10, 10]
+        """
+        matched, kinds = len(harmful) == len(harmless), []
+        for label, texts in zip(LABELS, (harmful, harmless), strict=True):
+            where, twin = f"{name}: {label} prompt", "" if matched else f"{label} "
+            numbered = enumerate(texts, start=1)
+            kinds.append(
+                [Prompt(_checked_text(t, f"{where} {i}"), label, pair=f"{twin}{i}") for i, t in numbered]
+            )
+        if matched:
+            pairs = zip(*kinds, strict=True)
+            return cls(tuple(p for pair in pairs for p in pair), name)._checked(name)._with_splits(seed)
+        cls((*kinds[0], *kinds[1]), name)._checked(name)
+        # Each kind is dealt by itself, so that every split has some of both.
+        dealt = [cls(tuple(kind), name)._with_splits(seed).prompts for kind in kinds]
+        return cls((*dealt[0], *dealt[1]), name)
 
     def _checked(self, source: str) -> "PromptSet":
         if not self.harmful or not self.harmless:
@@ -175,20 +202,30 @@ def _parse_row(line: str, where: str, number: int) -> list[Prompt]:
     else:
         raise SafeSteerError(f"{where} needs the keys 'harmful' and 'harmless', or 'prompt' and 'label'.")
     extra = {k: str(row.get(k, "")) for k in ("split", "category", "form")}
+    extra["split"] = OLD_SPLITS.get(extra["split"], extra["split"])
     if extra["split"] not in ("", EXTRA, *SPLITS):
         raise SafeSteerError(f"{where}: the split must be one of {list(SPLITS)}.")
-    for text in texts.values():
-        if not isinstance(text, str) or not text.strip():
-            raise SafeSteerError(f"{where} has an empty prompt or one that is not text.")
-        if any(0xD800 <= ord(c) <= 0xDFFF or c == "\0" for c in text):
-            raise SafeSteerError(f"{where} holds a NUL or a lone surrogate character.")
     pair = str(row.get("pair", row.get("id", number)))
-    return [Prompt(text, label, pair=pair, **extra) for label, text in texts.items()]
+    return [Prompt(_checked_text(t, where), label, pair=pair, **extra) for label, t in texts.items()]
+
+
+def _checked_text(text: object, where: str) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise SafeSteerError(f"{where} has an empty prompt or one that is not text.")
+    if any(0xD800 <= ord(c) <= 0xDFFF or c == "\0" for c in text):
+        raise SafeSteerError(f"{where} holds a NUL or a lone surrogate character.")
+    return text
 
 
 def load_prompts() -> PromptSet:
-    """The project's own matched pairs (`safesteer/data/pairs.jsonl`; see the data card beside it)."""
+    """Load the project's own matched pairs (prompts/data/pairs.jsonl, with a data card beside it).
+
+    Example:
+        >>> prompts = ss.load_prompts()
+        >>> {name: len(prompts.split(name).harmful) for name in ("train", "val", "distill", "test")}
+        {'train': 128, 'val': 32, 'distill': 100, 'test': 100}
+    """
     path = resources.files("safesteer.prompts") / "data" / "pairs.jsonl"
     with resources.as_file(path) as file:
-        found = PromptSet.from_jsonl(file)
-    return PromptSet(found.prompts, "safesteer-pairs")
+        prompts = PromptSet.from_jsonl(file)
+    return PromptSet(prompts.prompts, "safesteer-pairs")

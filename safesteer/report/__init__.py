@@ -1,1 +1,1 @@
-"""TODO report."""
+"""Figures, and the page that shows a run: one offline file."""

@@ -1,6 +1,6 @@
-"""Pictures of directions: the sweep, strengths, writers, planes of residuals, likeness.
+"""Figures of directions: the sweep, strengths, contributions, planes of residuals, cosines.
 
-Drawn from the plain tables of `sweep`, `calibration.grid` and `reading`, in the look of `figures`.
+Drawn from the plain tables of `sweeping`, `calibration` and `inspection`, in the look of `figures`.
 """
 
 import math
@@ -13,9 +13,9 @@ import plotly.graph_objects as go
 from safesteer.report.figures import COLOURS, DIVERGING, SEQUENCE, Theme, figure_of, numbers, safe
 
 LABELS = {
-    "ablation_refusal": "refusal score, harmful, ablated",
-    "steering_refusal": "refusal score, harmless, steered",
-    "kl_harmless": "KL on harmless, ablated",
+    "ablation_refusal": "refusal score, harmful prompts, ablated",
+    "steering_refusal": "refusal score, harmless prompts, steered",
+    "kl_harmless": "KL on harmless prompts, ablated (nats)",
 }
 
 
@@ -26,37 +26,58 @@ def sweep_figure(
     score: str = "",
     chosen: tuple[str, int] | None = None,
 ) -> go.Figure:
-    """A candidate for each position x layer: a heatmap, or a line where there is one position.
+    """Draw one score of all candidates: a heatmap of position x layer, or a line for a single position.
 
-    `score` is a column of the sweep table; by default the one that selection ranks by. Hover shows
-    all scores and why the candidate was kept or dropped. `chosen` is the (position, layer) to ring.
+    Hover shows all scores and why the candidate was kept or dropped.
+
+    Args:
+        table: The table of a `Sweep`.
+        theme: "light" or "dark".
+        score: A column of the table; by default the one that selection ranks by.
+        chosen: (position, layer) of the candidate to mark.
     """
     ranked_by = "ablation_refusal" if "instruction" in set(table.extraction) else "steering_refusal"
     score = score or ranked_by
-    facts = [_sweep_hover(row) for row in table.to_dict("records")]
-    positions = list(dict.fromkeys(table.position.astype(str)))
+    table = table.assign(
+        hover=[_sweep_hover(row) for row in table.to_dict("records")], at=table.position.astype(str)
+    )
     name = {"ablation_refusal": "ablation", "steering_refusal": "steering"}.get(score, score)
-    label = f"refusal score, {name} (nats)" if score != "kl_harmless" else "KL on harmless (nats)"
-    if len(positions) == 1:
-        marks = go.Scatter(
+    label = f"refusal score, {name} (nats)" if score != "kl_harmless" else "KL on harmless prompts (nats)"
+    n_positions, n_layers = len(set(table["at"])), len(set(table["layer"]))
+    if n_positions == 1:
+        return _sweep_line(table, theme, score, label, chosen)
+    if len(table) != n_positions * n_layers:
+        return figure_of([], "layer", label, theme)
+    return _sweep_heatmap(table, theme, score, label, chosen)
+
+
+def _sweep_line(
+    table: pd.DataFrame, theme: Theme, score: str, label: str, chosen: tuple[str, int] | None
+) -> go.Figure:
+    marks = [
+        go.Scatter(
             x=table.layer.tolist(),
             y=numbers(table[score]),
-            text=facts,
+            text=table.hover.tolist(),
             hovertemplate="%{text}<extra></extra>",
             mode="lines+markers",
             line={"color": COLOURS["teacher"], "width": 2},
             marker={"size": 8, "symbol": ["circle" if k else "circle-open" for k in table.kept]},
             name="candidate (filled: passes every threshold)",
         )
-        level = table.loc[table.layer == chosen[1], score] if chosen else []
-        marks = [marks, *_ring([chosen[1]], list(level))] if chosen and len(level) else [marks]
-        return figure_of(marks, "layer (steering is added to its input)", label, theme)
-    shape = (len(positions), table.layer.nunique())
-    if len(table) != shape[0] * shape[1]:
-        return figure_of([], "layer", label, theme)
-    table = table.assign(facts=facts, at=table.position.astype(str))
+    ]
+    level = table.loc[table.layer == chosen[1], score].tolist() if chosen else []
+    if chosen and level:
+        marks += _ring([chosen[1]], level)
+    return figure_of(marks, "layer (steering is added to its input)", label, theme)
+
+
+def _sweep_heatmap(
+    table: pd.DataFrame, theme: Theme, score: str, label: str, chosen: tuple[str, int] | None
+) -> go.Figure:
+    positions = list(dict.fromkeys(table["at"]))
     values = table.pivot(index="at", columns="layer", values=score).loc[positions]
-    hover = table.pivot(index="at", columns="layer", values="facts").loc[positions]
+    hover = table.pivot(index="at", columns="layer", values="hover").loc[positions]
     heat = go.Heatmap(
         z=[numbers(row) for _, row in values.iterrows()],
         x=[int(layer) for layer in values.columns],
@@ -69,7 +90,6 @@ def sweep_figure(
         ygap=1,
         colorbar={"title": {"text": label, "side": "right"}, "thickness": 10, "outlinewidth": 0},
     )
-    height = 140 + 30 * len(positions)
     kept = table[table.kept]
     dots = go.Scatter(
         x=kept.layer.tolist(),
@@ -80,6 +100,7 @@ def sweep_figure(
         name="passes every threshold",
     )
     ring = _ring([chosen[1]], [safe(chosen[0])]) if chosen else []
+    height = 140 + 30 * len(positions)
     figure = figure_of([heat, dots, *ring], "layer", "position after the instruction", theme, height=height)
     return figure.update_yaxes(type="category")
 
@@ -108,10 +129,16 @@ def _sweep_hover(row: Mapping[Any, Any]) -> str:
 
 
 def strength_figure(table: pd.DataFrame, theme: Theme = "light", *, y: str = "kl_harmless") -> go.Figure:
-    """What a coefficient costs and buys, a line a layer: one column of `calibration.grid` against it."""
+    """Draw what a coefficient costs and buys, one line per layer.
+
+    Args:
+        table: The table of `calibration.strength_table`.
+        theme: "light" or "dark".
+        y: The column drawn against the coefficient.
+    """
     labels = {
-        "kl_harmless": "KL on harmless prompts (nats a token)",
-        "refusal_score": "refusal score, harmful (nats)",
+        "kl_harmless": "KL on harmless prompts (nats per token)",
+        "refusal_score": "refusal score, harmful prompts (nats)",
         "perplexity": "perplexity",
         "refusal_rate_harmful": "harmful prompts refused",
         "refusal_rate_harmless": "harmless prompts refused",
@@ -139,8 +166,14 @@ def strength_figure(table: pd.DataFrame, theme: Theme = "light", *, y: str = "kl
     return figure.update_yaxes(tickformat=".0%") if y.startswith("refusal_rate") else figure
 
 
-def writers_figure(table: pd.DataFrame, theme: Theme = "light", *, n: int = 20) -> go.Figure:
-    """The n components whose output differs most along the direction (`reading.writers`)."""
+def contributions_figure(table: pd.DataFrame, theme: Theme = "light", *, n: int = 20) -> go.Figure:
+    """Draw the n components whose output differs most along the direction.
+
+    Args:
+        table: The table of `inspection.component_contributions`.
+        theme: "light" or "dark".
+        n: Components shown.
+    """
     top = table.reindex(table.difference.abs().sort_values(ascending=False).index).head(n)
     colours = {"head": COLOURS["student"], "mlp": COLOURS["teacher"], "embed": COLOURS["base"]}
     bars = [
@@ -163,75 +196,75 @@ def writers_figure(table: pd.DataFrame, theme: Theme = "light", *, n: int = 20) 
 
 
 def plane_figure(table: pd.DataFrame, theme: Theme = "light", *, layer: int | None = None) -> go.Figure:
-    """Residuals of harmful and harmless prompts in two components, with a slider over layers.
+    """Draw residuals of harmful and harmless prompts in two components, with a slider over layers.
 
-    Takes `reading.residual_pca`. The arrow is the direction, as long as the means are apart.
+    The arrow is the direction, as long as the means are apart.
+
+    Args:
+        table: The table of `inspection.residual_pca`.
+        theme: "light" or "dark".
+        layer: The layer shown first; by default the middle one.
     """
     layers = sorted(table.layer.unique().tolist())
     layer = layers[len(layers) // 2] if layer is None else layer
-    colours = {"harmful": COLOURS["random"], "harmless": COLOURS["student"]}
-    traces, owner = [], []
-    for at in layers:
-        here = table[table.layer == at]
-        for label, colour in colours.items():
-            rows = here[here.label == label]
-            traces.append(
-                go.Scatter(
-                    x=numbers(rows.pc1),
-                    y=numbers(rows.pc2),
-                    text=[safe(t, 90) for t in rows.text],
-                    name=label,
-                    mode="markers",
-                    marker={"color": colour, "size": 7, "opacity": 0.8},
-                    hovertemplate=f"{label}<br>%{{text}}<extra></extra>",
-                    visible=at == layer,
-                )
-            )
-            owner.append(at)
-        for row in here[here.label == "direction"].itertuples():
-            traces.append(
-                go.Scatter(
-                    x=[0, row.pc1],
-                    y=[0, row.pc2],
-                    name="direction",
-                    mode="lines+markers",
-                    marker={"symbol": "arrow", "size": [0, 14], "angleref": "previous", "color": "#8b5cf6"},
-                    line={"color": "#8b5cf6", "width": 3},
-                    hovertemplate="direction<extra></extra>",
-                    visible=at == layer,
-                )
-            )
-            owner.append(at)
+    marks = {at: _plane_marks(rows, at == layer) for at, rows in table.groupby("layer")}
     share = table.groupby("layer").explained.first()
-    steps = [
-        {
-            "label": str(at),
-            "method": "update",
-            "args": [
-                {"visible": [o == at for o in owner]},
-                {"xaxis.title.text": f"first component ({share[at]:.0%} of variance in both)"},
-            ],
-        }
-        for at in layers
-    ]
-    figure = figure_of(
-        traces,
-        f"first component ({share[layer]:.0%} of variance in both)",
-        "second component",
-        theme,
-        height=460,
-    )
+    titles = {at: f"first component ({share[at]:.0%} of variance in both)" for at in layers}
+    traces = [mark for at in layers for mark in marks[at]]
+    figure = figure_of(traces, titles[layer], "second component", theme, height=460)
+    shown = {at: [other == at for other in layers for _ in marks[other]] for at in layers}
     slider = {
         "active": layers.index(layer),
-        "steps": steps,
+        "steps": [
+            {
+                "label": str(at),
+                "method": "update",
+                "args": [{"visible": shown[at]}, {"xaxis.title.text": titles[at]}],
+            }
+            for at in layers
+        ],
         "currentvalue": {"prefix": "layer "},
         "pad": {"t": 50},
     }
     return figure.update_layout(sliders=[slider])
 
 
+def _plane_marks(rows: pd.DataFrame, visible: bool) -> list[go.Scatter]:
+    """The points and the arrow of one layer."""
+    colours = {"harmful": COLOURS["random"], "harmless": COLOURS["student"]}
+    marks = []
+    for label, colour in colours.items():
+        points = rows[rows.label == label]
+        marks.append(
+            go.Scatter(
+                x=numbers(points.pc1),
+                y=numbers(points.pc2),
+                text=[safe(t, 90) for t in points.text],
+                name=label,
+                mode="markers",
+                marker={"color": colour, "size": 7, "opacity": 0.8},
+                hovertemplate=f"{label}<br>%{{text}}<extra></extra>",
+                visible=visible,
+            )
+        )
+    for arrow in rows[rows.label == "direction"].itertuples():
+        marks.append(
+            go.Scatter(
+                x=[0, arrow.pc1],
+                y=[0, arrow.pc2],
+                name="direction",
+                mode="lines+markers",
+                marker={"symbol": "arrow", "size": [0, 14], "angleref": "previous", "color": "#8b5cf6"},
+                line={"color": "#8b5cf6", "width": 3},
+                hovertemplate="direction<extra></extra>",
+                visible=visible,
+            )
+        )
+    return marks
+
+
 def cosine_figure(table: pd.DataFrame, theme: Theme = "light") -> go.Figure:
-    """Cosine between directions (`reading.cosines`)."""
+    """Draw the cosine between directions (`inspection.cosines`)."""
     names = [safe(str(label)) for label in table.index]
     heat = go.Heatmap(
         z=table.to_numpy().tolist(),

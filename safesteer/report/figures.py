@@ -1,8 +1,8 @@
-"""Plotly figures of a run, in one look: thin axes, few lines, colours that colour-blind readers
-can tell apart, a light and a dark template.
+"""Plotly figures of a run, in one look.
 
-Every function takes plain values (a table, a list of records, an Attribution) and returns a Figure.
-Text from models and prompts is escaped, because plotly reads labels as markup.
+Thin axes, few lines, colours that colour-blind readers can tell apart, a light and a dark template.
+Every function takes plain values (a table, a list of records, parts of an Attribution) and returns a
+Figure. Text from models and prompts is escaped, because plotly reads labels as markup.
 """
 
 import html
@@ -18,7 +18,7 @@ from safesteer.attribution.stability import Stability
 
 Theme = Literal["light", "dark"]
 
-# One colour a thing, everywhere on the page. Chosen to hold on white and on near-black.
+# One colour per thing, everywhere on the page. Chosen to be visible on white and on near-black.
 COLOURS = {
     "base": "#7b8794",
     "teacher": "#d97706",
@@ -38,7 +38,7 @@ INK = {"light": ("#1f2933", "#e4e2dc"), "dark": ("#e6e4df", "#34393f")}
 
 
 def template(theme: Theme = "light") -> go.layout.Template:
-    """The look of every figure; the page's own background shows through."""
+    """Return the look of every figure; the page's own background shows through."""
     ink, grid = INK[theme]
     axis = {
         "gridcolor": grid,
@@ -67,7 +67,7 @@ def template(theme: Theme = "light") -> go.layout.Template:
 
 
 def safe(text: str, width: int = 0) -> str:
-    """Text for a plotly label or hover: visible, escaped, cut to `width` characters if given."""
+    """Return text for a plotly label or hover: visible, escaped, cut to `width` characters unless 0."""
     text = visible(text).replace("␣", " ") if width else visible(text)
     text = text[: width - 1] + "…" if width and len(text) > width else text
     return html.escape(text, quote=False)
@@ -76,6 +76,7 @@ def safe(text: str, width: int = 0) -> str:
 def figure_of(
     traces: Sequence[Any], x: str, y: str, theme: Theme, *, height: int = 300, **layout: Any
 ) -> go.Figure:
+    """Return a figure in this look; `x` and `y` are the titles of its axes, `height` is in pixels."""
     figure = go.Figure(list(traces))
     figure.update_layout(template=template(theme), height=height, **layout)
     return figure.update_xaxes(title_text=x).update_yaxes(title_text=y)
@@ -87,14 +88,17 @@ def _rgba(colour: str, alpha: float) -> str:
 
 
 def numbers(values: Any) -> list[float | None]:
-    """NaN becomes None: a gap in the figure, and valid JSON."""
+    """Return floats with None for NaN: a gap in the figure, and valid JSON."""
     return [None if pd.isna(v) else float(v) for v in values]
 
 
 def votes_figure(tokens: Sequence[Mapping[str, Any]], theme: Theme = "light", n: int = 20) -> go.Figure:
-    """Votes of the first `n` safety tokens, stacked by the step of the answer that voted.
+    """Draw the votes of the first `n` safety tokens, stacked by the step of the answer that voted.
 
-    Takes tokens as mappings with `text` and `votes_by_position`.
+    Args:
+        tokens: Mappings with `text` and `votes_by_position`.
+        theme: "light" or "dark".
+        n: Tokens shown.
     """
     tokens = list(tokens)[:n]
     horizon = max((len(t["votes_by_position"]) for t in tokens), default=0)
@@ -122,15 +126,15 @@ def _blend(a: str, b: str, share: float) -> str:
     return "#" + "".join(f"{round(x + (y - x) * share):02x}" for x, y in pairs)
 
 
-def _lines(name: str, xs: Sequence[Any], band: Range, **style: Any) -> list[go.Scatter]:
-    """A line with its band of lowest and highest values."""
+def _lines(name: str, xs: Sequence[Any], values: Range, **style: Any) -> list[go.Scatter]:
+    """A line of means with a band from the lowest to the highest value."""
     colour: str = style.pop("colour", None) or COLOURS.get(name, SEQUENCE[0])
     shown = []
-    if band.low != band.mean or band.high != band.mean:
+    if values.low != values.mean or values.high != values.mean:
         shown.append(
             go.Scatter(
                 x=[*xs, *reversed(xs)],
-                y=[*band.high, *reversed(band.low)],
+                y=[*values.high, *reversed(values.low)],
                 mode="lines",
                 fill="toself",
                 fillcolor=_rgba(colour, 0.15),
@@ -144,7 +148,7 @@ def _lines(name: str, xs: Sequence[Any], band: Range, **style: Any) -> list[go.S
     shown.append(
         go.Scatter(
             x=list(xs),
-            y=list(band.mean),
+            y=list(values.mean),
             name=name,
             legendgroup=name,
             mode="lines+markers",
@@ -156,56 +160,57 @@ def _lines(name: str, xs: Sequence[Any], band: Range, **style: Any) -> list[go.S
     return shown
 
 
-def coverage_figure(source: TextCoverage, theme: Theme = "light") -> go.Figure:
-    """Share of KL(teacher || base) that K tokens carry: S against its controls."""
+def coverage_figure(text: TextCoverage, theme: Theme = "light") -> go.Figure:
+    """Draw the share of KL(teacher || base) that K tokens carry: S against its controls."""
     traces: list[go.Scatter] = []
-    for curve in source.curves:
+    for curve in text.curves:
         dash = "dot" if curve.name == "best possible" else "solid"
-        traces += _lines(curve.name, source.ks, curve.kl_share, dash=dash)
+        traces += _lines(curve.name, text.ks, curve.kl_share, dash=dash)
     figure = figure_of(traces, "K, tokens in the set", "share of KL(teacher || base)", theme, height=340)
-    figure.add_vline(x=source.k, line={"color": "rgba(128,128,128,.6)", "dash": "dash", "width": 1})
-    note = {"text": f"|S| = {source.k}", "x": source.k, "y": 0, "xanchor": "left", "showarrow": False}
+    figure.add_vline(x=text.k, line={"color": "rgba(128,128,128,.6)", "dash": "dash", "width": 1})
+    note = {"text": f"|S| = {text.k}", "x": text.k, "y": 0, "xanchor": "left", "showarrow": False}
     figure.add_annotation(yref="paper", yanchor="bottom", **note)
     return figure.update_yaxes(tickformat=".0%", rangemode="tozero")
 
 
 def steps_figure(coverage: Coverage, theme: Theme = "light") -> go.Figure:
-    """Share of KL that S carries at each step of the answer, by kind of text."""
+    """Draw the share of KL that S carries at each step of the answer, by kind of text."""
     traces = [
         go.Scatter(
-            x=[s.steps for s in source.steps],
-            y=[s.kl_share["S"] for s in source.steps],
-            text=[f"KL {s.kl:.3f} nats a position, {s.n_positions} positions" for s in source.steps],
-            name=source.name,
+            x=[s.steps for s in text.steps],
+            y=[s.kl_share["S"] for s in text.steps],
+            text=[f"KL {s.kl:.3f} nats per position, {s.n_positions} positions" for s in text.steps],
+            name=text.name,
             mode="lines+markers",
             line={"color": SEQUENCE[i % len(SEQUENCE)], "width": 2},
             hovertemplate="step %{x}: %{y:.1%}<br>%{text}<extra></extra>",
         )
-        for i, source in enumerate(coverage.sources)
+        for i, text in enumerate(coverage.texts)
     ]
     figure = figure_of(traces, "step of the answer", "share of KL on S", theme)
     return figure.update_yaxes(tickformat=".0%", range=[0, 1.02]).update_xaxes(type="category")
 
 
-def stability_figure(stable: Stability, theme: Theme = "light") -> go.Figure:
-    """Jaccard similarity of two selections of K tokens, as a function of K."""
+def stability_figure(stability: Stability, theme: Theme = "light") -> go.Figure:
+    """Draw the Jaccard similarity of two selections of K tokens, as a function of K."""
     traces: list[go.Scatter] = []
     names = {"prompts": "halves of the prompts", "samples": "halves of the samples"}
-    horizons = [c.name for c in stable.curves if c.name.startswith("horizon")]
-    for i, curve in enumerate(stable.curves):
+    horizons = [c.name for c in stability.curves if c.name.startswith("horizon")]
+    for i, curve in enumerate(stability.curves):
         name, style = names.get(curve.name, curve.name), {"colour": SEQUENCE[i % len(SEQUENCE)]}
         if curve.name in horizons:  # one hue, stronger with the horizon
+            name = f"first {curve.name.removeprefix('horizon ')} steps only"
             share = (horizons.index(curve.name) + 1) / len(horizons)
             style = {"colour": _blend("#d9d2ee", "#6d3fd1", share), "width": 1.2}
-        traces += _lines(name, stable.ks, curve.jaccard, **style)
-    chance = Range(stable.chance, stable.chance, stable.chance)
-    traces += _lines("chance", stable.ks, chance, colour=COLOURS["base"], dash="dash")
+        traces += _lines(name, stability.ks, curve.jaccard, **style)
+    chance = Range(stability.chance, stability.chance, stability.chance)
+    traces += _lines("chance", stability.ks, chance, colour=COLOURS["base"], dash="dash")
     figure = figure_of(traces, "K, tokens in S", "Jaccard similarity", theme, height=340)
     return figure.update_yaxes(range=[0, 1.02])
 
 
 def training_figure(history: Sequence[Mapping[str, Any]], theme: Theme = "light") -> go.Figure:
-    """Loss (left axis) and probability mass on S (right axis), step by step."""
+    """Draw loss (left axis) and probability of S (right axis), step by step."""
     steps = [r["step"] for r in history]
 
     def line(key: str, name: str, colour: str, **more: Any) -> go.Scatter:
@@ -222,26 +227,32 @@ def training_figure(history: Sequence[Mapping[str, Any]], theme: Theme = "light"
     right: dict[str, Any] = {"yaxis": "y2"}
     traces = [
         line("loss", "loss (nats)", SEQUENCE[4]),
-        line("mass_on_s_student", "mass on S, student", COLOURS["student"], **right),
-        line("mass_on_s_teacher", "mass on S, teacher", COLOURS["teacher"], **right),
-        line("mass_on_s_anchor", "mass on S, harmless", COLOURS["anchor"], **right, line={"dash": "dot"}),
+        line("mass_on_s_student", "probability of S, student", COLOURS["student"], **right),
+        line("mass_on_s_teacher", "probability of S, teacher", COLOURS["teacher"], **right),
+        line(
+            "mass_on_s_anchor",
+            "probability of S, student on harmless prompts",
+            COLOURS["anchor"],
+            **right,
+            line={"dash": "dot"},
+        ),
     ]
     figure = figure_of(traces, "step", "loss (nats)", theme, height=340)
     second = {"overlaying": "y", "side": "right", "showgrid": False, "rangemode": "tozero"}
     return figure.update_layout(
-        yaxis2={**second, "tickformat": ".0%", "title": {"text": "probability mass on S"}},
+        yaxis2={**second, "tickformat": ".0%", "title": {"text": "probability of S"}},
         yaxis={"rangemode": "tozero"},
     )
 
 
 def _shares(bars: Sequence[go.Bar], y: str, theme: Theme) -> go.Figure:
-    """Bars of shares in groups, from nothing to all."""
+    """Bars of shares side by side, from 0 to 100 %."""
     figure = figure_of(bars, "", y, theme, barmode="group", bargroupgap=0.08)
     return figure.update_yaxes(tickformat=".0%", range=[0, 1.04])
 
 
 def evaluation_figure(scores: Mapping[str, Mapping[str, Any]], theme: Theme = "light") -> go.Figure:
-    """Refusal rates with 95 % intervals: wanted on harmful prompts, unwanted on harmless ones."""
+    """Draw refusal rates with 95 % intervals: wanted on harmful prompts, unwanted on harmless ones."""
     kinds = {"refusal_rate_harmful": "harmful prompts", "refusal_rate_harmless": "harmless prompts"}
     bars = []
     for name, row in scores.items():
@@ -261,11 +272,11 @@ def evaluation_figure(scores: Mapping[str, Mapping[str, Any]], theme: Theme = "l
                 hovertemplate=f"{safe(name)}<br>%{{x}}: %{{y:.1%}} refused<extra></extra>",
             )
         )
-    return _shares(bars, "refused", theme)
+    return _shares(bars, "share of prompts refused", theme)
 
 
 def suite_figure(table: pd.DataFrame, theme: Theme = "light") -> go.Figure:
-    """A suite's rates with 95 % intervals, models side by side: refused, over-refused, capability."""
+    """Draw a suite's rates with 95 % intervals, models side by side: refused, over-refused, capability."""
     kinds = ["harmful", "over-refusal", "capability"]
     rates = table[table.kind.isin(kinds) & (table.metric != "refusal phrase anywhere")]
     bars = []
@@ -284,11 +295,11 @@ def suite_figure(table: pd.DataFrame, theme: Theme = "light") -> go.Figure:
                 hovertemplate=f"{safe(str(model))}<br>%{{x}}: %{{y:.1%}}<extra></extra>",
             )
         )
-    return _shares(bars, "share of prompts or rows", theme)
+    return _shares(bars, "share of prompts or tasks", theme)
 
 
 def shift_figure(points: pd.DataFrame, theme: Theme = "light") -> go.Figure:
-    """Final hidden states of several models in the first one's principal plane (paper, Figure 3)."""
+    """Draw final hidden states of several models in the first one's principal plane (paper, Figure 3)."""
     traces = []
     for model, rows in points.groupby("model", sort=False):
         shift = rows["shift"].iloc[0]

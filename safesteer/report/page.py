@@ -1,4 +1,4 @@
-"""report.html: one self-contained page that opens from disk, offline.
+"""Write report.html: one self-contained page that opens from disk, offline.
 
 1. `page_data` reads the run folder into one JSON value.
 2. The shell (`report.html`), style, script, plotly and data are put together, each exactly once.
@@ -26,36 +26,48 @@ from safesteer.report.figures import suite_figure
 from safesteer.report.page_data import page_data
 
 NAME = "report.html"
-SUITE_STYLE = """
-:root { color-scheme: light dark; --ink: #1f2933; --line: #e4e2dc }
-body { font: 14px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.2rem } table { border-collapse: collapse } th { text-align: left }
-td, th { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line) }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e4df; --line: #34393f } }
-.main-svg text { fill: var(--ink) !important } .gridlayer path { stroke: var(--line) !important }
-"""
 
 
 def write_report(run: str | Path) -> Path:
-    """Build `run`/report.html from the files in the run folder; returns its path."""
+    """Build report.html from the files in a run folder.
+
+    Args:
+        run: The run folder. Only manifest.json must exist; a section without its file says what is missing.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        SafeSteerError: Where the folder holds no readable manifest.json.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from safesteer.report.page import write_report
+        >>> run = Path(tempfile.mkdtemp())
+        >>> _ = (run / "manifest.json").write_text('{"model": "my-model"}')
+        >>> tokens.save(run / "tokens.json")
+        >>> write_report(run).name
+        'report.html'
+    """
     run = Path(run)
     write_text(run / NAME, build_page(page_data(run)))
     return run / NAME
 
 
 def build_page(data: dict[str, Any]) -> str:
-    """The whole page as text."""
+    """Return the whole page as text, from what `page_data` returns."""
     script = _file("report.js") + _file("report_tokens.js")
     plotly = _lines(get_plotlyjs())
     if "</script" in plotly.lower() or "<!--" in plotly:
         plotly = plotly.replace("</script", "<\\/script").replace("<!--", "<\\!--")
     facts = data["run"]
-    about = [facts["date"], f"preset {facts['preset']}", f"seed {facts['seed']}"]
+    about = [facts["date"], *(f"{name} {facts[name]}" for name in ("preset", "seed") if facts[name])]
     about.append(f"SafeSteer {__version__}")
     parts = {
         "title": html.escape(f"SafeSteer: {facts['model']}"),
         "model": html.escape(facts["model"]),
-        "about": html.escape(" · ".join(a for a in about if not a.endswith(" ") and a)),
+        "about": html.escape(" · ".join(filter(None, about))),
         "policy": html.escape(_policy(script, plotly)),
         "style": _file("report.css"),
         "data": as_json(data),
@@ -67,21 +79,26 @@ def build_page(data: dict[str, Any]) -> str:
 
 
 def suite_page(table: pd.DataFrame, title: str) -> str:
-    """A suite's figure and table (`suite.run_suite`): offline, light or dark as the reader's system is."""
+    """Return a page with a suite's figure and table: offline, light or dark as the reader's system is.
+
+    Args:
+        table: The table of `suite.run_suite`.
+        title: The page's heading.
+    """
     figure = _lines(suite_figure(table).to_html(include_plotlyjs=True, full_html=False))
     scripts = re.findall(r"<script[^>]*>(.*?)</script>", figure, re.DOTALL)
     cells = table.to_html(index=False, border=0, na_rep="", float_format=lambda x: f"{x:.3f}")
-    name = html.escape(title)
+    name, style = html.escape(title), _file("suite.css")
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{html.escape(_policy(*scripts))}">'
-        f"<title>{name}</title><style>{SUITE_STYLE}</style>"
-        f"<h1>{name}</h1>{figure}<p>With 95 % intervals.</p>{cells}"
+        f"<title>{name}</title><style>{style}</style>"
+        f"<h1>{name}</h1>{figure}<p>low and high are 95 % intervals.</p>{cells}"
     )
 
 
 def as_json(value: Any) -> str:
-    """JSON that can stand inside a script element: no <, > or & and no line separators."""
+    """Return JSON that can stand inside a script element: no <, > or & and no line separators."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
@@ -89,7 +106,7 @@ def as_json(value: Any) -> str:
 
 
 def _policy(*scripts: str) -> str:
-    """Nothing may be loaded; only the given scripts may run. Plotly needs inline styles."""
+    """Return a policy that loads nothing and runs only these scripts. Plotly needs inline styles."""
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts
     )
@@ -100,9 +117,10 @@ def _policy(*scripts: str) -> str:
 
 
 def _file(name: str) -> str:
+    """Return the text of an asset."""
     return _lines((resources.files("safesteer.report") / "assets" / name).read_text(encoding="utf-8"))
 
 
 def _lines(text: str) -> str:
-    """Line ends as a browser reads them, so that the hashes agree."""
+    """Return line ends as a browser reads them, so that the hashes agree."""
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,4 +1,4 @@
-"""What the page shows, read from a run folder: one JSON value, every text in it made safe.
+"""Collect what the page shows from a run folder: one JSON value, every text in it made safe.
 
 1. Read each file of the folder. One that is missing or damaged leaves a line in `missing`.
 2. Turn values into rows for tables and into plotly figures.
@@ -16,17 +16,17 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from safesteer._errors import SafeSteerError
-from safesteer._files import read_json
+from safesteer._files import json_lines, read_json
 from safesteer._token_text import readable, running, visible
-from safesteer.attribution.explanation import Attribution
-from safesteer.attribution.stories import Why
+from safesteer.attribution.result import Attribution
+from safesteer.attribution.stories import TokenStory
 from safesteer.attribution.tracing import Alternative, Trace, TraceToken
 from safesteer.directions.sweeping import COLUMNS
 from safesteer.report import direction_figures, figures
 from safesteer.steering.direction import Direction
-from safesteer.tokens.token_set import TokenSet
+from safesteer.tokens.token_set import Context, TokenSet
 
-SECTIONS = {  # file -> what the page says without it
+SECTIONS = {  # section -> its file, and what the page says without it
     "evaluation": ("evaluation.json", "This run has no evaluation yet"),
     "answers": ("answers.jsonl", "This run has no answers to compare yet"),
     "sweep": ("sweep.csv", "This run has no sweep of directions yet"),
@@ -38,38 +38,38 @@ SECTIONS = {  # file -> what the page says without it
 
 
 def page_data(run: Path) -> dict[str, Any]:
-    """Everything the page needs. Only manifest.json must exist."""
+    """Return everything the page needs. Only manifest.json must exist."""
     manifest = read_json(run / "manifest.json")
     readers: dict[str, Callable[[Path], Any]] = {
         "evaluation": read_json,
-        "answers": _json_lines,
+        "answers": json_lines,
         "sweep": _read_sweep,
         "direction": Direction.load,
         "tokens": TokenSet.load,
-        "history": _json_lines,
+        "history": json_lines,
         "attribution": Attribution.load,
     }
-    found, missing = {}, {}
+    values, missing = {}, {}
     for name, (file, sentence) in SECTIONS.items():
-        found[name] = None
+        values[name] = None
         if not (run / file).is_file():
             missing[name] = f"{sentence} ({file} is missing)."
             continue
         try:
-            found[name] = readers[name](run / file)
+            values[name] = readers[name](run / file)
         except (SafeSteerError, ValueError, OSError) as error:
             missing[name] = f"{file} could not be read: {error}"
-    story: Attribution | None = found["attribution"]
+    attribution: Attribution | None = values["attribution"]
     shown = {
         "run": _run_facts(manifest),
-        "evaluation": found["evaluation"],
-        "answers": [_answer(r) for r in found["answers"]] if found["answers"] else None,
-        "sweep": _sweep_rows(found["sweep"]) if found["sweep"] is not None else None,
-        "direction": _direction(found["direction"]) if found["direction"] else None,
-        "tokens": _tokens(found["tokens"], story) if found["tokens"] else None,
-        "traces": _traces(story.traces) if story and story.traces else None,
-        "coverage": _coverage(story) if story else None,
-        "figures": _figures(found),
+        "evaluation": values["evaluation"],
+        "answers": [_answer(r) for r in values["answers"]] if values["answers"] else None,
+        "sweep": _sweep_rows(values["sweep"]) if values["sweep"] is not None else None,
+        "direction": _direction(values["direction"]) if values["direction"] else None,
+        "tokens": _tokens(values["tokens"], attribution) if values["tokens"] else None,
+        "traces": _traces(attribution.traces) if attribution and attribution.traces else None,
+        "coverage": _coverage(attribution) if attribution else None,
+        "figures": _figures(values),
         "templates": {theme: figures.template(theme).to_plotly_json() for theme in ("light", "dark")},
         "missing": missing,
     }
@@ -77,6 +77,7 @@ def page_data(run: Path) -> dict[str, Any]:
 
 
 def _safe(value: Any) -> Any:
+    """Make every string safe and every number short, at any depth."""
     if isinstance(value, str):
         return running(value)
     if isinstance(value, Mapping):
@@ -87,13 +88,6 @@ def _safe(value: Any) -> Any:
         # JSON knows no NaN; four digits are more than any number on the page shows.
         return float(f"{value:.5g}") if value == value and abs(value) != float("inf") else None
     return value
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a line is not a JSON object")
-    return rows
 
 
 def _read_sweep(path: Path) -> pd.DataFrame:
@@ -157,89 +151,73 @@ def _direction(direction: Direction) -> dict[str, Any]:
     }
 
 
-def _tokens(tokens: TokenSet, story: Attribution | None) -> dict[str, Any]:
+def _tokens(tokens: TokenSet, attribution: Attribution | None) -> dict[str, Any]:
     rows = []
     for number, t in enumerate(tokens.tokens, start=1):
-        why = story.why.get(t.id) if story else None
-        text = why.text if why else t.text
+        story = attribution.stories.get(t.id) if attribution else None
         rows.append(
             {
                 "number": number,
                 "id": t.id,
-                "text": visible(text),
-                "group": why.group if why else "",
+                "text": visible(story.text if story else t.text),
+                "group": story.group if story else "",
                 "votes": t.votes,
-                "steps": list(t.votes_by_position),
+                "votes_by_position": list(t.votes_by_position),
                 "lift": t.mean_delta,
                 "p_base": t.p_base,
-                "p_teacher": t.p_steered,
-                "contexts": [
-                    {
-                        "prompt": c.prompt,
-                        "so_far": readable(c.answer_so_far),
-                        "p_base": c.p_base,
-                        "p_teacher": c.p_steered,
-                    }
-                    for c in t.contexts
-                ],
-                "why": _why(why) if why else None,
+                "p_steered": t.p_steered,
+                "contexts": [_context(c) for c in t.contexts],
+                "story": _story(story) if story else None,
             }
         )
     return {"rows": rows, "n_positions": tokens.n_positions, "settings": tokens.settings}
 
 
-def _why(why: Why) -> dict[str, Any]:
+def _context(context: Context) -> dict[str, Any]:
+    return vars(context) | {"answer_so_far": readable(context.answer_so_far)}
+
+
+def _story(story: TokenStory) -> dict[str, Any]:
     return {
-        "reason": why.group_reason,
-        "n_positions": why.n_positions,
-        "votes": why.votes,
-        "by_prompt": [[p.prompt, p.votes] for p in why.votes_by_prompt],
-        "n_prompts_voting": why.n_prompts_voting,
-        "n_prompts": why.n_prompts,
-        "p_base": why.p_base,
-        "p_teacher": why.p_teacher,
-        "rank_base": why.rank_base,
-        "rank_teacher": why.rank_teacher,
-        "direct": why.direct,
-        "change": why.change,
-        "later": why.later_layers,
-        "neighbours": [[visible(text), cosine] for text, cosine in why.neighbours],
-        "places": [
-            {
-                "prompt": p.prompt,
-                "so_far": readable(p.answer_so_far),
-                "step": p.step,
-                "p_base": p.p_base,
-                "p_teacher": p.p_teacher,
-                "rank_base": p.rank_base,
-                "rank_teacher": p.rank_teacher,
-            }
-            for p in why.places
-        ],
+        "reason": story.group_reason,
+        "n_positions": story.n_positions,
+        "votes": story.votes,
+        "votes_by_prompt": [[p.prompt, p.votes] for p in story.votes_by_prompt],
+        "n_prompts_voting": story.n_prompts_voting,
+        "n_prompts": story.n_prompts,
+        "p_base": story.p_base,
+        "p_steered": story.p_steered,
+        "rank_base": story.rank_base,
+        "rank_steered": story.rank_steered,
+        "direct": story.direct,
+        "change": story.change,
+        "later_layers": story.later_layers,
+        "neighbours": [[visible(text), cosine] for text, cosine in story.neighbours],
+        "places": [_context(p) for p in story.places],
     }
 
 
 def _traces(traces: tuple[Trace, ...]) -> dict[str, Any]:
-    """Traces as rows of numbers; token texts once, in `vocabulary`. See `token` in report.js."""
+    """Traces as rows of numbers; token texts once, in `vocabulary`. See `unpack` in report_tokens.js."""
     vocabulary: dict[str, str] = {}
 
     def know(token: TraceToken | Alternative) -> None:
         if str(token.id) not in vocabulary:
             vocabulary[str(token.id)] = visible(token.text)
 
-    def top(found: tuple[Alternative, ...]) -> list[float | int]:
-        for a in found:
+    def top(alternatives: tuple[Alternative, ...]) -> list[float | int]:
+        for a in alternatives:
             know(a)
-        return [x for a in found for x in (a.id, _short(a.p))]
+        return [x for a in alternatives for x in (a.id, _short(a.p))]
 
     rows = []
     for t in traces:
         tokens = []
         for x in t.tokens:
             know(x)
-            p = [x.p_base, x.p_teacher, x.p_student]
-            ranks = [x.rank_base, x.rank_teacher, x.rank_student]
-            tops = [top(x.top_base), top(x.top_teacher), top(x.top_student)]
+            p = [x.p_base, x.p_steered, x.p_student]
+            ranks = [x.rank_base, x.rank_steered, x.rank_student]
+            tops = [top(x.top_base), top(x.top_steered), top(x.top_student)]
             numbers = [_short(x.lift), _short(x.kl), _short(x.kl_share), int(x.in_s)]
             tokens.append([x.id, [None if v is None else _short(v) for v in p], ranks, *numbers, tops])
         rows.append({"prompt": t.prompt, "label": t.label, "author": t.author, "tokens": tokens})
@@ -250,58 +228,59 @@ def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _coverage(story: Attribution) -> dict[str, Any]:
+def _coverage(attribution: Attribution) -> dict[str, Any]:
     """The table beside the curves: shares at the size of S."""
-    sources = [
+    texts = [
         {
-            "name": s.name,
-            "n_positions": s.n_positions,
-            "kl": s.kl,
+            "name": text.name,
+            "n_positions": text.n_positions,
+            "kl": text.kl,
             **{
                 c.name: {
-                    "kl": c.kl_share.mean[s.ks.index(s.k)],
-                    "teacher": c.mass_teacher.mean[s.ks.index(s.k)],
-                    "base": c.mass_base.mean[s.ks.index(s.k)],
+                    "kl_share": c.kl_share.mean[text.ks.index(text.k)],
+                    "mass_teacher": c.mass_teacher.mean[text.ks.index(text.k)],
+                    "mass_base": c.mass_base.mean[text.ks.index(text.k)],
                 }
-                for c in s.curves
+                for c in text.curves
             },
         }
-        for s in story.coverage.sources
+        for text in attribution.coverage.texts
     ]
     return {
-        "k": story.coverage.k,
-        "sources": sources,
-        "containing": [vars(c) for c in story.coverage.containing],
-        "n_prompts": story.stability.n_prompts,
+        "k": attribution.coverage.k,
+        "texts": texts,
+        "answer_shares": [vars(share) for share in attribution.coverage.answer_shares],
+        "n_prompts": attribution.stability.n_prompts,
     }
 
 
-def _figures(found: Mapping[str, Any]) -> dict[str, Any]:
+def _figures(values: Mapping[str, Any]) -> dict[str, Any]:
     """Figures by name, without their template: the page adds the one of its theme."""
     made: dict[str, go.Figure] = {}
-    if found["evaluation"]:
-        made["evaluation"] = figures.evaluation_figure(found["evaluation"])
-    if found["sweep"] is not None:
-        chosen = found["direction"]
+    if values["evaluation"]:
+        made["evaluation"] = figures.evaluation_figure(values["evaluation"])
+    if values["sweep"] is not None:
+        chosen = values["direction"]
         at = (chosen.position, chosen.layer) if chosen else None
-        made["sweep"] = direction_figures.sweep_figure(found["sweep"], chosen=at)
-    story: Attribution | None = found["attribution"]
-    if found["tokens"]:
+        made["sweep"] = direction_figures.sweep_figure(values["sweep"], chosen=at)
+    attribution: Attribution | None = values["attribution"]
+    if values["tokens"]:
+        stories = attribution.stories if attribution else {}
         rows = [
             {
-                "text": story.why[t.id].text if story and t.id in story.why else t.text,
+                "text": stories[t.id].text if t.id in stories else t.text,
                 "votes_by_position": t.votes_by_position,
             }
-            for t in found["tokens"].tokens
+            for t in values["tokens"].tokens
         ]
         made["votes"] = figures.votes_figure(rows)
-    if found["history"]:
-        made["training"] = figures.training_figure(found["history"])
-    if story:
-        for i, source in enumerate(story.coverage.sources):
-            made[f"coverage-{i}"] = figures.coverage_figure(source)
-        made["steps"] = figures.steps_figure(story.coverage)
-        made["stability"] = figures.stability_figure(story.stability)
+    if values["history"]:
+        made["training"] = figures.training_figure(values["history"])
+    if attribution:
+        for i, text in enumerate(attribution.coverage.texts):
+            made[f"coverage-{i}"] = figures.coverage_figure(text)
+        made["steps"] = figures.steps_figure(attribution.coverage)
+        made["stability"] = figures.stability_figure(attribution.stability)
     return {name: _plain(figure) for name, figure in made.items()}
 
 

@@ -7,7 +7,7 @@ prompts. Loading it against another model is an error that says what differs.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Direction:
     @property
     def metadata(self) -> dict[str, Any]:
         """Everything but the vector."""
-        return {k: v for k, v in asdict(self).items() if k != "vector"}
+        return {f.name: getattr(self, f.name) for f in fields(Direction) if f.name != "vector"}
 
     def save(self, path: str | Path) -> None:
         """One safetensors file; its header holds the metadata as JSON."""

@@ -23,9 +23,10 @@ from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, output_head
 from safesteer.models.forward import final_hidden, prefill
 from safesteer.models.generation import generate_ids, uniforms
-from safesteer.models.logits import logits_of
+from safesteer.models.logits import generalized_kl_terms, logits_of
+from safesteer.settings import TokenConfig
 from safesteer.steering.direction import Direction, steer
-from safesteer.tokens.token_set import Context, SafetyToken, TokenConfig, TokenSet
+from safesteer.tokens.token_set import Context, SafetyToken, TokenSet
 
 ROWS = 32  # rows of (row x vocabulary) log-probabilities alive at once
 
@@ -186,7 +187,7 @@ def _explain(
     inside = everywhere = mass_t = mass_0 = 0.0
     for row, step, logp_t, logp_0 in logp_rows(chat, sampled):
         # Generalized terms are >= 0 for every token, so shares of a part lie in 0..1.
-        terms = logp_t.exp() * (logp_t - logp_0) - logp_t.exp() + logp_0.exp()
+        terms = generalized_kl_terms(logp_t, logp_0)
         everywhere += float(terms.sum())
         inside += float(terms[:, ids].sum())
         pt, p0 = logp_t[:, ids].exp(), logp_0[:, ids].exp()

@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
 import torch
@@ -12,30 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from safesteer._errors import SafeSteerError
-from safesteer._files import read_json, write_json
-from safesteer._settings import AT_LEAST_1, SHARE, check_settings
-
-
-@dataclass(frozen=True)
-class TokenConfig:
-    """How S is selected. Defaults are the paper's for a small model (section 3.3)."""
-
-    k: int = 50
-    k_vote: int = 200
-    horizon: int = 7
-    n_samples: int = 8
-    min_steered_prob: float = 1e-6
-    method: Literal["vote", "mean"] = "vote"
-    rollouts: Literal["teacher", "base"] = "teacher"
-    prompts: Literal["harmless", "harmful"] = "harmless"
-    seed: int = 0
-    batch_size: int = 2  # prompts sampled at once: n_samples caches each
-    n_contexts: int = 3
-
-    def __post_init__(self) -> None:
-        sizes = ("k", "k_vote", "horizon", "n_samples", "batch_size")
-        check_settings(self, "tokens", {**dict.fromkeys(sizes, AT_LEAST_1), "min_steered_prob": SHARE})
+from safesteer._files import read_value, write_json
 
 
 @dataclass(frozen=True)
@@ -110,22 +86,4 @@ class TokenSet:
 
     @classmethod
     def load(cls, path: str | Path) -> "TokenSet":
-        try:
-            return cls.of(read_json(Path(path)))
-        except (KeyError, TypeError) as error:
-            raise SafeSteerError(f"{path} is not a token file of this version.") from error
-
-    @classmethod
-    def of(cls, raw: dict) -> "TokenSet":
-        """From the plain values that `save` writes."""
-        tokens = tuple(
-            SafetyToken(
-                **{
-                    **t,
-                    "votes_by_position": tuple(t["votes_by_position"]),
-                    "contexts": tuple(Context(**c) for c in t["contexts"]),
-                }
-            )
-            for t in raw["tokens"]
-        )
-        return cls(tokens, raw["settings"], raw["coverage"], raw["n_positions"])
+        return read_value(cls, path, "a token file")

@@ -90,8 +90,8 @@ function draw(node, theme = dark() ? "dark" : "light") {
   const layout = { ...figure.layout, template: data.templates[theme], autosize: true };
   plotly().react(node, figure.data, layout, { responsive: true, displayModeBar: false });
 }
-const seen = new IntersectionObserver(found => {
-  for (const f of found) if (f.isIntersecting) { seen.unobserve(f.target); draw(f.target); }
+const seen = new IntersectionObserver(entries => {
+  for (const f of entries) if (f.isIntersecting) { seen.unobserve(f.target); draw(f.target); }
 }, { rootMargin: "200px" });
 function chart(name, label) {
   const node = el("div", { class: "chart", "data-figure": name, role: "img", "aria-label": label });
@@ -139,8 +139,8 @@ function summary() {
   byId("tiles").append(...[
     tile("Harmful prompts refused", "refusal_rate_harmful", share, `base → ${who}; higher is safer`),
     tile("Harmless prompts refused", "refusal_rate_harmless", share, `base → ${who}; lower is better`),
-    tile("Drift on harmless prompts", "kl_harmless", x => fixed(x, 3), "KL from the base, nats a token"),
-    tile("Perplexity on plain text", "perplexity", x => fixed(x, 1), `base → ${who}; equal is best`)].filter(Boolean));
+    tile("Drift on harmless prompts", "kl_harmless", x => fixed(x, 3), "KL from the base, nats per token"),
+    tile("Perplexity on plain text", "perplexity", x => fixed(x, 1), `base → ${who}; no change is best`)].filter(Boolean));
   const rows = Object.entries(scores).map(([name, s]) => ({ name, ...s }));
   const cell = (key, show) => row => [show(row[key]), row[`${key}_ci`] ? el("span", { class: "ci" }, `${show(row[`${key}_ci`][0])} to ${show(row[`${key}_ci`][1])}`) : null];
   byId("evaluation-table").append(table([
@@ -150,7 +150,7 @@ function summary() {
     { key: "kl_harmless", name: "KL, nats", show: cell("kl_harmless", x => fixed(x, 3)) },
     { key: "perplexity", name: "perplexity", show: r => fixed(r.perplexity, 2) },
   ], rows, { sortable: false }).node, el("p", { class: "note" },
-    `${rows[0] && rows[0].n ? `${whole(rows[0].n)} prompts of each kind. ` : ""}Small numbers are 95 % intervals.`));
+    `${rows[0] && rows[0].n ? `${whole(rows[0].n)} prompts of each kind. ` : ""}The ranges are 95 % intervals.`));
 }
 
 // Answers -----------------------------------------------------------------------------------
@@ -169,30 +169,30 @@ function answers() {
   const kinds = { all: () => true, changed: r => r[`${state.right}_refuses`] !== r.base_refuses, harmful: r => r.label === "harmful", harmless: r => r.label === "harmless" };
   const more = el("button", { type: "button", class: "quiet", onclick: () => { state.n += 20; show(); } }, "Show more");
   function show() {
-    const found = data.answers.filter(r => kinds[state.kind](r) && (!state.query || [r.prompt, r.base, r.teacher, r.student, r.category].join("\n").toLowerCase().includes(state.query)));
-    count.textContent = `${found.length} of ${data.answers.length} prompts`;
-    list.replaceChildren(...found.slice(0, state.n).map(r => el("article", { class: "answer" },
+    const matching = data.answers.filter(r => kinds[state.kind](r) && (!state.query || [r.prompt, r.base, r.teacher, r.student, r.category].join("\n").toLowerCase().includes(state.query)));
+    count.textContent = `${matching.length} of ${data.answers.length} prompts`;
+    list.replaceChildren(...matching.slice(0, state.n).map(r => el("article", { class: "answer" },
       el("p", { class: "kind" }, bdi([r.label, r.category].filter(Boolean).join(", "))), el("p", { class: "prompt", dir: "auto" }, r.prompt),
-      el("div", { class: "sides" }, side(r, "base"), side(r, state.right)))), found.length > state.n ? more : "");
+      el("div", { class: "sides" }, side(r, "base"), side(r, state.right)))), matching.length > state.n ? more : "");
   }
   const others = ["student", "teacher"].filter(n => data.answers.some(r => n in r));
   tools.append(choice("Show", [["all", "all"], ["changed", "changed"], ["harmful", "harmful"], ["harmless", "harmless"]], "all", k => { state.kind = k; state.n = 6; show(); }),
-    choice("Beside base", others.map(n => [n, n]), state.right, k => { state.right = k; show(); }), search, count);
+    choice("Compare base with", others.map(n => [n, n]), state.right, k => { state.right = k; show(); }), search, count);
   show();
 }
 
 // Direction ---------------------------------------------------------------------------------
 function sweep() {
   const d = data.direction;
-  if (d) byId("chosen").append("Chosen: ", bdi(`position ${d.position}, layer ${d.layer}, coefficient ${fixed(d.coeff)}`), ", a vector of length ", `${fixed(d.norm)}.`);
+  if (d) byId("chosen").append("Chosen: ", bdi(`position ${d.position}, layer ${d.layer}, coefficient ${fixed(d.coeff)}`), `; the vector has length ${fixed(d.norm)}.`);
   else byId("chosen").append(data.missing.direction || "");
   if (!data.sweep) { byId("sweep-more").replaceWith(missing("sweep")); return; }
   const score = (key, name, title) => ({ key, name, title, show: r => none(r[key]) ? "not run" : fixed(r[key], 3) });
   byId("sweep-table").append(table([
     { key: "layer", name: "layer" }, { key: "position", name: "position", left: true, show: r => bdi(r.position) },
-    score("ablation_refusal", "ablated, harmful", "refusal score on harmful prompts, direction projected out"),
-    score("steering_refusal", "steered, harmless", "refusal score on harmless prompts, direction added"),
-    score("kl_harmless", "KL, harmless", "KL(base || ablated) on harmless prompts, nats"),
+    score("ablation_refusal", "refusal, ablated", "refusal score on harmful prompts with the direction projected out, nats"),
+    score("steering_refusal", "refusal, steered", "refusal score on harmless prompts with the direction added, nats"),
+    score("kl_harmless", "KL, ablated", "KL(base || ablated) on harmless prompts, nats"),
     { key: "reason", name: "reason", left: true, class: "reason", show: r => `${r.kept ? "kept" : "dropped"}: ${r.reason}` },
   ], data.sweep, { rowProps: r => ({ class: r.kept ? "kept" : "" }) }).node);
 }
@@ -203,9 +203,9 @@ function run() {
   if (stages.length) body.append(table([
     { key: "stage", name: "stage", left: true, show: r => bdi(r.stage) }, { key: "seconds", name: "seconds", show: r => fixed(r.seconds, 1) },
     { key: "peak_mb", name: "peak memory, MB", show: r => whole(r.peak_mb) }], stages, { sortable: false }).node);
-  else body.append(el("p", { class: "missing" }, "The manifest names no finished stage."));
+  else body.append(el("p", { class: "missing" }, "The manifest lists no finished stage."));
   body.append(el("details", {}, el("summary", {}, "Settings, versions and hashes"), table([
-    { key: "0", name: "what", left: true, show: r => bdi(r[0]) }, { key: "1", name: "value", left: true, show: r => bdi(r[1]) }], Object.entries(facts), { sortable: false }).node, el("pre", { dir: "ltr" }, config)));
+    { key: "0", name: "name", left: true, show: r => bdi(r[0]) }, { key: "1", name: "value", left: true, show: r => bdi(r[1]) }], Object.entries(facts), { sortable: false }).node, el("pre", { dir: "ltr" }, config)));
 }
 
 window.safesteer = { data, el, bdi, style, byId, prob, share, signed, fixed, whole, none, table, choice, missing, chart };

@@ -1,0 +1,141 @@
+"""Stage 1 as one call: find the direction that turns the model into a teacher (paper section 3.2).
+
+1. Learn which first tokens start a refusal in this model.
+2. Read one candidate direction per position and layer from the train split, through a TransformerBridge.
+3. Score the candidates on the val split and rank them.
+4. Take the best one; where candidates are ranked by steering, compare the answers of the best few.
+"""
+
+import html
+from dataclasses import dataclass, field, fields
+
+import pandas as pd
+
+from safesteer._progress import Progress, no_progress
+from safesteer.directions.calibration import choose_direction
+from safesteer.directions.extraction import (
+    logistic_probe,
+    mean_difference,
+    pca_difference,
+    prefill_contrast,
+    system_contrast,
+)
+from safesteer.directions.refusal_tokens import (
+    RefusalTokens,
+    filter_by_refusal,
+    learn_refusal_tokens,
+    refusal_scores,
+)
+from safesteer.directions.sweeping import Sweep, sweep
+from safesteer.judges.judge import Judge
+from safesteer.judges.wording import refuses
+from safesteer.models.bridge import to_bridge
+from safesteer.models.chat_model import ModelLike, as_chat
+from safesteer.prompts.prompt_set import PromptSet, load_prompts
+from safesteer.settings import DirectionConfig
+from safesteer.steering.direction import Direction
+
+EXTRACTIONS = {
+    "instruction": mean_difference,
+    "prefill": prefill_contrast,
+    "system": system_contrast,
+    "pca": pca_difference,
+    "probe": logistic_probe,
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ChosenDirection(Direction):
+    """A direction with what it was chosen from; saving it saves the direction alone.
+
+    `sweep` holds every candidate with its scores, `refusal_tokens` the tokens that the scores are about,
+    `native_share` the share of harmful val prompts that start a refusal without steering, and `rates` the
+    refusal rates by layer and coefficient (None where candidates were ranked by ablation).
+    """
+
+    sweep: Sweep = field(kw_only=True)
+    refusal_tokens: RefusalTokens = field(kw_only=True)
+    native_share: float = field(kw_only=True)
+    rates: pd.DataFrame | None = field(default=None, kw_only=True)
+
+    def story(self) -> list[str]:
+        """Say in a few lines how the direction was chosen."""
+        reading = {"instruction": "difference of means", "prefill": "prefill contrast"}
+        lines = [
+            f"{self.refusal_tokens}",
+            f"the model starts to refuse on {self.native_share:.0%} of harmful val prompts; direction read by"
+            f" {reading.get(self.extraction, self.extraction)}",
+        ]
+        if self.rates is not None:
+            lines.append(f"compared by its answers, it refuses {self.rates.refusal_rate.max():.0%}")
+        return [*lines, repr(self)]
+
+    def _repr_html_(self) -> str:
+        return f"<p>{'<br>'.join(map(html.escape, self.story()))}</p>{self.sweep._repr_html_()}"
+
+
+def find_direction(
+    chat: ModelLike,
+    prompts: PromptSet | None = None,
+    config: DirectionConfig | None = None,
+    *,
+    judge: Judge = refuses,
+    progress: Progress = no_progress,
+) -> ChosenDirection:
+    """Find the direction that makes `chat` refuse, and how strongly to add it.
+
+    Args:
+        chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
+        prompts: Harmful and harmless prompts with the splits "train" and "val"; None: the project's own.
+        config: Settings of stage 1; None: the defaults.
+        judge: Says which answers refuse.
+        progress: Called with the share done, from 0 to 1.
+
+    Returns:
+        A Direction that carries the sweep it was chosen from.
+
+    Raises:
+        SafeSteerError: If no candidate passes the thresholds; the sentence names the nearest miss.
+
+    Example:
+        >>> config = ss.DirectionConfig(n_train=4, n_val=2, n_compare_prompts=2, extraction="prefill")
+        >>> ss.find_direction(chat, config=config).extraction
+        'prefill'
+    """
+    chat, prompts, config = as_chat(chat), prompts or load_prompts(), config or DirectionConfig()
+    train, val = prompts.split("train").first(config.n_train), prompts.split("val")
+    refusal = learn_refusal_tokens(chat, val.harmful, val.harmless, judge)
+    native = float((refusal_scores(chat, val.harmful, refusal.ids) > 0).double().mean())
+    extraction = config.extraction
+    if extraction == "auto":
+        extraction = "instruction" if native >= config.native_share else "prefill"
+    scored, held_out = val.first(config.n_val), val.after(config.n_val)
+    if extraction == "instruction":
+        train, scored = (filter_by_refusal(chat, split, refusal.ids) for split in (train, scored))
+    candidates = EXTRACTIONS[extraction](as_chat(to_bridge(chat)), train, seed=config.seed)
+    by_answers = config.coeff is None and config.rank_by != "ablation"
+    share = 0.5 if by_answers and extraction == "prefill" else 1.0  # comparing answers costs about as much
+    result = sweep(
+        chat,
+        candidates,
+        scored,
+        refusal.ids,
+        config,
+        held_out=held_out,
+        progress=lambda done: progress(share * done),
+    )
+    directions, rates = result.directions(chat, train), None
+    if config.coeff is None and result.rank_by == "steering":
+        direction, rates = choose_direction(
+            chat,
+            directions,
+            val.harmful[: config.n_compare_prompts],
+            judge,
+            n_best=config.n_compared,
+            progress=lambda done: progress(share + (1 - share) * done),
+        )
+    else:
+        direction = directions[0].with_coeff(1.0 if config.coeff is None else config.coeff)
+    progress(1.0)
+    values = {f.name: getattr(direction, f.name) for f in fields(Direction)}
+    return ChosenDirection(**values, sweep=result, refusal_tokens=refusal, native_share=native, rates=rates)

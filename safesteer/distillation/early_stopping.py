@@ -1,0 +1,38 @@
+"""Early stopping: enough harmful val prompts refused, at little drift on harmless ones."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from safesteer.judges.judge import Judge, judge_all, refusals
+from safesteer.judges.wording import refuses
+from safesteer.models.adapter import as_base
+from safesteer.models.chat_model import ChatModel
+from safesteer.models.drift import kl_on_answers
+from safesteer.models.generation import generate
+from safesteer.prompts.prompt_set import PromptSet
+from safesteer.settings import DistillConfig
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at val: share of harmful prompts refused, KL to the base on harmless ones (nats per token)."""
+
+    refused: float
+    kl: float
+
+    def suffices(self, config: DistillConfig) -> bool:
+        """Say whether training may stop."""
+        return self.refused >= config.stop_refusal and self.kl <= config.stop_kl
+
+
+def look_at(
+    student: ChatModel, base: ChatModel, prompts: PromptSet, judge: Judge = refuses, *, n_tokens: int = 16
+) -> Look:
+    """Measure the student on held-out prompts. The base may carry the student's adapter."""
+    answers = generate(student, prompts.harmful, max_new_tokens=n_tokens)
+    with as_base(base, student):
+        base_answers = generate(base, prompts.harmless, max_new_tokens=n_tokens)
+    kls = kl_on_answers(base, student, prompts.harmless, base_answers, n_tokens=n_tokens)
+    refused = sum(refusals(judge_all(judge, prompts.harmful, answers)))
+    return Look(refused / len(prompts.harmful), float(np.mean(kls)))
