@@ -175,11 +175,11 @@ def selected(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int
 
 def trained(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int) -> Trained:
     """The paper's three steps under the arm's settings."""
-    found, distil = selected(study, base, arm, seed), ss.load_prompts().split("distil")
+    found, pairs = selected(study, base, arm, seed), ss.load_prompts().split("distill")
     config = found.recipe.distill
     state = ss.prepare_student(ss.load_model(study.model), found.direction, config)
-    harmful = distil.harmful[: arm.get(N_HARMFUL)]
-    for _ in ss.distill(state, base, found.direction, found.tokens, harmful, distil.harmless, config):
+    harmful = pairs.harmful[: arm.get(N_HARMFUL)]
+    for _ in ss.distill(state, base, found.direction, found.tokens, harmful, pairs.harmless, config):
         pass
     return Trained(base, found.direction, found.tokens, found.recipe, state.student)
 
@@ -229,14 +229,14 @@ def run(
 
     Rows lie in a folder of the name of `score`, so two ways of scoring need two names.
     """
-    base, rows, n_distil = ss.load_model(study.model), [], len(ss.load_prompts().split("distil").harmful)
+    base, rows, n_pairs = ss.load_model(study.model), [], len(ss.load_prompts().split("distill").harmful)
     jobs: list[tuple[str, int]] = [(arm, seed) for seed in range(study.seeds) for arm in arms]
 
     def made(arm: str, seed: int) -> dict[str, Any]:
         return score(make(study, base, arms[arm], seed))
 
     for arm, seed in jobs:
-        n = min(arms[arm].get(N_HARMFUL, n_distil), n_distil)
+        n = min(arms[arm].get(N_HARMFUL, n_pairs), n_pairs)
         key = f"{study.key(study.recipe(arms[arm], seed), *STAGES)}-{n}"
         found = row(study.out / "rows" / score.__name__, key, made, arm, seed)
         rows.append({"arm": arm, "seed": seed, **found})

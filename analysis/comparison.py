@@ -17,7 +17,7 @@ distillation refuses as many harmful prompts with fewer harmless refusals and as
     light anchor    that with a third of the anchor's weight: S carries a third of KL(teacher, base), so the
                     whole vocabulary weighs about three times as much at the same weight
 
-All trained methods see the 100 pairs of the split `distil`, train the same blocks, and take the same
+All trained methods see the 100 pairs of the split `distill`, train the same blocks, and take the same
 number of steps of 28 answers (dpo: 12 pairs) with AdamW, warm-up and cosine. SFT and DPO have usual
 learning rates, `full` has SafeSteer's. The answers of SFT and DPO are cut at their last whole sentence.
 Scores are on the test split, which decided nothing. Each model's row is a file in OUT, so an interrupted
@@ -47,10 +47,10 @@ from safesteer import alignment
 from safesteer._files import read_json, write_json, write_text
 from safesteer.directions.refusal_tokens import REFUSING_SYSTEM
 from safesteer.evaluation.capability import capability
-from safesteer.settings import EvaluateConfig
 from safesteer.evaluation.scores import evaluate
 from safesteer.evaluation.suite import WIKITEXT, wikitext
 from safesteer.models.chat_model import ChatModel, hf_model
+from safesteer.settings import EvaluateConfig
 
 CAPABILITY = ("arc_easy", "piqa", "lambada_openai")
 METHODS = ("safesteer", "full", "sft", "full anchor", "light anchor", "dpo")
@@ -162,7 +162,7 @@ def trained(method: str, base, direction, prompts, rows, seed: int, steps: int, 
     torch.manual_seed(seed)
     if method in ("sft", "dpo"):
         return with_peer(method, direction, rows, seed, steps, lr)
-    return distilled(method, base, direction, prompts.split("distil"), prompts.split("val"), seed, steps)
+    return distilled(method, base, direction, prompts.split("distill"), prompts.split("val"), seed, steps)
 
 
 def under_system(chat: ChatModel) -> ChatModel:
@@ -228,7 +228,7 @@ def main() -> None:
         )
         options.direction = run / "direction.safetensors"
     direction = ss.Direction.load(options.direction, base)
-    rows = examples(base, direction, prompts.split("distil"))
+    rows = examples(base, direction, prompts.split("distill"))
     console.print(f"{len(rows)} examples: {sum(r['label'] == 'harmful' for r in rows)} refusals")
     said: list[str] | None = None
     for method in ("base", "system prompt", "teacher"):

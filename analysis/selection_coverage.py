@@ -20,8 +20,8 @@ from safesteer._files import write_text
 from safesteer.attribution.coverage import totals
 from safesteer.attribution.word_groups import WORD_GROUPS, by_word
 from safesteer.report.figures import SEQUENCE, figure_of
-from safesteer.tokens.selection import sample_answers
 from safesteer.settings import TokenConfig
+from safesteer.tokens.selection import sample_answers
 
 ARMS = {
     "K = 50": {},
@@ -43,10 +43,10 @@ N_PROMPTS, HELD_OUT_SEED = 32, 1000
 def held_out(found: Selected) -> dict[str, Tensor]:
     """KL of every token along fresh samples: the same for all arms, which share a direction."""
     config = TokenConfig(n_samples=2, horizon=7, seed=HELD_OUT_SEED)
-    distil = ss.load_prompts().split("distil").first(N_PROMPTS)
+    prompts = ss.load_prompts().split("distill").first(N_PROMPTS)
     return {
         label: totals(found.base, sample_answers(found.base, found.direction, texts, config)).kl.sum(0)
-        for label, texts in (("harmful", distil.harmful), ("harmless", distil.harmless))
+        for label, texts in (("harmful", prompts.harmful), ("harmless", prompts.harmless))
     }
 
 

@@ -35,7 +35,7 @@ def set_up():
     direction = candidates.direction(chat, "mean", 11, coeff=1.8)
     config = ss.TokenConfig(horizon=3, n_samples=1, min_steered_prob=1e-4, k_vote=30)
     tokens = ss.select_tokens(chat, direction, prompts.split("val").harmless[:8], config)
-    return chat, direction, tokens, prompts.split("distil").harmful
+    return chat, direction, tokens, prompts.split("distill").harmful
 
 
 def ours(options, adapter: bool, dtype: str):

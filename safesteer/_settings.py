@@ -19,6 +19,12 @@ from pydantic.fields import FieldInfo
 
 from safesteer._errors import SafeSteerError
 
+PLAIN = {  # pydantic's words for bounds, shorter
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "above",
+    "less than": "below",
+}
 LARGEST = 2**31 - 1  # of a whole number: what every random number generator and tensor size takes
 T = TypeVar("T")
 
@@ -92,6 +98,8 @@ def _sentence(name: str, error: ValidationError) -> str:
     if first["type"] == "unexpected_keyword_argument":
         return f"Unknown setting '{shown}': `safesteer settings` lists what there is."
     reason = first["msg"].split(", unable")[0].replace("Input should be", "must be")
+    for long, short in PLAIN.items():
+        reason = reason.replace(long, short)
     return f"{shown} {reason}, not {first['input']!r}."
 
 

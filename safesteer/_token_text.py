@@ -10,6 +10,9 @@
 
 import unicodedata
 from functools import cache
+from typing import cast
+
+from transformers import PreTrainedTokenizerBase
 
 SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍", "\x7f": "␡"}
 INVISIBLE = {"Cf", "Cc", "Cs", "Co", "Cn", "Zs", "Zl", "Zp"}
@@ -17,20 +20,20 @@ INVISIBLE = {"Cf", "Cc", "Cs", "Co", "Cn", "Zs", "Zl", "Zp"}
 
 @cache
 def _byte_of() -> dict[str, int]:
-    """Character -> byte of byte-level BPE vocabularies (Radford et al. 2019).
+    """Map the characters of byte-level BPE vocabularies to bytes (Radford et al. 2019).
 
     Printable Latin-1 bytes stand for themselves; the others take the code points from 256 up.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {chr(b): b for b in printable}
-    rest = [b for b in range(256) if b not in set(printable)]
-    return table | {chr(256 + n): b for n, b in enumerate(rest)}
+    unprintable = [b for b in range(256) if b not in set(printable)]
+    return table | {chr(256 + n): b for n, b in enumerate(unprintable)}
 
 
-def token_text(tokenizer, token: int) -> str:
-    """The text of one token, its leading space kept; lone bytes as "⟨E2 80⟩"."""
-    text = tokenizer.decode([token])
-    piece = tokenizer.convert_ids_to_tokens(token)
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Return the text of one token with its leading space; lone bytes as "⟨E2 80⟩"."""
+    text = cast(str, tokenizer.decode([token]))
+    piece = cast("str | None", tokenizer.convert_ids_to_tokens(token))
     if piece is None:
         return text or f"⟨token {token}⟩"
     if piece.startswith("<0x") and piece.endswith(">"):  # SentencePiece byte fallback
@@ -44,7 +47,7 @@ def token_text(tokenizer, token: int) -> str:
 
 
 def visible(text: str) -> str:
-    """`text` with spaces, line breaks and every invisible or direction-changing sign shown."""
+    """Show spaces, line breaks and every invisible or direction-changing sign."""
 
     def sign(c: str) -> str:
         if c in SIGNS:
@@ -57,12 +60,12 @@ def visible(text: str) -> str:
 
 
 def readable(text: str) -> str:
-    """`text` on one line, with single spaces left alone: there "␣" would be noise."""
+    """Show a text on one line, with single spaces left alone: there "␣" would be noise."""
     return " ".join(visible(part) for part in text.split(" "))
 
 
 def running(text: str) -> str:
-    """`text` over several lines, as it reads; lone surrogates and direction changes shown."""
+    """Show a text over several lines, as it reads, with lone surrogates and direction changes visible."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(c if c in " \n\t\u200c\u200d\xa0" else visible(c) for c in text)

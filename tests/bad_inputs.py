@@ -6,7 +6,6 @@ Each must be taken, or refused by a SafeSteerError of one sentence; any other ex
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +63,7 @@ def settings() -> Iterator[tuple[str, str]]:
     """Every setting of a recipe with every word."""
     from safesteer.recipes import quick
 
-    recipe = quick()
-    for stage in ("", "sweep", "tokens", "distill", "evaluation", "explain"):
-        for field in fields(getattr(recipe, stage) if stage else recipe):
-            if field.name not in ("sweep", "tokens", "distill", "evaluation", "explain", "preset"):
-                yield from ((f"{stage}.{field.name}" if stage else field.name, word) for word in WORDS)
+    yield from ((name, word) for name, *_ in quick().rows() if name != "preset" for word in WORDS)
 
 
 def damaged_files(whole: Path, draw: random.Random) -> Iterator[tuple[str, bytes]]:
@@ -138,7 +133,7 @@ def try_all(work: Path, whole: Path, seed: int) -> dict[str, Any]:
     readers: dict[str, Callable[[Path], object]] = {
         "direction.safetensors": Direction.load,
         "tokens.json": TokenSet.load,
-        "evaluation.json": Evaluation.load,
+        "evaluation.json": lambda path: Evaluation.load(path.parent),
         "attribution.json": Attribution.load,
         "manifest.json": read_json,
     }

@@ -25,8 +25,9 @@ from transformers import (
 
 from safesteer.directions.extraction import Candidates, mean_difference
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ChatModel
-from safesteer.models.loading import load_model, to_bridge
+from safesteer.models.chat_model import ChatModel, as_chat
+from safesteer.models.bridge import to_bridge
+from safesteer.models.loading import load_model
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.steering.direction import Direction
 
@@ -84,6 +85,11 @@ def _bpe(special: list[str]) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def chatml_tokenizer() -> PreTrainedTokenizerFast:
+    return chatml()
+
+
+def chatml() -> PreTrainedTokenizerFast:
+    """A tokenizer with the ChatML template."""
     bpe = _bpe(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -129,10 +135,15 @@ def _used(chat: ChatModel) -> ChatModel:
 @pytest.fixture(scope="session")
 def tiny_llama(chatml_tokenizer) -> ChatModel:
     """Tied head, a default system turn (so batches share a prefix), 3 layers."""
+    return tiny_chat(chatml_tokenizer)
+
+
+def tiny_chat(tokenizer: PreTrainedTokenizerFast | None = None) -> ChatModel:
+    """A Llama with random weights."""
     config = LlamaConfig(
         **SIZES, vocab_size=400, num_hidden_layers=3, tie_word_embeddings=True, bos_token_id=None
     )
-    return _chat(LlamaForCausalLM, config, chatml_tokenizer, "tiny-llama")
+    return _chat(LlamaForCausalLM, config, tokenizer or chatml(), "tiny-llama")
 
 
 @pytest.fixture(scope="session")
@@ -166,7 +177,7 @@ def chat(request) -> ChatModel:
 
 @pytest.fixture(scope="session")
 def bridges(tiny_llama, tiny_qwen2) -> dict[str, ChatModel]:
-    return {c.name: _used(to_bridge(c)) for c in (tiny_llama, tiny_qwen2)}
+    return {c.name: _used(as_chat(to_bridge(c))) for c in (tiny_llama, tiny_qwen2)}
 
 
 @pytest.fixture(params=["tiny_llama", "tiny_qwen2"])

@@ -22,10 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 SETTINGS = {
-    "extraction": "prefill",
-    "n_direction": 4,
-    "coeff": 1.5,
-    "sweep.n_prompts": 2,
+    "direction.extraction": "prefill",
+    "direction.n_train": 4,
+    "direction.coeff": 1.5,
+    "direction.n_val": 2,
     "tokens.k": 8,
     "tokens.n_samples": 2,
     "tokens.horizon": 3,
@@ -36,9 +36,9 @@ SETTINGS = {
     "distill.max_new_tokens": 3,
     "distill.checkpoint_every": 1,
     "distill.lr": 1e-3,
-    "evaluation.n_prompts": 3,
-    "evaluation.max_new_tokens": 4,
-    "evaluation.perplexity_tokens": 200,
+    "evaluate.n_prompts": 3,
+    "evaluate.max_new_tokens": 4,
+    "evaluate.perplexity_tokens": 200,
     "explain.n_prompts": 3,
     "explain.n_harmful": 2,
     "explain.n_samples": 2,

@@ -13,22 +13,30 @@ from rich.console import Console
 from conftest import PROMPTS, assert_near, batch_of, naive_logits, random_vector
 from safesteer._errors import SafeSteerError
 from safesteer._token_text import readable, running, token_text, visible
-from safesteer.attribution.coverage import Totals, matched_sets, read_answers, source_coverage, totals
-from safesteer.settings import ExplainConfig
-from safesteer.attribution.explanation import Attribution, explain, pick_traces
-from safesteer.attribution.stability import jaccard, stability
-from safesteer.attribution.stories import logit_parts, neighbours, why
+from safesteer.attribution.coverage import (
+    Controls,
+    StepSums,
+    matched_sets,
+    read_answers,
+    sum_by_step,
+    text_coverage,
+)
+from safesteer.attribution.explanation import explain, pick_traces
+from safesteer.attribution.result import Attribution
+from safesteer.attribution.stability import jaccard, measure_stability
+from safesteer.attribution.stories import logit_parts, neighbours, token_stories
 from safesteer.attribution.tracing import trace
-from safesteer.attribution.votes import allowed_ids, group_means, group_rankings
+from safesteer.attribution.votes import allowed_ids, subset_means, subset_rankings
 from safesteer.attribution.word_groups import GROUPS, NO_RULE, by_cluster, group_of
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import hf_model, output_head
+from safesteer.prompts.prompt_set import load_prompts
 from safesteer.report import direction_figures, figures
 from safesteer.report.page import as_json, build_page, write_report
 from safesteer.report.page_data import page_data
+from safesteer.settings import ExplainConfig, TokenConfig
 from safesteer.steering.direction import Direction, steer
 from safesteer.tokens.selection import AnswerStates, sample_answers, select_tokens
-from safesteer.settings import TokenConfig
 from safesteer.tokens.token_set import TokenSet
 
 CONFIG = TokenConfig(k=12, k_vote=20, horizon=4, n_samples=3, min_steered_prob=1e-4)
@@ -61,9 +69,9 @@ def chosen(tiny_llama, direction, sampled) -> TokenSet:
 
 
 @pytest.fixture(scope="module")
-def story(tiny_llama, direction, chosen, few) -> Attribution:
+def attribution(tiny_llama, direction, chosen, few) -> Attribution:
     config = ExplainConfig(n_prompts=4, n_harmful=3, max_tokens=10, n_sets=3, n_splits=3)
-    return explain(tiny_llama, tiny_llama, direction, chosen, few, config=config)
+    return explain(tiny_llama, direction, chosen, tiny_llama, prompts=few, config=config)
 
 
 # Trace ---------------------------------------------------------------------------------------
@@ -72,7 +80,7 @@ def story(tiny_llama, direction, chosen, few) -> Attribution:
 def test_each_token_has_the_probability_that_the_position_before_it_gave(chat):
     direction = plain_direction(chat)
     tokens = select_tokens(chat, direction, PROMPTS, CONFIG)
-    (got,) = trace(chat, chat, direction, tokens, PROMPTS[:1], [ANSWER])
+    (got,) = trace(chat, direction, tokens, PROMPTS[:1], [ANSWER], chat)
     ids = chat.tokenizer(ANSWER, add_special_tokens=False).input_ids
     assert [t.id for t in got.tokens] == ids[:32]
     for t, token in enumerate(got.tokens):
@@ -81,11 +89,11 @@ def test_each_token_has_the_probability_that_the_position_before_it_gave(chat):
         with steer(chat, direction):
             teacher = naive_logits(chat, batch)[0, -1].log_softmax(-1)
         assert_near(token.p_base, base[ids[t]].exp())
-        assert_near(token.p_teacher, teacher[ids[t]].exp())
+        assert_near(token.p_steered, teacher[ids[t]].exp())
         assert token.p_student == token.p_base
         assert token.rank_base == int((base > base[ids[t]]).sum()) + 1
         assert_near(token.lift, teacher[ids[t]] - base[ids[t]], 1e-3)
-        assert [a.id for a in token.top_teacher] == teacher.topk(5).indices.tolist()
+        assert [a.id for a in token.top_steered] == teacher.topk(5).indices.tolist()
         kl = float((teacher.exp() * (teacher - base)).sum())
         assert isclose(token.kl, kl, rel_tol=1e-3, abs_tol=1e-4)
         parts = teacher.exp() * (teacher - base) - teacher.exp() + base.exp()
@@ -94,7 +102,7 @@ def test_each_token_has_the_probability_that_the_position_before_it_gave(chat):
 
 
 def test_a_trace_without_a_student_or_without_a_token(tiny_llama, direction, chosen):
-    first, empty = trace(tiny_llama, None, direction, chosen, PROMPTS[:2], [ANSWER, ""], max_tokens=3)
+    first, empty = trace(tiny_llama, direction, chosen, PROMPTS[:2], [ANSWER, ""], max_tokens=3)
     assert len(first.tokens) == 3
     assert first.tokens[0].p_student is None
     assert first.tokens[0].top_student == ()
@@ -104,7 +112,7 @@ def test_a_trace_without_a_student_or_without_a_token(tiny_llama, direction, cho
 
 def test_a_trace_renders_in_a_notebook_and_a_terminal_without_markup(tiny_llama, direction, chosen):
     hostile = "<b>[red]hi</b>"
-    (got,) = trace(tiny_llama, None, direction, chosen, [hostile], [hostile])
+    (got,) = trace(tiny_llama, direction, chosen, [hostile], [hostile])
     page = got._repr_html_()
     assert "<b>[" not in page
     assert "&lt;" in page
@@ -113,23 +121,25 @@ def test_a_trace_renders_in_a_notebook_and_a_terminal_without_markup(tiny_llama,
     assert "[red]" in console.export_text()
 
 
-# Why -----------------------------------------------------------------------------------------
+# Stories -----------------------------------------------------------------------------------------
 
 
 def test_votes_of_the_story_are_the_votes_of_the_selection(tiny_llama, direction, sampled, chosen):
     everything = torch.ones((*sampled.valid.shape, 1), dtype=torch.bool)
-    means = group_means(tiny_llama, sampled, everything)
+    means = subset_means(tiny_llama, sampled, everything)
     allowed = allowed_ids(tiny_llama, means, CONFIG)
-    told = why(tiny_llama, direction, chosen, sampled, CONFIG, allowed)
+    stories = token_stories(tiny_llama, direction, chosen, sampled, allowed, k_vote=CONFIG.k_vote)
+    assert list(stories) == chosen.ids.tolist()
     for token in chosen.tokens:
-        found = told[token.id]
-        assert (found.votes, found.votes_by_step) == (token.votes, token.votes_by_position)
-        assert sum(p.votes for p in found.votes_by_prompt) == token.votes
-        assert found.group in GROUPS
-        assert found.places[0].p_teacher >= found.places[0].p_base
-        best = token.contexts[0]
-        if best.p_steered - best.p_base == found.places[0].p_teacher - found.places[0].p_base:
-            assert found.places[0].answer_so_far == best.answer_so_far
+        story, best = stories[token.id], token.contexts[0]
+        assert (story.votes, story.votes_by_position) == (token.votes, token.votes_by_position)
+        assert sum(p.votes for p in story.votes_by_prompt) == token.votes
+        assert story.group in GROUPS
+        place = story.places[0]
+        assert place.p_steered >= place.p_base
+        assert story.lift > 0
+        if best.p_steered - best.p_base == place.p_steered - place.p_base:
+            assert place.answer_so_far == best.answer_so_far
 
 
 def test_logit_parts_equal_the_plain_formula(chat):
@@ -158,11 +168,11 @@ def test_logit_parts_equal_the_plain_formula(chat):
 
 def test_neighbours_are_real_tokens_nearest_by_cosine(tiny_qwen2):
     weight = output_head(tiny_qwen2.model)[0]
-    found = neighbours(tiny_qwen2, torch.tensor([40, 41]), 3)
+    nearest, _ = neighbours(tiny_qwen2, torch.tensor([40, 41]), 3)
     n_real = len(tiny_qwen2.tokenizer)
     cosine = torch.cosine_similarity(weight[40], weight[:n_real], dim=-1)
     cosine[40] = -1
-    assert_near([c for _, c in found[0]], cosine.topk(3).values)
+    assert_near([c for _, c in nearest], cosine.topk(3).values)
 
 
 @pytest.mark.parametrize(
@@ -179,19 +189,29 @@ def test_neighbours_are_real_tokens_nearest_by_cosine(tiny_qwen2):
     ],
 )
 def test_groups_follow_their_rules(text, group):
-    assert group_of(1, text, [])[0] == group
+    assert group_of(text, [])[0] == group
 
 
-def test_a_group_can_come_from_neighbours_or_from_the_user():
+def test_a_group_can_come_from_neighbours():
     near = [(" désolé", 0.9), (" sorry", 0.7), (" banana", 0.6)]
-    group, reason = group_of(1, " perdón", near)
+    group, reason = group_of(" perdón", near)
     assert (group, reason) == ("starts a refusal", "like its neighbour 'sorry' (cosine 0.70)")
-    assert group_of(1, " perdón", [(" sorry", 0.3)])[0] == "other"
-    assert group_of(1, " sorry", [], {"sorry": "hedges"}) == ("hedges", "your choice")
-    assert group_of(7, " sorry", [], {7: "other"})[0] == "other"
+    assert group_of(" perdón", [(" sorry", 0.3)])[0] == "other"
 
 
-def test_a_token_without_a_rule_takes_the_group_of_the_tokens_voted_for_where_it_is():
+def test_a_group_can_come_from_the_user(attribution):
+    by_text, by_id = list(attribution.stories.values())[:2]
+    changed = attribution.with_groups({by_text.text.strip(): "hedges", by_id.id: "other"})
+    story = changed.stories[by_text.id]
+    assert (story.group, story.group_reason) == ("hedges", "your choice")
+    assert changed.stories[by_id.id].group == "other"
+    assert list(changed.stories) == list(attribution.stories)
+    assert changed.coverage == attribution.coverage
+    with pytest.raises(SafeSteerError, match="'nonsense'"):
+        attribution.with_groups({"a": "nonsense"})
+
+
+def test_a_token_without_a_rule_takes_the_group_of_its_cluster():
     sorry, hedge = torch.tensor([1.0, 0.0, 0.1]), torch.tensor([0.0, 1.0, -0.1])
     contexts = torch.stack([sorry, sorry, hedge, sorry, hedge])
     named = (
@@ -204,15 +224,8 @@ def test_a_token_without_a_rule_takes_the_group_of_the_tokens_voted_for_where_it
     )
     got = by_cluster(named, contexts, contexts)
     assert [g for g, _ in got] == ["starts a refusal"] * 2 + ["hedges", "starts a refusal", "other"]
+    assert got[3][1] == "same context cluster as 2 tokens of this group"
     assert got[4][1] == NO_RULE  # one named peer is not enough
-    mine = [*named[:3], ("other", "your choice"), named[4]]
-    assert by_cluster(mine, contexts, contexts)[3] == ("other", "your choice")
-
-
-def test_an_unknown_group_is_refused(tiny_llama, direction, chosen, sampled):
-    allowed = torch.ones(tiny_llama.d_vocab, dtype=torch.bool)
-    with pytest.raises(SafeSteerError, match="'nonsense'"):
-        why(tiny_llama, direction, chosen, sampled, CONFIG, allowed, groups={"a": "nonsense"})
 
 
 # Coverage ------------------------------------------------------------------------------------
@@ -222,21 +235,21 @@ def test_parts_add_up_to_the_whole_when_the_set_is_the_vocabulary(tiny_llama, sa
     n = tiny_llama.d_vocab
     everything = torch.ones(n, dtype=torch.bool)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    total = totals(tiny_llama, sampled)
-    found = source_coverage("x", total, order, n, (1, n), everything, everything, n_sets=2)
-    for curve in found.curves:
+    sums, controls = sum_by_step(tiny_llama, sampled), Controls(everything, everything, n_sets=2)
+    coverage = text_coverage("x", sums, order, n, controls, (1, n))
+    for curve in coverage.curves:
         if curve.name == "matched in base probability":
             continue  # nothing is left to match with
-        for band in (curve.kl_share, curve.mass_teacher, curve.mass_base):
-            assert isclose(band.mean[-1], 1, rel_tol=1e-4)
-            assert band.mean[0] <= band.mean[-1]
-    assert sum(s.n_positions for s in found.steps) == int(sampled.valid.sum())
+        for share in (curve.kl_share, curve.mass_teacher, curve.mass_base):
+            assert isclose(share.mean[-1], 1, rel_tol=1e-4)
+            assert share.mean[0] <= share.mean[-1]
+    assert sum(s.n_positions for s in coverage.steps) == int(sampled.valid.sum())
 
 
-def test_totals_equal_a_loop_over_positions(tiny_llama, direction):
-    read = read_answers(tiny_llama, direction, PROMPTS[:3], [ANSWER, "Yes", ""], max_tokens=12)
-    total, want = totals(tiny_llama, read), 0.0
-    assert read.prompts == PROMPTS[:2]
+def test_sums_by_step_equal_a_loop_over_positions(tiny_llama, direction):
+    states = read_answers(tiny_llama, direction, PROMPTS[:3], [ANSWER, "Yes", ""], max_tokens=12)
+    sums, want = sum_by_step(tiny_llama, states), 0.0
+    assert states.prompts == PROMPTS[:2]
     for prompt, answer in zip(PROMPTS[:2], (ANSWER, "Yes"), strict=True):
         ids = tiny_llama.tokenizer(answer, add_special_tokens=False).input_ids[:12]
         batch = PromptBatch.of(tiny_llama.tokenizer, [prompt], [ids])
@@ -245,7 +258,7 @@ def test_totals_equal_a_loop_over_positions(tiny_llama, direction):
         with steer(tiny_llama, direction):
             teacher = naive_logits(tiny_llama, batch)[0, at].log_softmax(-1)
         want += float((teacher.exp() * (teacher - base)).sum())
-    assert isclose(float(total.kl.sum()), want, rel_tol=1e-3)
+    assert isclose(float(sums.kl.sum()), want, rel_tol=1e-3)
 
 
 def test_a_planted_set_carries_more_than_its_controls():
@@ -254,11 +267,11 @@ def test_a_planted_set_carries_more_than_its_controls():
     base = torch.rand(1, n, generator=generator, dtype=torch.float64) + 0.1
     kl = torch.full((1, n), 1e-3, dtype=torch.float64)
     kl[0, planted] = 1.0
-    total = Totals(kl, base, base, torch.tensor([10]))
+    sums = StepSums(kl, base, base, torch.tensor([10]))
     everything = torch.ones(n, dtype=torch.bool)
-    found = source_coverage("x", total, planted, 20, (5, 20), everything, everything)
-    share = {c.name: c.kl_share.mean[-1] for c in found.curves}
-    assert share["S"] == share["best possible"] > 0.9
+    coverage = text_coverage("x", sums, planted, 20, Controls(everything, everything), (5, 20))
+    share = {c.name: c.kl_share.mean[-1] for c in coverage.curves}
+    assert share["S"] == share["best possible"] == coverage.at_k("S") > 0.9
     assert max(v for k, v in share.items() if k.startswith(("random", "matched"))) < 0.1
 
 
@@ -266,11 +279,11 @@ def test_matched_sets_match_and_leave_the_set_alone():
     p_base = torch.logspace(-6, -1, 2000)
     ranking = torch.tensor([50, 1000, 1990])
     everything = torch.ones(2000, dtype=torch.bool)
-    for found in matched_sets(ranking, 3, p_base, everything, n_sets=4, seed=0):
-        assert not set(found.tolist()) & set(ranking.tolist())
-        assert len(set(found.tolist())) == 3
-        for ours, other in zip(p_base[ranking], p_base[found], strict=True):
-            assert abs(log(float(ours / other))) < 0.3
+    for matched in matched_sets(ranking, 3, p_base, Controls(everything, everything, n_sets=4)):
+        assert not set(matched.tolist()) & set(ranking.tolist())
+        assert len(set(matched.tolist())) == 3
+        for p, p_matched in zip(p_base[ranking], p_base[matched], strict=True):
+            assert abs(log(float(p / p_matched))) < 0.3
 
 
 # Stability -----------------------------------------------------------------------------------
@@ -278,15 +291,15 @@ def test_matched_sets_match_and_leave_the_set_alone():
 
 def test_the_ranking_of_all_positions_is_the_selection(tiny_llama, sampled, chosen):
     everything = torch.ones((*sampled.valid.shape, 1), dtype=torch.bool)
-    (ranking,), _ = group_rankings(tiny_llama, sampled, everything, CONFIG, CONFIG.k)
+    (ranking,), _ = subset_rankings(tiny_llama, sampled, everything, CONFIG, CONFIG.k)
     assert ranking == chosen.ids.tolist()
 
 
-def test_a_horizon_group_is_the_selection_at_that_horizon(tiny_llama, direction, sampled):
-    groups = torch.ones((*sampled.valid.shape, 2), dtype=torch.bool)
-    groups[:, 2:, 1] = False
+def test_a_subset_of_the_horizon_ranks_as_the_selection_at_that_horizon(tiny_llama, direction, sampled):
+    subsets = torch.ones((*sampled.valid.shape, 2), dtype=torch.bool)
+    subsets[:, 2:, 1] = False
     config = replace(CONFIG, min_steered_prob=1e-12)
-    rankings, _ = group_rankings(tiny_llama, sampled, groups, config, CONFIG.k)
+    rankings, _ = subset_rankings(tiny_llama, sampled, subsets, config, CONFIG.k)
     short = AnswerStates(
         *(getattr(sampled, f)[:, :2] for f in ("teacher", "base", "completion_ids", "valid")), sampled.prompts
     )
@@ -303,9 +316,9 @@ def test_equal_samples_are_perfectly_stable(tiny_llama, sampled):
         sampled.valid[first],
         tuple(sampled.prompts[i] for i in first),
     )
-    found, _, _ = stability(tiny_llama, same, CONFIG, ks=(5, 10), n_splits=2, others=[same])
-    curves = {c.name: c.jaccard for c in found.curves}
-    assert curves["samples"].mean == curves["seeds"].mean == (1.0, 1.0)
+    result = measure_stability(tiny_llama, same, CONFIG, ks=(5, 10), n_splits=2)
+    curves = {c.name: c.jaccard for c in result.stability.curves}
+    assert curves["samples"].mean == (1.0, 1.0)
     assert all(
         0 <= low <= high <= 1 for c in curves.values() for low, high in zip(c.low, c.high, strict=True)
     )
@@ -319,30 +332,66 @@ def test_jaccard():
 # Explain -------------------------------------------------------------------------------------
 
 
-def test_an_explanation_survives_its_file(story, tmp_path):
-    story.save(tmp_path / "attribution.json")
+def test_an_explanation_survives_its_file(attribution, tmp_path):
+    attribution.save(tmp_path / "attribution.json")
     again = Attribution.load(tmp_path / "attribution.json")
-    assert again == story
+    assert again == attribution
+    raw = json.loads((tmp_path / "attribution.json").read_text())
+    assert set(raw) == {"traces", "stories", "coverage", "stability"}
+    story = raw["stories"][str(next(iter(attribution.stories)))]
+    assert {"votes_by_position", "p_steered", "rank_steered", "places"} <= set(story)
     assert again.traces[0].tokens[0].top_base[0].p <= 1
     (tmp_path / "attribution.json").write_text('{"traces": []}')
     with pytest.raises(SafeSteerError, match="not an attribution file"):
         Attribution.load(tmp_path / "attribution.json")
 
 
-def test_an_explanation_is_deterministic(tiny_llama, direction, chosen, few, story):
+def test_an_explanation_is_deterministic(tiny_llama, direction, chosen, few, attribution):
     config = ExplainConfig(n_prompts=4, n_harmful=3, max_tokens=10, n_sets=3, n_splits=3)
-    assert explain(tiny_llama, tiny_llama, direction, chosen, few, config=config) == story
+    again = explain(tiny_llama, direction, chosen, tiny_llama, prompts=few, config=config)
+    assert again == attribution
+
+
+def test_an_explanation_takes_a_pair_and_our_prompts(tiny_llama, direction, chosen):
+    config = ExplainConfig(n_prompts=2, n_harmful=1, n_traces=1, max_tokens=4, n_sets=1, n_splits=1)
+    pair = tiny_llama.model, tiny_llama.tokenizer
+    attribution = explain(pair, direction, chosen, config=config)
+    val = load_prompts().split("val")
+    assert {p.prompt for s in attribution.stories.values() for p in s.places} <= set(val.harmless[:2])
+    (answer,) = attribution.traces
+    assert answer.prompt in (val.harmful if answer.label == "harmful" else val.harmless)
+
+
+def test_an_explanation_is_a_table_with_a_row_per_token(attribution, chosen):
+    table = attribution.to_frame()
+    assert table.id.tolist() == chosen.ids.tolist()
+    story = attribution.stories[chosen.tokens[0].id]
+    assert table.loc[0, "later_layers"] == story.change - story.direct
+    assert table.loc[0, "p_steered"] == story.p_steered
+
+
+def test_an_explanation_renders_in_a_notebook_without_markup(attribution):
+    first = next(iter(attribution.stories.values()))
+    hostile = replace(first, text="<img src=x>")
+    page = replace(attribution, stories=attribution.stories | {first.id: hostile})._repr_html_()
+    assert "<img" not in page
+    assert "&lt;img src=x&gt;" in page
+    text = attribution.coverage.texts[0]
+    assert f"{text.at_k('S'):.1%}" in page
+    assert f"{text.at_k('matched in base probability'):.1%}" in page
+    assert "prompts" in page
+    assert f"{len(attribution.stories)} tokens" in repr(attribution)
 
 
 def test_given_answers_are_traced_and_counted(tiny_llama, direction, chosen, few):
     rows = answer_rows(4)
     config = ExplainConfig(n_prompts=2, n_harmful=2, max_tokens=8, n_sets=2, n_splits=2)
-    found = explain(tiny_llama, None, direction, chosen, few, rows, config)
-    assert {t.author for t in found.traces} == {"teacher", "base"}
-    kinds = {c.answers: c.n for c in found.coverage.containing}
+    attribution = explain(tiny_llama, direction, chosen, prompts=few, answers=rows, config=config)
+    assert {t.author for t in attribution.traces} == {"teacher", "base"}
+    kinds = {c.answers: c.n for c in attribution.coverage.answer_shares}
     assert kinds["refusals by the teacher"] == 8
     assert kinds["base answers to harmful prompts that do not refuse"] == 4
-    assert [s.name for s in found.coverage.sources][-1] == "base model's answers to harmful prompts"
+    assert attribution.coverage.texts[-1].name == "base model's answers to harmful prompts"
 
 
 def test_changed_prompts_are_traced_first():
@@ -396,7 +445,7 @@ def answer_rows(n: int, texts: tuple[str, ...] = ("Sure, here is a plan.\n1. Beg
     ]
 
 
-def fill_run(path, tokens: TokenSet, story: Attribution | None, answers: list[dict], model="tiny"):
+def fill_run(path, tokens: TokenSet, attribution: Attribution | None, answers: list[dict], model="tiny"):
     """A run folder with every file a report reads, without a training run."""
     path.mkdir(exist_ok=True)
     manifest = {
@@ -441,8 +490,8 @@ def fill_run(path, tokens: TokenSet, story: Attribution | None, answers: list[di
     }
     (path / "evaluation.json").write_text(json.dumps(dict.fromkeys(("base", "teacher", "student"), scores)))
     (path / "answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in answers))
-    if story:
-        story.save(path / "attribution.json")
+    if attribution:
+        attribution.save(path / "attribution.json")
     return path
 
 
@@ -491,8 +540,8 @@ def test_a_page_loads_nothing_and_states_what_is_missing(tmp_path):
     assert all("is missing" in line for line in missing.values())
 
 
-def test_a_damaged_file_costs_its_section_only(tmp_path, chosen, story):
-    run = fill_run(tmp_path / "run", chosen, story, answer_rows(2))
+def test_a_damaged_file_costs_its_section_only(tmp_path, chosen, attribution):
+    run = fill_run(tmp_path / "run", chosen, attribution, answer_rows(2))
     for name in ("sweep.csv", "history.jsonl", "attribution.json"):
         (run / name).write_text("broken\x00{")
     shown = page_data(run)
@@ -501,26 +550,38 @@ def test_a_damaged_file_costs_its_section_only(tmp_path, chosen, story):
     assert write_report(run).stat().st_size > 0
 
 
-def test_a_report_of_200_prompts_is_under_8_mb(tmp_path, chosen, story):
-    many = replace(story, traces=(story.traces * 200)[:200])
+def test_a_report_of_200_prompts_is_under_8_mb(tmp_path, chosen, attribution):
+    many = replace(attribution, traces=(attribution.traces * 200)[:200])
     rows = answer_rows(100, ("A plausible answer of some length. " * 12,))
     page = write_report(fill_run(tmp_path / "run", chosen, many, rows))
     assert page.stat().st_size < 8_000_000
 
 
-def test_a_trace_in_the_page_is_the_trace(tmp_path, chosen, story):
-    shown = page_data(fill_run(tmp_path / "run", chosen, story, []))["traces"]
-    for row, want in zip(shown["rows"], story.traces, strict=True):
+def test_a_story_in_the_page_is_the_story(tmp_path, chosen, attribution):
+    rows = page_data(fill_run(tmp_path / "run", chosen, attribution, []))["tokens"]["rows"]
+    for row, token in zip(rows, chosen.tokens, strict=True):
+        story = attribution.stories[token.id]
+        assert (row["group"], row["votes_by_position"]) == (story.group, list(token.votes_by_position))
+        for name in ("p_base", "p_steered", "rank_base", "rank_steered", "direct", "later_layers"):
+            assert_near(row["story"][name], getattr(story, name), 1e-3)
+        for shown, place in zip(row["story"]["places"], story.places, strict=True):
+            assert (shown["step"], shown["rank_steered"]) == (place.step, place.rank_steered)
+            assert shown["answer_so_far"] == readable(place.answer_so_far)
+
+
+def test_a_trace_in_the_page_is_the_trace(tmp_path, chosen, attribution):
+    shown = page_data(fill_run(tmp_path / "run", chosen, attribution, []))["traces"]
+    for row, want in zip(shown["rows"], attribution.traces, strict=True):
         for got, token in zip(row["tokens"], want.tokens, strict=True):
             assert got[0] == token.id
             assert shown["vocabulary"][str(token.id)] == visible(token.text)
-            assert_near(got[1], [token.p_base, token.p_teacher, token.p_student], 1e-3)
-            assert_near(got[7][1][1], token.top_teacher[0].p, 1e-3)
+            assert_near(got[1], [token.p_base, token.p_steered, token.p_student], 1e-3)
+            assert_near(got[7][1][1], token.top_steered[0].p, 1e-3)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_figures_hold_plain_numbers(theme, tmp_path, chosen, story):
-    run = fill_run(tmp_path / "run", chosen, story, [])
+def test_figures_hold_plain_numbers(theme, tmp_path, chosen, attribution):
+    run = fill_run(tmp_path / "run", chosen, attribution, [])
     table = pd.read_csv(run / "sweep.csv", dtype={"position": str})
     one = table[table.position == "-1"]
     rows = [asdict(t) for t in hostile_tokens(chosen).tokens]
@@ -528,9 +589,9 @@ def test_figures_hold_plain_numbers(theme, tmp_path, chosen, story):
         direction_figures.sweep_figure(table, theme, chosen=("-1", 3)),
         direction_figures.sweep_figure(one, theme, chosen=("-1", 3)),
         figures.votes_figure(rows, theme),
-        figures.coverage_figure(story.coverage.sources[0], theme),
-        figures.steps_figure(story.coverage, theme),
-        figures.stability_figure(story.stability, theme),
+        figures.coverage_figure(attribution.coverage.texts[0], theme),
+        figures.steps_figure(attribution.coverage, theme),
+        figures.stability_figure(attribution.stability, theme),
     ]
     for figure in made:
         text = figure.to_json()

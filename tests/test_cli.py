@@ -3,11 +3,7 @@
 import subprocess
 import sys
 
-import pytest
 from test_pipeline import SMALL, model_folder  # noqa: F401
-
-from safesteer._errors import SafeSteerError
-from safesteer.recipes import paper, quick, recipe
 
 
 def cli(*args: str) -> subprocess.CompletedProcess:
@@ -41,7 +37,7 @@ def test_evaluate_a_model_from_the_shell(model_folder, tmp_path):  # noqa: F811
     done = cli("evaluate", str(model_folder), "--suite", "quick", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "own-harmful" in done.stdout
-    assert (out / "evaluation.json").exists()
+    assert (out / "results.json").exists()
     fails_with("Unknown suite 'huge'", "evaluate", str(model_folder), "--suite", "huge")
 
 
@@ -84,38 +80,20 @@ def test_report_needs_a_run(tmp_path):
     fails_with("is not a run folder", "report", str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("setting", "sentence"),
-    [
-        ("distill.lr=fast", "must be a number"),
-        ("distill.divergence=sideways", "must be one of"),
-        ("distill.n_steps=0", "must be at least 1"),
-        ("oven.heat=3", "there is no stage 'oven'"),
-        ("tokens.size=3", "Unknown setting 'tokens.size'"),
-        ("tokens.k=-5", "must be at least 1"),
-        ("extraction=magic", "must be one of"),
-        ("pairs=some", "must be one of"),
-        ("seed=x", "must be a number"),
-    ],
-)
-def test_bad_settings_are_one_sentence(setting, sentence):
-    key, _, value = setting.partition("=")
-    with pytest.raises(SafeSteerError, match=sentence):
-        recipe("quick", **{key: value})
+def test_settings_are_printed_and_start_a_recipe_file(tmp_path, model_folder):  # noqa: F811
+    done = cli("settings", "paper")
+    assert done.returncode == 0
+    assert "min_steered_prob" in done.stdout.replace("\n", "") or "tokens.min" in done.stdout
+    done = cli("settings", "--toml")
+    path = tmp_path / "mine.toml"
+    path.write_text(done.stdout.replace("lr = 0.0003", "lr = -1.0"))
+    fails_with("distill.lr must be above 0", "align", str(model_folder), "--recipe", str(path))
+    fails_with("Unknown preset 'fancy'", "settings", "fancy")
+    fails_with("--set takes NAME=VALUE", "align", str(model_folder), "--set", "lr")
 
 
-def test_presets():
-    published = paper().distill
-    assert (published.divergence, published.normalizer, published.harmless_per_step) == (
-        "reverse",
-        "partial",
-        0,
-    )
-    assert (published.rollouts, published.decay, paper().pairs) == ("student", 1.0, "distil")
-    # 100 harmful prompts x 8 rollouts in optimizer steps of 32 sequences, one epoch.
-    assert published.n_steps * published.harmful_per_step == 100
-    assert published.harmful_per_step * published.n_rollouts == 32
-    assert recipe("paper", seed=7).distill.seed == 7
-    assert quick(3).tokens.seed == 3
-    with pytest.raises(SafeSteerError, match="Unknown preset"):
-        recipe("fancy")
+def test_help_answers_at_once_and_loads_no_torch():
+    code = "import sys, safesteer, safesteer.cli; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    done = cli("--help")
+    assert all(word in done.stdout for word in ("align", "direction", "tokens", "distill", "settings"))

@@ -10,15 +10,15 @@ from conftest import random_vector
 from safesteer.directions.calibration import strength_table
 from safesteer.directions.extraction import Candidates
 from safesteer.directions.inspection import component_contributions, cosines, residual_pca
-from safesteer.settings import DirectionConfig
 from safesteer.directions.sweeping import sweep
 from safesteer.report.direction_figures import (
+    contributions_figure,
     cosine_figure,
     plane_figure,
     strength_figure,
     sweep_figure,
-    writers_figure,
 )
+from safesteer.settings import DirectionConfig
 from safesteer.steering.direction import Direction
 
 REFUSAL_IDS = torch.tensor([7, 40, 90])
@@ -50,7 +50,7 @@ def test_sweep_hover_tells_scores_controls_and_reason(scored, theme):
     json.loads(figure.to_json())
 
 
-def test_strength_curves_have_a_line_a_layer(tiny_llama, direction, few, theme):
+def test_strength_curves_have_one_line_per_layer(tiny_llama, direction, few, theme):
     table = strength_table(
         tiny_llama,
         [direction],
@@ -67,9 +67,9 @@ def test_strength_curves_have_a_line_a_layer(tiny_llama, direction, few, theme):
     assert "refused" not in line.text[0]  # no judge, no rate
 
 
-def test_writers_are_sorted_by_what_they_write(tiny_llama, few, theme):
+def test_contributions_are_sorted_by_their_size(tiny_llama, few, theme):
     table = component_contributions(tiny_llama, Direction(random_vector(32), 1, "-1", "given"), few)
-    figure = writers_figure(table, theme, n=6)
+    figure = contributions_figure(table, theme, n=6)
     shown = [name for bar in figure.data for name in bar.y]
     assert len(shown) == 6
     biggest = table.loc[table.difference.abs().idxmax()].component

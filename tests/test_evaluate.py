@@ -14,7 +14,8 @@ from safesteer.settings import EvaluateConfig
 from safesteer.evaluation.scores import evaluate, kl_on_answers
 from safesteer.models.batch import render
 from safesteer.models.generation import generate
-from safesteer.models.loading import to_bridge
+from safesteer.models.bridge import to_bridge
+from safesteer.models.chat_model import as_chat
 from safesteer.models.text_loss import perplexity
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.steering.direction import steer
@@ -57,7 +58,7 @@ def test_perplexity_equals_the_models_own_loss(tiny_llama):
 def test_kl_on_answers_equals_a_naive_loop(tiny_llama):
     base, prompts = tiny_llama, load_prompts().split("val").first(5)
     direction = mean_difference(base, prompts).direction(base, "-1", 1, coeff=2.0)
-    lens = to_bridge(base)
+    lens = as_chat(to_bridge(base))
     texts, answers = prompts.harmless, ["A b", "Some answer", "x", "longer answer here", "no"]
     config = EvaluateConfig(batch_size=3)
     with steer(lens, direction):

@@ -31,9 +31,9 @@ from safesteer.directions.extraction import mean_difference, system_contrast
 from safesteer.settings import DirectionConfig
 from safesteer.directions.sweeping import sweep
 from safesteer.models.batch import render, suffix_length
-from safesteer.models.chat_model import ChatModel
+from safesteer.models.bridge import to_bridge
+from safesteer.models.chat_model import ChatModel, as_chat
 from safesteer.models.generation import generate, generate_ids
-from safesteer.models.loading import to_bridge
 from safesteer.steering.interventions import ablate, add
 
 
@@ -198,7 +198,7 @@ def test_a_padded_batch_equals_single_prompts(member):
 def test_a_bridge_steers_alike(member, operation):
     _, chat = member
     vector, answers = random_vector(32), []
-    for each in (chat, to_bridge(chat)):
+    for each in (chat, as_chat(to_bridge(chat))):
         how = add(each.model, vector, 1, 3.0) if operation == "add" else ablate(each.model, vector)
         with how:
             answers.append(generate_ids(each, batch_of(each), max_new_tokens=4).tolist())

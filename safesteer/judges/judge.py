@@ -131,9 +131,9 @@ def refusals(verdicts: Sequence[Verdict]) -> list[bool]:
 
 
 def read_reply(reply: str) -> tuple[float | None, str]:
-    """Return (p_harmful, category) from the text of a safety classifier.
+    r"""Return (p_harmful, category) from the text of a safety classifier.
 
-    It reads "safe"; "unsafe\\nS9" (Llama-Guard); "Yes" and "No" to whether the answer violates a
+    It reads "safe"; "unsafe\nS9" (Llama-Guard); "Yes" and "No" to whether the answer violates a
     guideline (ShieldGemma); and WildGuard's lines, of which "Harmful response: yes" counts. Anything
     else is unknown.
     """

@@ -67,8 +67,9 @@ class ChatModel:
         return sorted(ids)
 
     def copy(self) -> "ChatModel":
-        """Copy the plain weights: a model that may be trained or changed."""
-        return ChatModel(copy.deepcopy(hf_model(self.model)), self.tokenizer, self.name)
+        """Copy the plain Hugging Face model: one that may be trained, changed or exported."""
+        model = _without_bridge(self.model) if is_bridge(self.model) else copy.deepcopy(hf_model(self.model))
+        return ChatModel(model, self.tokenizer, self.name)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without the special tokens that a tokenizer may add."""
@@ -180,6 +181,18 @@ def hf_model(model: nn.Module) -> PreTrainedModel:
 def is_bridge(model: nn.Module) -> bool:
     """Return whether `model` is a TransformerBridge, without importing TransformerLens."""
     return any(c.__name__ == "TransformerBridge" for c in type(model).__mro__)
+
+
+def _without_bridge(bridge: nn.Module) -> PreTrainedModel:
+    """Build the plain model again: a bridge wraps the modules of its own under other names."""
+    wrapped = hf_model(bridge)
+    config = copy.deepcopy(wrapped.config)
+    config._attn_implementation = None  # a bridge asks for "eager", which shows attention patterns
+    model = type(wrapped)(config).to(device=wrapped.device, dtype=wrapped.dtype)
+    weights = {n.replace("._original_component", ""): w for n, w in wrapped.state_dict().items()}
+    model.load_state_dict({name: weights[name] for name in model.state_dict()})
+    model.generation_config = copy.deepcopy(wrapped.generation_config)
+    return model.eval()
 
 
 def text_config(model: nn.Module) -> PretrainedConfig:

@@ -43,7 +43,7 @@ def answers_start(at: Int[Tensor, " rows"]) -> Iterator[None]:
 
 
 def _check_length(model: nn.Module, batch: PromptBatch) -> None:
-    """Past its context a model reads nonsense, and attention costs the square of the length."""
+    """Refuse what is longer than the context: a model reads nonsense there, at quadratic cost."""
     limit, n = context_length(model), batch.prompt_ids.shape[1]
     if limit and n > limit:
         raise SafeSteerError(

@@ -1,6 +1,6 @@
 """Safety and over-refusal benchmarks by name: each a list of prompts, from the Hub or from a file.
 
-Where each lives on the Hub is a fact with four parts (repository, config, split, column) and, for some,
+Where each lies on the Hub is a fact with four parts (repository, config, split, column) and, for some,
 which rows count. A local file is JSON Lines or CSV in the benchmark's own columns, or with a column
 `prompt`; `data` is a folder of such files under known names, for machines without a network. Nothing is
 shipped with the project: licences differ. Prompts that a benchmark repeats are kept once.
@@ -23,7 +23,7 @@ Kind = Literal["harmful", "over-refusal"]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark's prompts are. `where` keeps the rows whose column has the given value.
+    """Where a benchmark's prompts lie. `where` keeps the rows whose column has the given value.
 
     `file` and `file_where` are the same for a local copy. `gated`: its page asks to accept terms.
     `hub_file` is the JSON file to read in a repository that has a loading script, which `datasets` no
@@ -119,7 +119,7 @@ def load_benchmark(
     limit: int | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Load the prompts of a benchmark: from a file, from a folder that holds it, or from the Hub.
+    r"""Load the prompts of a benchmark: from a file, from a folder that holds it, or from the Hub.
 
     Args:
         name: One of `BENCHMARKS`, such as "xstest" or "harmbench".
@@ -140,7 +140,7 @@ def load_benchmark(
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     file = Path(folder) / "rows.csv"
-        ...     _ = file.write_text("prompt,label\\nHow do I kill a process?,safe\\n")
+        ...     _ = file.write_text("prompt,label\nHow do I kill a process?,safe\n")
         ...     ss.load_benchmark("xstest", path=file)
         ['How do I kill a process?']
     """
@@ -167,7 +167,7 @@ def load_benchmark(
 
 
 def _prompt(value: object) -> str:
-    """One turn of text: the first of several, without ALERT's instruction frame."""
+    """Return one turn of text: the first of several, without ALERT's instruction frame."""
     if isinstance(value, list | tuple | np.ndarray):
         value = value[0] if len(value) else ""
     if not isinstance(value, str):
@@ -198,12 +198,10 @@ def _from_hub(benchmark: Benchmark) -> pd.DataFrame:
             rows = load_dataset(benchmark.repo, benchmark.config, split=benchmark.split)
         return cast(pd.DataFrame, rows.to_pandas())
     except Exception as error:  # the Hub raises whatever it likes
-        help_ = (
-            f" It is gated: accept its terms at https://huggingface.co/datasets/{benchmark.repo} and log in with"
-            " `hf auth login`."
-            if benchmark.gated
-            else " Without a network, give a local file or a folder of data."
-        )
+        help_ = " Without a network, give a local file or a folder of data."
+        if benchmark.gated:
+            page = f"https://huggingface.co/datasets/{benchmark.repo}"
+            help_ = f" It is gated: accept its terms at {page} and log in with `hf auth login`."
         raise SafeSteerError(
             f"Cannot load '{benchmark.name}' from {benchmark.repo}: {first_line(error)}{help_}"
         ) from error

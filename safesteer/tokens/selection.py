@@ -1,221 +1,205 @@
-"""Safety tokens S: the few output tokens that steering moves (paper section 3.3).
+"""Safety tokens S: the few output tokens that steering moves (paper section 3.3, steps 4 and 5).
 
-1. Sample N continuations of H tokens from the steered teacher on harmless prompts (T = 1).
-2. Score the same tokens with and without steering: Delta_j(v) = log pt(v) - log p0(v).
-3. A position counts until p0's argmax has been an end-of-turn token, or the sample has ended.
+`sampling.py` takes steps 1 to 3: it samples answers and says which positions count. Then, with
+Delta_j(v) = log pt(v) - log p0(v) at position j:
+
 4. Ban special tokens and tokens whose mean pt over counting positions is below a threshold.
 5. Every counting position votes for its top K' allowed tokens by Delta; S = the K most voted.
 
-Memory is O(vocabulary): samples are kept as final hidden states (rows x d_model) and turned into
-logits a few rows at a time, once for the means and once for the votes.
+The vocabulary is read three times, a few rows at a time: for the means, for the votes, and for the
+contexts and the coverage of what was selected.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from safesteer._errors import SafeSteerError
-from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ChatModel, output_head
-from safesteer.models.forward import final_hidden, prefill
-from safesteer.models.generation import generate_ids, uniforms
-from safesteer.models.logits import generalized_kl_terms, logits_of
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.logits import generalized_kl_terms
+from safesteer.prompts.prompt_set import load_prompts
 from safesteer.settings import TokenConfig
-from safesteer.steering.direction import Direction, steer
+from safesteer.steering.direction import Direction
+from safesteer.tokens.sampling import AnswerStates, logp_rows, sample_answers
 from safesteer.tokens.token_set import Context, SafetyToken, TokenSet
-
-ROWS = 32  # rows of (row x vocabulary) log-probabilities alive at once
-
-
-@dataclass(frozen=True, eq=False)
-class AnswerStates:
-    """Sampled steps: final hidden states of teacher and base, and which positions count."""
-
-    teacher: Float[Tensor, "rows horizon d_model"]
-    base: Float[Tensor, "rows horizon d_model"]
-    completion_ids: Int[Tensor, "rows horizon"]
-    valid: Bool[Tensor, "rows horizon"]
-    prompts: tuple[str, ...]  # one a row
-
-
-@torch.no_grad()
-def sample_answers(
-    chat: ChatModel, direction: Direction, prompts: Sequence[str], config: TokenConfig
-) -> AnswerStates:
-    """Step 1 and 2: sample from teacher (or base), then read both on the same tokens."""
-    parts, owners = [], []
-    eos = torch.tensor(chat.eos_ids, device=chat.device)
-    source = (lambda: steer(chat, direction)) if config.rollouts == "teacher" else nullcontext
-    for rows, batch in chat.batched(prompts, config.batch_size):
-        drawn = [uniforms((config.seed, i), config.n_samples, config.horizon) for i in rows]
-        with source():
-            ids = generate_ids(
-                chat,
-                batch,
-                max_new_tokens=config.horizon,
-                temperature=1.0,
-                n_samples=config.n_samples,
-                uniform=torch.cat(drawn),
-            )
-        if ids.shape[1] < config.horizon:  # every sample ended early
-            missing = config.horizon - ids.shape[1]
-            ids = torch.nn.functional.pad(ids, (0, missing), value=chat.eos_ids[0])
-        ended = torch.isin(ids, eos)
-        valid = ended.cumsum(1) - ended.long() == 0
-        with steer(chat, direction):
-            teacher = _step_hidden(chat, batch, ids)
-        parts.append((teacher, _step_hidden(chat, batch, ids), ids, valid))
-        owners += [prompts[i] for i in rows for _ in range(config.n_samples)]
-    teacher, base, ids, valid = (torch.cat(part) for part in zip(*parts, strict=True))
-    weight, bias, softcap = output_head(chat.model)
-    for at in torch.arange(len(ids)).split(ROWS):
-        top = torch.stack([logits_of(h, weight, bias, softcap).argmax(-1) for h in base[at].unbind(1)], 1)
-        valid[at] &= torch.isin(top, eos).cumsum(1) == 0
-    return AnswerStates(teacher, base, ids, valid, tuple(owners))
-
-
-def _step_hidden(
-    chat: ChatModel, batch: PromptBatch, ids: Int[Tensor, "rows horizon"]
-) -> Float[Tensor, "rows horizon d_model"]:
-    """Hidden states that predict each id. A prompt is read once, however many samples it has."""
-    full, upto = batch.extended(ids), batch.prompt_ids.shape[1] - 1
-    cache = prefill(chat.model, batch, upto, len(ids) // len(batch.prompt_ids))
-    return final_hidden(chat.model, full, cache)[:, :-1]
-
-
-def logp_rows(
-    chat: ChatModel, sampled: AnswerStates
-) -> Iterator[tuple[Int[Tensor, " n"], Int[Tensor, " n"], Tensor, Tensor]]:
-    """Counting positions, a few rows at a time: (row, step, log pt, log p0), each over V."""
-    head = output_head(chat.model)
-    row, step = sampled.valid.nonzero(as_tuple=True)
-    for at in torch.arange(len(row)).split(ROWS):
-        r, j = row[at], step[at]
-        yield (
-            r,
-            j,
-            logits_of(sampled.teacher[r, j], *head).log_softmax(-1),
-            logits_of(sampled.base[r, j], *head).log_softmax(-1),
-        )
-
-
-def banned_ids(chat: ChatModel) -> Bool[Tensor, " d_vocab"]:
-    """Tokens that can never be selected: special ones, those holding "<|", and padding rows."""
-    tokenizer, n = chat.tokenizer, chat.d_vocab
-    banned = torch.zeros(n, dtype=torch.bool)
-    banned[len(tokenizer) :] = True  # type: ignore[arg-type]
-    banned[[i for i in tokenizer.all_special_ids if i < n]] = True  # type: ignore[attr-defined]
-    pieces = tokenizer.convert_ids_to_tokens(range(min(n, len(tokenizer))))  # type: ignore[attr-defined,arg-type]
-    banned[[i for i, piece in enumerate(pieces) if piece is None or "<|" in piece]] = True
-    return banned
 
 
 @torch.no_grad()
 def select_tokens(
-    chat: ChatModel,
+    chat: ModelLike,
     direction: Direction,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | None = None,
     config: TokenConfig | None = None,
     *,
     sampled: AnswerStates | None = None,
 ) -> TokenSet:
-    """Select S on `prompts` (section 3.3). `sampled` reuses rollouts under other settings.
+    """Select the safety tokens S: those that steering lifts where the model answers (section 3.3).
 
-    Deterministic for a seed; votes that tie are ordered by mean delta, then by id. Raises
-    SafeSteerError where no position counts or no token may be selected.
+    Deterministic for a seed; votes that tie are ordered by mean Delta, then by id.
+
+    Args:
+        chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
+        direction: Makes the teacher of `chat`.
+        prompts: What is answered; None: the val split of the project's own prompts, harmless or harmful
+            as `config.prompts` says.
+        config: Settings of stage 2; None: the defaults.
+        sampled: Answers from `sample_answers` with the same horizon, to select again under other settings.
+
+    Returns:
+        At most `config.k` tokens in order of selection, each with its votes, mean Delta (nats),
+        probabilities and contexts; and the coverage of the set.
+
+    Raises:
+        SafeSteerError: Where no position counts, or no token may be selected.
+
+    Example:
+        >>> config = ss.TokenConfig(k=10, horizon=3, n_samples=2, min_steered_prob=1e-4)
+        >>> tokens = ss.select_tokens(chat, direction, ["Hello", "Name a river."], config)
+        >>> len(tokens)
+        10
+        >>> tokens.to_frame().votes.is_monotonic_decreasing
+        True
     """
-    config = config or TokenConfig()
-    sampled = sampled or sample_answers(chat, direction, prompts, config)
-    n, n_vocab, device = int(sampled.valid.sum()), chat.d_vocab, chat.device
+    chat, config = as_chat(chat), config or TokenConfig()
+    if sampled is None:
+        prompts = load_prompts().split("val").texts(config.prompts) if prompts is None else prompts
+        sampled = sample_answers(chat, direction, prompts, config)
+    means = _means(chat, sampled)
+    allowed = _allowed(chat, means, config)
+    votes = _votes(chat, sampled, allowed, config)
+    ids = _rank(means, votes.sum(0), allowed, config)
+    contexts, coverage = _contexts_and_coverage(chat, sampled, ids, config.n_contexts)
+    tokens = tuple(
+        SafetyToken(
+            id=v,
+            text=chat.decode([v]),
+            votes=int(votes[:, v].sum()),
+            votes_by_position=tuple(votes[:, v].tolist()),
+            mean_delta=float(means.delta[v]),
+            p_base=float(means.p_base[v]),
+            p_steered=float(means.p_steered[v]),
+            contexts=of_token,
+        )
+        for v, of_token in zip(ids, contexts, strict=True)
+    )
+    return TokenSet(tokens, asdict(config), coverage, int(sampled.valid.sum()))
+
+
+class _Means(NamedTuple):
+    """Means over the counting positions, in float64."""
+
+    p_steered: Float[Tensor, " d_vocab"]
+    p_base: Float[Tensor, " d_vocab"]
+    delta: Float[Tensor, " d_vocab"]  # nats
+
+
+def _means(chat: ChatModel, sampled: AnswerStates) -> _Means:
+    n = int(sampled.valid.sum())
     if n == 0:
         raise SafeSteerError(
             "No position of the sampled answers counts: the base model ends every answer at once."
         )
-    wide = {"dtype": torch.float64, "device": device}
-    p_steered, p_base, delta = (torch.zeros(n_vocab, **wide) for _ in range(3))
+    p_steered, p_base, delta = torch.zeros((3, chat.d_vocab), dtype=torch.float64, device=chat.device)
     for _, _, logp_t, logp_0 in logp_rows(chat, sampled):
         p_steered += logp_t.exp().sum(0, dtype=torch.float64)
         p_base += logp_0.exp().sum(0, dtype=torch.float64)
         delta += (logp_t - logp_0).sum(0, dtype=torch.float64)
-    p_steered, p_base, delta = p_steered / n, p_base / n, delta / n
+    return _Means(p_steered / n, p_base / n, delta / n)
 
-    banned = banned_ids(chat).to(device) | (p_steered < config.min_steered_prob)
-    n_allowed = int((~banned).sum())
-    if n_allowed == 0:
+
+def banned_ids(chat: ChatModel) -> Bool[Tensor, " d_vocab"]:
+    """Mark the tokens that can never be selected: special ones, those holding "<|", and padding rows."""
+    tokenizer, n = chat.tokenizer, chat.d_vocab
+    banned = torch.zeros(n, dtype=torch.bool)
+    banned[len(tokenizer) :] = True
+    banned[[i for i in tokenizer.all_special_ids if i < n]] = True
+    pieces = tokenizer.convert_ids_to_tokens(list(range(min(n, len(tokenizer)))))
+    banned[[i for i, piece in enumerate(pieces) if piece is None or "<|" in piece]] = True
+    return banned
+
+
+def _allowed(chat: ChatModel, means: _Means, config: TokenConfig) -> Bool[Tensor, " d_vocab"]:
+    """Apply step 4."""
+    allowed = ~(banned_ids(chat).to(chat.device) | (means.p_steered < config.min_steered_prob))
+    if not bool(allowed.any()):
         raise SafeSteerError(
             f"No token has a mean steered probability of {config.min_steered_prob:g} or more: lower"
             " min_steered_prob."
         )
-    k_vote = min(config.k_vote, n_allowed)
-    votes = torch.zeros((config.horizon, n_vocab), dtype=torch.long, device=device)
+    return allowed
+
+
+def _votes(
+    chat: ChatModel, sampled: AnswerStates, allowed: Bool[Tensor, " d_vocab"], config: TokenConfig
+) -> Int[Tensor, "horizon d_vocab"]:
+    """Count the votes that each token gets at each step of the answers."""
+    d_vocab, k_vote, banned = chat.d_vocab, min(config.k_vote, int(allowed.sum())), ~allowed
+    votes = torch.zeros((config.horizon, d_vocab), dtype=torch.long, device=chat.device)
     for _, step, logp_t, logp_0 in logp_rows(chat, sampled):
-        lift = (logp_t - logp_0).masked_fill_(banned, -torch.inf)
-        top = lift.topk(k_vote, dim=-1).indices
-        flat = (step[:, None].to(device) * n_vocab + top).flatten()
+        delta = (logp_t - logp_0).masked_fill_(banned, -torch.inf)
+        top = delta.topk(k_vote, dim=-1).indices
+        flat = (step[:, None].to(chat.device) * d_vocab + top).flatten()
         votes += torch.bincount(flat, minlength=votes.numel()).view_as(votes)
-
-    total = votes.sum(0)
-    score = total.double() if config.method == "vote" else delta.masked_fill(banned, -torch.inf)
-    pool = torch.nonzero(~banned & (total > 0 if config.method == "vote" else True)).flatten().tolist()
-    ranked = sorted(pool, key=lambda v: (-float(score[v]), -float(delta[v]), v))[: config.k]
-    contexts, coverage = _explain(chat, sampled, torch.tensor(ranked, device=device), config.n_contexts)
-    tokens = tuple(
-        SafetyToken(
-            id=v,
-            text=chat.tokenizer.decode([v]),  # type: ignore[attr-defined]
-            votes=int(total[v]),
-            votes_by_position=tuple(votes[:, v].tolist()),
-            mean_delta=float(delta[v]),
-            p_base=float(p_base[v]),
-            p_steered=float(p_steered[v]),
-            contexts=tuple(found),
-        )
-        for v, found in zip(ranked, contexts, strict=True)
-    )
-    return TokenSet(tokens, asdict(config), coverage, n)
+    return votes
 
 
-def _explain(
-    chat: ChatModel, sampled: AnswerStates, ids: Int[Tensor, " n_set"], n_contexts: int
-) -> tuple[list[list[Context]], dict]:
-    """For each selected token the places of strongest lift; for the set its coverage."""
-    best: list[list[tuple[float, int, int, float, float]]] = [[] for _ in ids]
-    inside = everywhere = mass_t = mass_0 = 0.0
+def _rank(
+    means: _Means, votes: Int[Tensor, " d_vocab"], allowed: Bool[Tensor, " d_vocab"], config: TokenConfig
+) -> list[int]:
+    """Order tokens by votes (or by mean Delta), then by mean Delta, then by id; return the first K."""
+    by_votes = config.method == "vote"
+    score = votes.double() if by_votes else means.delta
+    pool = torch.nonzero(allowed & (votes > 0) if by_votes else allowed).flatten().tolist()
+    return sorted(pool, key=lambda v: (-float(score[v]), -float(means.delta[v]), v))[: config.k]
+
+
+class _Place(NamedTuple):
+    """One position where a token is lifted. Places sort by lift, the rise of its probability."""
+
+    lift: float
+    row: int
+    step: int
+    p_base: float
+    p_steered: float
+
+
+def _contexts_and_coverage(
+    chat: ChatModel, sampled: AnswerStates, ids: list[int], n_contexts: int
+) -> tuple[list[tuple[Context, ...]], dict[str, float]]:
+    """Return the places of strongest lift of each selected token, and the coverage of their set."""
+    places: list[list[_Place]] = [[] for _ in ids]
+    columns = torch.tensor(ids, device=chat.device)
+    kl_inside = kl = mass_t = mass_0 = 0.0
     for row, step, logp_t, logp_0 in logp_rows(chat, sampled):
         # Generalized terms are >= 0 for every token, so shares of a part lie in 0..1.
         terms = generalized_kl_terms(logp_t, logp_0)
-        everywhere += float(terms.sum())
-        inside += float(terms[:, ids].sum())
-        pt, p0 = logp_t[:, ids].exp(), logp_0[:, ids].exp()
+        kl += float(terms.sum())
+        kl_inside += float(terms[:, columns].sum())
+        pt, p0 = logp_t[:, columns].exp(), logp_0[:, columns].exp()
         mass_t, mass_0 = mass_t + float(pt.sum()), mass_0 + float(p0.sum())
         top = (pt - p0).topk(min(n_contexts, len(row)), dim=0).indices
-        for column, found in enumerate(top.T.tolist()):
-            best[column] += [
-                (
-                    float(pt[i, column] - p0[i, column]),
-                    int(row[i]),
-                    int(step[i]),
-                    float(p0[i, column]),
-                    float(pt[i, column]),
-                )
-                for i in found
-            ]
-    contexts = []
-    for places in best:
-        chosen = []
-        for _, row, step, p0, pt in sorted(places, reverse=True)[:n_contexts]:
-            so_far = chat.tokenizer.decode(sampled.completion_ids[row, :step].tolist())  # type: ignore[attr-defined]
-            chosen.append(Context(sampled.prompts[row], so_far, p0, pt))
-        contexts.append(chosen)
+        for column, best in enumerate(top.T.tolist()):
+            for i in best:
+                a, b = pt[i, column], p0[i, column]
+                places[column].append(_Place(float(a - b), int(row[i]), int(step[i]), float(b), float(a)))
+    contexts = [
+        tuple(_context(chat, sampled, place) for place in sorted(of_token, reverse=True)[:n_contexts])
+        for of_token in places
+    ]
     n = int(sampled.valid.sum())
     coverage = {
-        "kl_share": inside / everywhere if everywhere > 0 else 0.0,
+        "kl_share": kl_inside / kl if kl > 0 else 0.0,
         "mass_teacher": mass_t / n,
         "mass_base": mass_0 / n,
-        "kl_per_position": everywhere / n,
+        "kl_per_position": kl / n,
     }
     return contexts, coverage
+
+
+def _context(chat: ChatModel, sampled: AnswerStates, place: _Place) -> Context:
+    answer_so_far = chat.decode(sampled.completion_ids[place.row, : place.step].tolist())
+    return Context(sampled.prompts[place.row], answer_so_far, place.p_base, place.p_steered)

@@ -1,8 +1,12 @@
-"""TODO tokens.token_set."""
+"""The safety tokens as a value: what was selected, why, and with which settings.
+
+A TokenSet prints, renders in notebooks and terminals, and is saved as JSON (`tokens.json`).
+"""
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -42,28 +46,30 @@ class SafetyToken:
 class TokenSet:
     """The safety tokens in order of selection, with the settings that chose them.
 
-    `coverage` says how much of what steering changes lies inside S, over counting positions:
-    kl_share (of KL(teacher || base), generalized so that the parts add up), mass_teacher and
-    mass_base (probability on S).
+    `coverage` says how much of what steering changes lies inside S, over counting positions: kl_share (of
+    KL(teacher || base), generalized so that the parts add up), mass_teacher and mass_base (probability on
+    S), and kl_per_position (nats).
     """
 
     tokens: tuple[SafetyToken, ...]
-    settings: dict
-    coverage: dict
+    settings: dict[str, Any]
+    coverage: dict[str, float]
     n_positions: int
 
     @cached_property
     def ids(self) -> Int[Tensor, " n_set"]:
+        """Ids of the tokens, in order of selection."""
         return torch.tensor([t.id for t in self.tokens])
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __repr__(self) -> str:
-        shown = " ".join(repr(t.text) for t in self.tokens[:10])
-        return f"TokenSet({len(self)} tokens from {self.n_positions} positions: {shown} ...)"
+        texts = " ".join(repr(t.text) for t in self.tokens[:10])
+        return f"TokenSet({len(self)} tokens from {self.n_positions} positions: {texts} ...)"
 
     def to_frame(self) -> pd.DataFrame:
+        """Return a row per token, in order of selection."""
         columns = ["id", "text", "votes", "mean_delta", "p_base", "p_steered", "votes_by_position"]
         rows = [{c: getattr(t, c) for c in columns} for t in self.tokens]
         return pd.DataFrame(rows, columns=columns)
@@ -82,8 +88,25 @@ class TokenSet:
         return table
 
     def save(self, path: str | Path) -> None:
+        """Write the set as JSON.
+
+        Example:
+            >>> tokens.save(folder / "tokens.json")
+            >>> ss.TokenSet.load(folder / "tokens.json") == tokens
+            True
+        """
         write_json(Path(path), asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "TokenSet":
+        """Read a set that `save` wrote.
+
+        Raises:
+            SafeSteerError: Where the file is missing, damaged or holds something else.
+
+        Example:
+            >>> tokens.save(folder / "tokens.json")
+            >>> len(ss.TokenSet.load(folder / "tokens.json")) == len(tokens)
+            True
+        """
         return read_value(cls, path, "a token file")
