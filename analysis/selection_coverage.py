@@ -21,7 +21,7 @@ from safesteer.attribution.coverage import totals
 from safesteer.attribution.word_groups import WORD_GROUPS, by_word
 from safesteer.report.figures import SEQUENCE, figure_of
 from safesteer.settings import TokenConfig
-from safesteer.tokens.selection import sample_answers
+from safesteer.tokens.sampling import sample_answers
 
 ARMS = {
     "K = 50": {},

@@ -17,7 +17,8 @@ from measure import extra_mb, in_process, machine, start_memory
 
 import safesteer as ss
 from safesteer.models.batch import PromptBatch
-from safesteer.tokens.selection import banned_ids, sample_answers, select_tokens
+from safesteer.tokens.sampling import sample_answers
+from safesteer.tokens.selection import banned_ids, select_tokens
 from safesteer.settings import TokenConfig
 
 

@@ -36,7 +36,8 @@ from safesteer.report.page import as_json, build_page, write_report
 from safesteer.report.page_data import page_data
 from safesteer.settings import ExplainConfig, TokenConfig
 from safesteer.steering.direction import Direction, steer
-from safesteer.tokens.selection import AnswerStates, sample_answers, select_tokens
+from safesteer.tokens.sampling import AnswerStates, sample_answers
+from safesteer.tokens.selection import select_tokens
 from safesteer.tokens.token_set import TokenSet
 
 CONFIG = TokenConfig(k=12, k_vote=20, horizon=4, n_samples=3, min_steered_prob=1e-4)

@@ -34,7 +34,7 @@ def scored(tiny_llama, candidates, few):
     cut = Candidates(
         candidates.vectors[-2:], candidates.positions[-2:], "instruction", candidates.shuffled[-2:]
     )
-    config = DirectionConfig(n_prompts=2, rank_by="steering", n_held_out=1)
+    config = DirectionConfig(n_val=2, rank_by="steering", n_held_out=1)
     return sweep(tiny_llama, cut, few, REFUSAL_IDS, config, held_out=few.after(2))
 
 

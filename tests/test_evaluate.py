@@ -10,14 +10,14 @@ import torch
 from safesteer._errors import SafeSteerError
 from safesteer._intervals import bootstrap, wilson
 from safesteer.directions.extraction import mean_difference
-from safesteer.settings import EvaluateConfig
 from safesteer.evaluation.scores import evaluate, kl_on_answers
 from safesteer.models.batch import render
-from safesteer.models.generation import generate
 from safesteer.models.bridge import to_bridge
 from safesteer.models.chat_model import as_chat
+from safesteer.models.generation import generate
 from safesteer.models.text_loss import perplexity
 from safesteer.prompts.prompt_set import load_prompts
+from safesteer.settings import EvaluateConfig
 from safesteer.steering.direction import steer
 
 

@@ -28,12 +28,12 @@ from transformers import (
 from conftest import PROMPTS, SIZES, _bpe, assert_near, batch_of, naive_logits, plainly_padded, random_vector
 from safesteer._errors import SafeSteerError
 from safesteer.directions.extraction import mean_difference, system_contrast
-from safesteer.settings import DirectionConfig
 from safesteer.directions.sweeping import sweep
 from safesteer.models.batch import render, suffix_length
 from safesteer.models.bridge import to_bridge
 from safesteer.models.chat_model import ChatModel, as_chat
 from safesteer.models.generation import generate, generate_ids
+from safesteer.settings import DirectionConfig
 from safesteer.steering.interventions import ablate, add
 
 

@@ -12,8 +12,7 @@ import torch
 from conftest import copy_of
 from safesteer._endpoint import Endpoint
 from safesteer._errors import SafeSteerError
-from safesteer.settings import EvaluateConfig
-from safesteer.evaluation.scores import evaluate
+from safesteer.evaluation.scores import score_model
 from safesteer.judges.classifiers import EndpointJudge, FirstToken, Guard
 from safesteer.judges.judge import (
     CachedJudge,
@@ -25,6 +24,7 @@ from safesteer.judges.judge import (
     refusals,
 )
 from safesteer.judges.wording import refuses
+from safesteer.settings import EvaluateConfig
 
 
 @pytest.mark.parametrize(
@@ -267,10 +267,14 @@ def test_the_key_is_sent_and_shown_nowhere(server, monkeypatch):
     assert "secret" not in str(caught.value) + repr(server)
 
 
-def test_evaluation_takes_a_model_as_judge(tiny_llama, few, server):
+def test_scores_by_a_judge_of_harm_count_what_is_safe(tiny_llama, few, server):
+    """The paper's safety rate: never under the name of refusals."""
     config = EvaluateConfig(n_prompts=3, max_new_tokens=3, perplexity_tokens=100)
-    scores, answers = evaluate(tiny_llama, tiny_llama, few, config, judge=server)
-    assert scores.refusal_rate_harmful == 1
+    _Stub.script = [(200, None), (200, "unsafe"), (200, "perhaps")]
+    one_at_a_time = EndpointJudge(replace(server.endpoint, at_once=1))
+    scores, answers = score_model(tiny_llama, tiny_llama, few, config, judge=one_at_a_time)
+    assert scores.counts == "safe"
+    assert (scores.refusal_rate_harmful, scores.refusal_rate_harmless) == (pytest.approx(1 / 3), 1)
     assert len(_Stub.seen) == 6
-    assert judge_all(refuses, ["q"], ["I'm sorry, but no."]) == [True]
     assert len(answers["harmful"]) == 3
+    assert score_model(tiny_llama, tiny_llama, few, config)[0].counts == "refused"

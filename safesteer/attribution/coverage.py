@@ -23,7 +23,7 @@ from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden
 from safesteer.models.logits import generalized_kl_terms
 from safesteer.steering.direction import Direction, steer
-from safesteer.tokens.selection import AnswerStates, logp_rows
+from safesteer.tokens.sampling import AnswerStates, logp_rows
 
 KS = (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200)  # sizes of S that curves run over
 NEAREST = 40  # a matched token is drawn from this many neighbours in base probability

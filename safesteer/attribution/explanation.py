@@ -36,7 +36,8 @@ from safesteer.models.generation import generate
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.settings import ExplainConfig, TokenConfig
 from safesteer.steering.direction import Direction, steer
-from safesteer.tokens.selection import AnswerStates, banned_ids, sample_answers
+from safesteer.tokens.sampling import AnswerStates, sample_answers
+from safesteer.tokens.selection import banned_ids
 from safesteer.tokens.token_set import TokenSet
 
 

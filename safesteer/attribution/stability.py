@@ -20,7 +20,7 @@ from safesteer.attribution.coverage import KS, Range, range_of
 from safesteer.attribution.votes import Means, allowed_ids, subset_rankings
 from safesteer.models.chat_model import ChatModel
 from safesteer.settings import TokenConfig
-from safesteer.tokens.selection import AnswerStates
+from safesteer.tokens.sampling import AnswerStates
 
 
 @dataclass(frozen=True)

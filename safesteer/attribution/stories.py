@@ -24,7 +24,7 @@ from safesteer.attribution.word_groups import by_cluster, group_of
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, final_norm, output_head
 from safesteer.models.forward import final_hidden
 from safesteer.steering.direction import Direction, steer
-from safesteer.tokens.selection import AnswerStates, logp_rows
+from safesteer.tokens.sampling import AnswerStates, logp_rows
 from safesteer.tokens.token_set import Context, TokenSet
 
 N_PLACES = 5  # strongest places per token

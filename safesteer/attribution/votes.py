@@ -16,7 +16,8 @@ from torch import Tensor
 
 from safesteer.models.chat_model import ChatModel
 from safesteer.settings import TokenConfig
-from safesteer.tokens.selection import AnswerStates, banned_ids, logp_rows
+from safesteer.tokens.sampling import AnswerStates, logp_rows
+from safesteer.tokens.selection import banned_ids
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,15 +1,15 @@
-"""The loss of a step and its gradients from final hidden states, in one sweep (Eq. 6 and its relatives).
+"""The loss of a step and its gradients from final hidden states, in one pass (Eq. 6 and its relatives).
 
 For each chunk of positions, with student logits z = head(h) and p = softmax(z):
 1. the teacher's log-probabilities on the support: S, the teacher's top k, or the whole vocabulary;
-2. the weighed divergence there, and its slope g = dL / dlogp;
+2. the weighted divergence there, and its slope g = dL / dlogp;
 3. dL/dz_v = 1[v in support] g_v - p_v sum(g), and with it, while z is at hand, dL/dh = dL/dz W and,
    if the head is trained, dL/dW = (dL/dz)^T h.
 No more than a chunk of (position x vocabulary) ever lives, and nothing is computed twice.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -19,14 +19,14 @@ from safesteer.distillation.divergence import localized_divergence
 from safesteer.models.logits import generalized_kl_terms, logits_of, positions_per_chunk
 from safesteer.settings import DistillConfig, Support
 
-CHUNKS = 3  # of positions_per_chunk: this sweep holds one buffer of logits where others hold several
-OFF_SET_POSITIONS = 128  # positions a step on which the divergence outside S is measured
+CHUNKS = 3  # of positions_per_chunk: this pass holds one buffer of logits where others hold several
+OFF_SET_POSITIONS = 128  # positions per step on which the divergence outside S is measured
 
-Head = tuple[Tensor, Tensor | None, float | None]  # weight, bias, soft-capping: models.output_head
+Head = tuple[Tensor, Tensor | None, float | None]  # weight, bias, soft-capping: chat_model.output_head
 
 
 class LossTerms(NamedTuple):
-    """`loss` = sum of weight x divergence, with a gradient; the others one number per position, without."""
+    """The loss, sum of weight x divergence, with a gradient; and one number per position, without."""
 
     loss: Float[Tensor, ""]
     divergence: Float[Tensor, " n"]
@@ -36,7 +36,7 @@ class LossTerms(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Fixed:
-    """What the loss compares the student with, and how: nothing here gets a gradient."""
+    """What the student is compared with, and the settings: nothing here gets a gradient."""
 
     h_teacher: Float[Tensor, "n d_model"]
     weights: Float[Tensor, " n"]
@@ -63,24 +63,32 @@ def divergence_loss(
     vocabulary all normalizers agree, because the set carries the whole mass.
 
     Args:
-        hidden: The student's final hidden states.
-        h_teacher: The teacher's.
-        weights: Weight of each position in the loss.
+        hidden: The student's final hidden states, [n, d_model].
+        h_teacher: The teacher's at the same positions, [n, d_model].
+        weights: Weight of each position in the loss, [n].
         head: The student's output head (`models.chat_model.output_head`).
         teacher_head: The teacher's.
-        ids: The safety tokens S.
-        config: Its support, divergence, normalizer, beta and n_topk.
+        ids: The safety tokens S, [n_set].
+        config: Its support, divergence, normalizer, beta and n_topk count.
         chunk: Positions whose logits are held at once; None: what fits the usual buffer.
+
+    Returns:
+        The loss in nats; per position the divergence and both probabilities on S.
     """
     weight, bias, softcap = head
     chunk = chunk or CHUNKS * positions_per_chunk(len(weight))
     fixed = _Fixed(h_teacher, weights, softcap, teacher_head, ids, config, chunk)
-    return LossTerms(*_ChunkedLoss.apply(hidden, weight, bias, fixed))  # type: ignore[misc]
+    terms = cast(tuple[Tensor, ...], _ChunkedLoss.apply(hidden, weight, bias, fixed))
+    return LossTerms(*terms)
 
 
 class _ChunkedLoss(torch.autograd.Function):
+    """`divergence_loss` with its gradient computed in the forward pass, while the logits are there."""
+
     @staticmethod
-    def forward(ctx, h, weight, bias, fixed):
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, fixed: _Fixed
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         config, ids, softcap = fixed.config, fixed.ids, fixed.softcap
         support = config.support
         normalizer = "partial" if support == "full" else config.normalizer
@@ -88,7 +96,7 @@ class _ChunkedLoss(torch.autograd.Function):
         wants_h, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         of_h = torch.empty_like(h) if wants_h else None
         of_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
-        of_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None
+        of_bias = None if bias is None or not wants_bias else torch.zeros_like(bias, dtype=wide)
         divergence, mass, teacher_mass = (h.new_empty(len(h), dtype=wide) for _ in range(3))
         for start in range(0, len(h), fixed.chunk):
             at = slice(start, start + fixed.chunk)
@@ -126,7 +134,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return (divergence * fixed.weights).sum(), divergence, mass, teacher_mass
 
     @staticmethod
-    def backward(ctx, *grad_outputs):  # type: ignore[override]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad_outputs[0]
         # A copy of the head's gradient is what this function exists to avoid.
         scaled = (g if g is None or float(scale) == 1 else g * scale for g in ctx.saved_tensors)
@@ -137,7 +145,7 @@ class _ChunkedLoss(torch.autograd.Function):
 def _on_support(
     z: Tensor, on: Tensor, ids: Tensor, support: Support
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities on the support and on S, then exp(z - max) in the place of z, and its row sums."""
+    """Return log-probabilities on the support and on S; exp(z - max), in the place of z; its row sums."""
     logits, in_s, top = z.gather(1, on), z[:, ids], z.amax(-1, keepdim=True)
     logits = z.clone() if support == "full" else logits
     total = z.sub_(top).exp_().sum(-1, keepdim=True)
@@ -147,7 +155,7 @@ def _on_support(
 
 @torch.no_grad()
 def kl_outside_set(hidden: Tensor, h_teacher: Tensor, head: Head, teacher_head: Head, ids: Tensor) -> float:
-    """Generalized KL(student || teacher) outside S, in nats a position, on a spread of positions."""
+    """Measure the generalized KL(student || teacher) outside S, in nats per position, on some positions."""
     at = torch.linspace(0, len(hidden) - 1, min(OFF_SET_POSITIONS, len(hidden))).long()
     p = logits_of(hidden[at], *head).log_softmax(-1)
     q = logits_of(h_teacher[at], *teacher_head).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""The on-policy data of a step: the student's answers, and the teacher's reading of them (Eq. 5).
+"""The on-policy data of a step: sampled answers, and the teacher's reading of them (Eq. 5).
 
 1. `prompt_indices` says which prompts a step uses, from (seed, step) alone.
 2. `sample_rollouts` lets the student answer them by pure sampling; the mask ends with the answer. With
@@ -128,8 +128,8 @@ def sample_rollouts(
         student: The model that answers.
         prompts: The step's prompts.
         config: Number and length of the answers.
-        teacher: If given, the steered base answers every second prompt instead of the student.
-        sampler: If given, it samples in the student's place (`vllm.server_sampler`).
+        teacher: Answers every second prompt instead of the student; None: the student answers all.
+        sampler: Samples in the student's place (`vllm.server_sampler`).
     """
     texts = prompts.texts
     share = range(prompts.part[0], len(texts), prompts.part[1])
@@ -196,12 +196,13 @@ def _fill_from_sampler(
 
 @contextmanager
 def _as_teacher(teacher: Teacher, student: ChatModel) -> Iterator[None]:
+    """Make the base the teacher inside: steered, and without an adapter that `student` has on it."""
     with as_base(teacher.base, student), steer(teacher.base, teacher.direction):
         yield
 
 
 def predicting_states(
-    hidden: Float[Tensor, "rows rest d_model"], mask: Bool[Tensor, "rows new_pos"]
+    hidden: Float[Tensor, "rows uncached d_model"], mask: Bool[Tensor, "rows new_pos"]
 ) -> Float[Tensor, "n d_model"]:
     """Select the hidden states that predict the counting answer tokens, rows first."""
     return hidden[:, -mask.shape[1] - 1 : -1][mask]
@@ -209,7 +210,7 @@ def predicting_states(
 
 @torch.no_grad()
 def teacher_hidden(teacher: Teacher, rollouts: Rollouts, config: DistillConfig) -> Float[Tensor, "n d_model"]:
-    """Read the answers by the teacher: its final hidden states at every counting position."""
+    """Let the teacher read the answers; return its final hidden states at every counting position."""
     base, n_new = teacher.base, rollouts.mask.shape[1]
     dtype = next(base.model.parameters()).dtype
     out = torch.zeros((*rollouts.mask.shape, base.d_model), dtype=dtype, device=base.device)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,14 +19,14 @@ from safesteer._errors import SafeSteerError
 from safesteer._files import read_tensors, write_tensors
 from safesteer._version import __version__
 from safesteer.models.batch import template_hash
-from safesteer.models.chat_model import ChatModel
-from safesteer.steering import interventions
-from safesteer.steering.interventions import Scope
+from safesteer.models.chat_model import ModelLike, as_chat, module_of
+from safesteer.steering.interventions import ablate, add, clamp
+from safesteer.steering.scopes import Scope
 
 OPERATIONS = ("add", "ablate", "clamp")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Direction:
     """A steering direction with everything needed to apply it again, and to refuse to misapply it.
 
@@ -49,9 +50,11 @@ class Direction:
 
     @property
     def unit(self) -> Float[Tensor, " d_model"]:
+        """The vector scaled to length 1."""
         return self.vector / self.vector.norm()
 
     def with_coeff(self, coeff: float) -> "Direction":
+        """Return the same direction with another coefficient."""
         return replace(self, coeff=coeff)
 
     @property
@@ -59,34 +62,67 @@ class Direction:
         """Everything but the vector."""
         return {f.name: getattr(self, f.name) for f in fields(Direction) if f.name != "vector"}
 
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row: the metadata and the norm of the vector."""
+        return pd.DataFrame([{**self.metadata, "norm": float(self.vector.norm())}])
+
     def save(self, path: str | Path) -> None:
-        """One safetensors file; its header holds the metadata as JSON."""
+        """Write one safetensors file; its header holds the metadata as JSON.
+
+        Example:
+            >>> direction.save(folder / "direction.safetensors")
+            >>> ss.Direction.load(folder / "direction.safetensors").metadata == direction.metadata
+            True
+        """
         write_tensors(Path(path), {"vector": self.vector.contiguous()}, self.metadata)
 
-    @classmethod
-    def load(cls, path: str | Path, chat: ChatModel | None = None) -> "Direction":
-        """Read a direction; with `chat`, raise SafeSteerError if it belongs to another model."""
-        tensors, meta = read_tensors(Path(path))
+    @staticmethod
+    def load(path: str | Path, chat: ModelLike | None = None) -> "Direction":
+        """Read a direction that `save` wrote.
+
+        Args:
+            path: The file.
+            chat: The model that it will steer; None: not checked.
+
+        Raises:
+            SafeSteerError: Where the file is damaged or missing, or belongs to another model than `chat`.
+
+        Example:
+            >>> direction.save(folder / "direction.safetensors")
+            >>> again = ss.Direction.load(folder / "direction.safetensors", chat)
+            >>> bool((again.vector == direction.vector).all())
+            True
+        """
+        tensors, metadata = read_tensors(Path(path))
         try:
-            direction = cls(vector=tensors["vector"], **meta)
+            direction = Direction(vector=tensors["vector"], **metadata)
         except (KeyError, TypeError) as error:
             raise SafeSteerError(f"{path} is not a direction file of this version.") from error
         if chat is not None:
             direction.check(chat, str(path))
         return direction
 
-    def check(self, chat: ChatModel, source: str = "The direction") -> None:
-        """Raise SafeSteerError naming what differs between the direction's model and `chat`."""
-        ours = {
+    def check(self, chat: ModelLike, source: str = "The direction") -> None:
+        """Check that the direction belongs to `chat`.
+
+        Args:
+            chat: The model that it will steer.
+            source: What the direction is called in the error.
+
+        Raises:
+            SafeSteerError: Names what differs between the direction's model and `chat`.
+        """
+        chat = as_chat(chat)
+        compared = {
             "width": (len(self.vector), chat.d_model),
             "model fingerprint": (self.fingerprint, chat.fingerprint),
             "chat template": (self.template_hash, template_hash(chat.tokenizer)),
         }
-        for what, (here, there) in ours.items():
-            if here != there:
+        for name, (of_direction, of_chat) in compared.items():
+            if of_direction != of_chat:
                 raise SafeSteerError(
                     f"{source} was made for '{self.model}' and does not fit '{chat.name}': the"
-                    f" {what} differs ({here} there, {there} here)."
+                    f" {name} differs ({of_direction} there, {of_chat} here)."
                 )
         if not 0 <= self.layer < chat.n_layers:
             raise SafeSteerError(
@@ -99,10 +135,14 @@ class Direction:
             f" {self.layer}, coeff {self.coeff:g}, norm {self.vector.norm():.2f}, {self.model!r})"
         )
 
+    def _repr_html_(self) -> str:
+        table = self.to_frame().T
+        return table.to_html(escape=True, header=False, float_format="{:.3g}".format)
+
 
 @contextmanager
 def steer(
-    chat: ChatModel,
+    chat: ModelLike,
     direction: Direction,
     coeff: float | None = None,
     *,
@@ -110,24 +150,39 @@ def steer(
     n_last: int = 1,
     prompt_width: int | None = None,
 ) -> Iterator[None]:
-    """The teacher of Eq. 1: `chat` with the direction applied, inside the block.
+    """Turn `chat` into the teacher of Eq. 1 inside the block: the direction is applied.
 
     Adds coeff * vector at the direction's layer; a direction of operation "clamp" sets the projection
-    to `coeff` there, one of operation "ablate" is projected out everywhere. `coeff` defaults to the
-    direction's own. Works alike on a plain model and on a bridge; for `scope` see `steering`.
+    to `coeff` there, one of operation "ablate" is projected out everywhere.
+
+    Args:
+        chat: A ChatModel, a TransformerBridge, a plain model, or (model, tokenizer).
+        direction: What is applied; its vector is moved to the model's device.
+        coeff: Strength; None: the direction's own.
+        scope: Where in the text it acts: "all", "prompt", "answer" or "last".
+        n_last: Number of prompt positions for "last".
+        prompt_width: Prompt columns, where SafeSteer does not run the passes itself.
+
+    Raises:
+        SafeSteerError: For an unknown operation or scope, or where the end of the prompt is not known.
+
+    Example:
+        >>> with ss.steer(chat, direction, coeff=5.0):
+        ...     steered = ss.generate(chat, ["Hello"], max_new_tokens=4)
+        >>> steered == ss.generate(chat, ["Hello"], max_new_tokens=4)
+        False
     """
-    strength = direction.coeff if coeff is None else coeff
-    where = {"scope": scope, "n_last": n_last, "prompt_width": prompt_width}
-    with _operation(chat, direction, strength, where):
-        yield
-
-
-def _operation(chat: ChatModel, direction: Direction, strength: float, where: dict[str, Any]):
-    model, vector = chat.model, direction.vector.to(chat.device)
+    model, strength = module_of(chat), direction.coeff if coeff is None else coeff
+    vector, layer = direction.vector.to(next(model.parameters()).device), direction.layer
     if direction.operation == "add":
-        return interventions.add(model, vector, direction.layer, strength, **where)
-    if direction.operation == "clamp":
-        return interventions.clamp(model, vector, direction.layer, strength, **where)
-    if direction.operation == "ablate":
-        return interventions.ablate(model, vector, **where)
-    raise SafeSteerError(f"Unknown operation '{direction.operation}': use one of {', '.join(OPERATIONS)}.")
+        edit = add(model, vector, layer, strength, scope=scope, n_last=n_last, prompt_width=prompt_width)
+    elif direction.operation == "clamp":
+        edit = clamp(model, vector, layer, strength, scope=scope, n_last=n_last, prompt_width=prompt_width)
+    elif direction.operation == "ablate":
+        edit = ablate(model, vector, scope=scope, n_last=n_last, prompt_width=prompt_width)
+    else:
+        raise SafeSteerError(
+            f"Unknown operation '{direction.operation}': use one of {', '.join(OPERATIONS)}."
+        )
+    with edit:
+        yield

@@ -77,8 +77,11 @@ def add(
         False
     """
     shift = coeff * _per_row(vector)
-    edits = {("resid_pre", layer): lambda h: h + shift.to(h)}
-    with apply_in_scope(module_of(chat), edits, scope, n_last, prompt_width):
+
+    def shifted(h: Tensor) -> Tensor:
+        return h + shift.to(h)
+
+    with apply_in_scope(module_of(chat), {("resid_pre", layer): shifted}, scope, n_last, prompt_width):
         yield
 
 

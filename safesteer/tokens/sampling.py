@@ -103,7 +103,7 @@ def _counting(
 def logp_rows(
     chat: ChatModel, sampled: AnswerStates
 ) -> Iterator[tuple[Int[Tensor, " n"], Int[Tensor, " n"], Tensor, Tensor]]:
-    """Yield the counting positions a few at a time: (row, step, log pt, log p0), the last two [n, d_vocab]."""
+    """Yield counting positions, a few at a time: (row, step, log pt, log p0), the last two [n, d_vocab]."""
     head = output_head(chat.model)
     row, step = sampled.valid.nonzero(as_tuple=True)
     for at in torch.arange(len(row)).split(ROWS):

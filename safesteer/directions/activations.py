@@ -1,0 +1,81 @@
+"""Residual streams of prompts: `resid_pre` of every layer, batch by batch.
+
+The columns that all prompts of a batch share are read before hooks are set, so that hooks see every row
+alike; nothing but the positions that are asked for is kept.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+from transformers import Cache
+
+from safesteer._errors import SafeSteerError
+from safesteer.models.batch import PromptBatch, suffix_length
+from safesteer.models.chat_model import ChatModel
+from safesteer.models.forward import final_hidden, prefill
+from safesteer.steering.hooks import record_resid_pre
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a contrast: texts, with what the model reads around them."""
+
+    texts: Sequence[str]
+    continuations: Sequence[str] | None = None  # one per text; the mean over its positions is read
+    system: str | None = None
+
+
+def activations(
+    chat: ChatModel, arm: Arm, batch_size: int = 32
+) -> Iterator[tuple[list[int], Float[Tensor, "batch n_pos n_layers d_model"]]]:
+    """Yield (indices into the arm's texts, resid_pre of every layer at the arm's positions) per batch.
+
+    Positions are the post-instruction ones, or the mean over the continuation. Nothing but what is
+    yielded is kept.
+
+    Raises:
+        SafeSteerError: Where activations are not finite; the sentence names a layer and a prompt.
+    """
+    n_pos, layers = suffix_length(chat.tokenizer), list(range(chat.n_layers))
+    for rows, batch in chat.batched(
+        arm.texts, batch_size, system=arm.system, continuations=arm.continuations
+    ):
+
+        def read(h: Tensor, batch: PromptBatch = batch) -> Tensor:
+            if arm.continuations is None:
+                return h[:, -n_pos:].clone()  # a view would keep every position alive
+            weight = batch.completion_mask[:, -h.shape[1] :].double()
+            weight = weight / weight.sum(-1, keepdim=True)
+            return einsum(weight, h.double(), "b pos, b pos d -> b d")[:, None]
+
+        cache = prefill_shared(chat, batch)
+        with record_resid_pre(chat.model, layers, read) as recorded:
+            final_hidden(chat.model, batch, cache)
+        resid_pre = torch.stack([recorded[layer] for layer in layers], dim=2)
+        _check_finite(chat, resid_pre, [arm.texts[i] for i in rows])
+        yield rows, resid_pre
+
+
+@torch.no_grad()
+def prefill_shared(chat: ChatModel, batch: PromptBatch) -> Cache | None:
+    """Read the columns that all prompts share, before hooks are set: those then see every row."""
+    return prefill(chat.model, batch, batch.n_shared) if batch.n_shared else None
+
+
+def _check_finite(
+    chat: ChatModel, resid_pre: Float[Tensor, "batch n_pos n_layers d_model"], texts: Sequence[str]
+) -> None:
+    """Raise SafeSteerError naming the first layer that overflowed, and a prompt on which it did."""
+    overflowed = ~resid_pre.isfinite().all(-1).all(1)
+    if bool(overflowed.any()):
+        layer = int(overflowed.any(0).int().argmax())
+        prompt = texts[int(overflowed[:, layer].int().argmax())]
+        raise SafeSteerError(
+            f"resid_pre of layer {layer} of '{chat.name}' is not finite on the prompt {prompt[:80]!r}: its"
+            " weights are damaged, or its activations do not fit its precision (try dtype='bfloat16' or"
+            " 'float32')."
+        )

@@ -1,0 +1,88 @@
+"""Candidate directions as a value: one vector per position and layer, of which one is chosen."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+from safesteer._errors import SafeSteerError
+from safesteer.models.batch import template_hash
+from safesteer.models.chat_model import ModelLike, as_chat
+from safesteer.prompts.prompt_set import PromptSet
+from safesteer.steering.direction import Direction
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """One vector per position and layer. `positions` are labels such as "-1" or "mean".
+
+    `shuffled` holds what the same extraction reads from the same activations when the labels are
+    shuffled: a control. None where there were no labels.
+    """
+
+    vectors: Float[Tensor, "n_pos n_layers d_model"]
+    positions: tuple[str, ...]
+    extraction: str
+    shuffled: Float[Tensor, "n_pos n_layers d_model"] | None = None
+
+    def index(self, position: str, layer: int) -> tuple[int, int]:
+        """Return where the candidate stands in `vectors`.
+
+        Raises:
+            SafeSteerError: For a position or a layer that was not read.
+        """
+        n_layers = self.vectors.shape[1]
+        if position not in self.positions or not 0 <= layer < n_layers:
+            raise SafeSteerError(
+                f"There is no candidate at position {position!r} of layer {layer}: the positions are"
+                f" {', '.join(map(repr, self.positions))} and the layers 0 to {n_layers - 1}."
+            )
+        return self.positions.index(position), layer
+
+    def direction(
+        self,
+        chat: ModelLike,
+        position: str,
+        layer: int,
+        *,
+        coeff: float = 1.0,
+        prompts: PromptSet | None = None,
+    ) -> Direction:
+        """Return one candidate as a direction, stamped with the model that it belongs to.
+
+        Args:
+            chat: The model that the candidates were read from.
+            position: One of `positions`.
+            layer: Block at whose input the direction is added, from 0.
+            coeff: Coefficient of the direction.
+            prompts: The prompts that the candidates were read from; their hash is kept.
+
+        Raises:
+            SafeSteerError: For a position or a layer that was not read.
+        """
+        chat = as_chat(chat)
+        return Direction(
+            vector=self.vectors[self.index(position, layer)].cpu(),
+            layer=layer,
+            position=position,
+            extraction=self.extraction,
+            coeff=coeff,
+            model=chat.name,
+            fingerprint=chat.fingerprint,
+            template_hash=template_hash(chat.tokenizer),
+            prompts_hash=prompts.hash if prompts else "",
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the length of each vector, in residual units: a row per position, a column per layer."""
+        table = pd.DataFrame(self.vectors.norm(dim=-1).cpu().numpy(), index=list(self.positions))
+        return table.rename_axis(index="position", columns="layer")
+
+    def __repr__(self) -> str:
+        n_pos, n_layers, d_model = self.vectors.shape
+        return f"Candidates({self.extraction}: {n_pos} positions x {n_layers} layers, d_model {d_model})"
+
+    def _repr_html_(self) -> str:
+        table = self.to_frame().to_html(escape=True, float_format="{:.2f}".format)
+        return f"<p>{self!r}, length of each vector:</p>{table}"
