@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test faults ablations ablations-quick check format clean
+.PHONY: setup demo test docs faults ablations ablations-quick check format clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,10 @@ demo: setup
 # Two workers with a thread each: most tests are many small steps on tiny models.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The documentation as a site: open site/index.html. Broken links and names are errors.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 faults: setup
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python faults.py
@@ -55,4 +59,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs site .pytest_cache .ruff_cache

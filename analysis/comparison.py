@@ -54,7 +54,7 @@ from safesteer.settings import EvaluateConfig
 
 CAPABILITY = ("arc_easy", "piqa", "lambada_openai")
 METHODS = ("safesteer", "full", "sft", "full anchor", "light anchor", "dpo")
-# SafeSteer's was chosen by val earlier (docs/experiments.md); nothing was searched for the others.
+# SafeSteer's was chosen by val earlier (docs/log.md); nothing was searched for the others.
 RATES = {"sft": 3e-5, "dpo": 5e-5, "full": 3e-4, "safesteer": 3e-4}
 RATES |= {"full anchor": 3e-4, "light anchor": 3e-4}
 A_STEP = 28  # answers: the quick recipe's 10 harmful and 18 harmless

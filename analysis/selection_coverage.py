@@ -17,7 +17,7 @@ from torch import Tensor
 
 import safesteer as ss
 from safesteer._files import write_text
-from safesteer.attribution.coverage import totals
+from safesteer.attribution.coverage import sum_by_step
 from safesteer.attribution.word_groups import WORD_GROUPS, by_word
 from safesteer.report.figures import SEQUENCE, figure_of
 from safesteer.settings import TokenConfig
@@ -45,7 +45,7 @@ def held_out(found: Selected) -> dict[str, Tensor]:
     config = TokenConfig(n_samples=2, horizon=7, seed=HELD_OUT_SEED)
     prompts = ss.load_prompts().split("distill").first(N_PROMPTS)
     return {
-        label: totals(found.base, sample_answers(found.base, found.direction, texts, config)).kl.sum(0)
+        label: sum_by_step(found.base, sample_answers(found.base, found.direction, texts, config)).kl.sum(0)
         for label, texts in (("harmful", prompts.harmful), ("harmless", prompts.harmless))
     }
 

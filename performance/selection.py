@@ -16,19 +16,21 @@ import torch
 from measure import extra_mb, in_process, machine, start_memory
 
 import safesteer as ss
+from safesteer.directions.extraction import prefill_contrast
 from safesteer.models.batch import PromptBatch
 from safesteer.tokens.sampling import sample_answers
 from safesteer.tokens.selection import banned_ids, select_tokens
-from safesteer.settings import TokenConfig
 
 
 @torch.no_grad()
 def set_up(options):
     chat, prompts = ss.load_model("smollm2-135m"), ss.load_prompts()
     chat.model(torch.tensor([[1]]))  # weights lie on disk until first read: that is not extra memory
-    candidates = ss.prefill_contrast(chat, prompts.split("train").first(16))
+    candidates = prefill_contrast(chat, prompts.split("train").first(16))
     direction = candidates.direction(chat, "mean", 11, coeff=1.8)
-    config = TokenConfig(horizon=options.horizon, n_samples=options.samples, min_steered_prob=1e-3, k_vote=30)
+    config = ss.TokenConfig(
+        horizon=options.horizon, n_samples=options.samples, min_steered_prob=1e-3, k_vote=30, batch_size=2
+    )
     return chat, direction, prompts.split("val").harmless[: options.prompts], config
 
 

@@ -1,11 +1,10 @@
 """Take home: a plain Hugging Face folder with a model card, and proof that it reloads equal.
 
-The student was never wrapped, so export is one `save_pretrained`. It is written beside the target
-and renamed, and `check_reload` compares logits in a fresh process.
+The student is a plain model, so export is one `save_pretrained`. It is written beside the target and
+renamed, and `check_reload` compares logits in a fresh process.
 """
 
 import json
-import os
 import subprocess
 import sys
 from importlib import resources
@@ -19,7 +18,7 @@ from safesteer._files import read_tensors, whole_folder, write_tensors, write_te
 from safesteer._version import __version__
 from safesteer.evaluation.scores import Scores
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, hf_model
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, hf_model, is_bridge
 from safesteer.models.forward import last_logits
 from safesteer.models.loading import load_model, quiet_transformers
 from safesteer.steering.direction import Direction
@@ -31,8 +30,11 @@ def export(student: ModelLike, folder: str | Path) -> None:
     """Save model and tokenizer (chat template included) as one folder, complete or not at all.
 
     Args:
-        student: The trained model: a ChatModel, or (model, tokenizer).
+        student: The trained model: a ChatModel, (model, tokenizer), or a bridge, whose plain model is saved.
         folder: The folder to write; one that is there is replaced.
+
+    Raises:
+        SafeSteerError: If the model still carries an adapter, or the folder cannot be written.
 
     Example:
         >>> ss.export(chat, folder / "my-model")
@@ -40,6 +42,10 @@ def export(student: ModelLike, folder: str | Path) -> None:
         True
     """
     student, folder = as_chat(student), Path(folder)
+    if is_bridge(student.model):
+        student = student.copy()
+    if hf_model(student.model) is not student.model:
+        raise SafeSteerError("The student still carries an adapter: merge it first (models.adapter.merged).")
     with whole_folder(folder) as work:
         with quiet_transformers():
             hf_model(student.model).save_pretrained(work)
@@ -49,6 +55,7 @@ def export(student: ModelLike, folder: str | Path) -> None:
 
 
 def _probe_logits(chat: ChatModel) -> torch.Tensor:
+    """Compute first-token logits on a few prompts."""
     batch = PromptBatch.of(chat.tokenizer, PROBE, device=chat.device)
     return last_logits(chat, batch).float().cpu()
 
@@ -64,7 +71,7 @@ def check_reload(folder: str | Path, tolerance: float = 1e-4) -> float:
 
     Args:
         folder: What `export` wrote.
-        tolerance: Largest absolute difference that is allowed, in logits (nats).
+        tolerance: Largest absolute difference of logits that is allowed.
 
     Returns:
         The largest absolute difference.
@@ -76,12 +83,7 @@ def check_reload(folder: str | Path, tolerance: float = 1e-4) -> float:
         "import sys; from pathlib import Path; from safesteer.exporting import reload_difference;"
         " print('difference', reload_difference(Path(sys.argv[1])))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)],
-        capture_output=True,
-        text=True,
-        env={**os.environ},
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"
         raise SafeSteerError(f"The exported model in {folder} does not load: {reason}")

@@ -33,7 +33,7 @@ from safesteer.models.chat_model import hf_model, output_head
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.report import direction_figures, figures
 from safesteer.report.page import as_json, build_page, write_report
-from safesteer.report.page_data import page_data
+from safesteer.report.page_data import load_page_data
 from safesteer.settings import ExplainConfig, TokenConfig
 from safesteer.steering.direction import Direction, steer
 from safesteer.tokens.sampling import AnswerStates, sample_answers
@@ -513,7 +513,7 @@ def test_hostile_text_stays_text(tmp_path, chosen):
     tokens = hostile_tokens(chosen)
     run = fill_run(tmp_path / "run", tokens, None, answer_rows(8, HOSTILE), model=HOSTILE[0])
     page = write_report(run).read_text(encoding="utf-8")
-    plain = build_page(page_data(fill_run(tmp_path / "plain", chosen, None, answer_rows(8))))
+    plain = build_page(load_page_data(fill_run(tmp_path / "plain", chosen, None, answer_rows(8))))
     for tag in ("<script", "</script", "<img", "<!--", "onerror=alert(1)>"):
         assert page.count(tag) == plain.count(tag)
     assert "\u202e" not in page
@@ -536,7 +536,7 @@ def test_a_page_loads_nothing_and_states_what_is_missing(tmp_path):
     assert "default-src 'none'" in shell
     assert "http://" not in shell
     assert "https://" not in shell
-    missing = page_data(tmp_path)["missing"]
+    missing = load_page_data(tmp_path)["missing"]
     assert set(missing) == {"evaluation", "answers", "sweep", "tokens", "history", "attribution", "direction"}
     assert all("is missing" in line for line in missing.values())
 
@@ -545,7 +545,7 @@ def test_a_damaged_file_costs_its_section_only(tmp_path, chosen, attribution):
     run = fill_run(tmp_path / "run", chosen, attribution, answer_rows(2))
     for name in ("sweep.csv", "history.jsonl", "attribution.json"):
         (run / name).write_text("broken\x00{")
-    shown = page_data(run)
+    shown = load_page_data(run)
     assert set(shown["missing"]) == {"sweep", "history", "attribution", "direction"}
     assert shown["tokens"]
     assert write_report(run).stat().st_size > 0
@@ -559,7 +559,7 @@ def test_a_report_of_200_prompts_is_under_8_mb(tmp_path, chosen, attribution):
 
 
 def test_a_story_in_the_page_is_the_story(tmp_path, chosen, attribution):
-    rows = page_data(fill_run(tmp_path / "run", chosen, attribution, []))["tokens"]["rows"]
+    rows = load_page_data(fill_run(tmp_path / "run", chosen, attribution, []))["tokens"]["rows"]
     for row, token in zip(rows, chosen.tokens, strict=True):
         story = attribution.stories[token.id]
         assert (row["group"], row["votes_by_position"]) == (story.group, list(token.votes_by_position))
@@ -571,7 +571,7 @@ def test_a_story_in_the_page_is_the_story(tmp_path, chosen, attribution):
 
 
 def test_a_trace_in_the_page_is_the_trace(tmp_path, chosen, attribution):
-    shown = page_data(fill_run(tmp_path / "run", chosen, attribution, []))["traces"]
+    shown = load_page_data(fill_run(tmp_path / "run", chosen, attribution, []))["traces"]
     for row, want in zip(shown["rows"], attribution.traces, strict=True):
         for got, token in zip(row["tokens"], want.tokens, strict=True):
             assert got[0] == token.id

@@ -1,4 +1,4 @@
-"""Choosing a strength: by answers, by drift, over a grid."""
+"""Choosing a strength: by answers, by drift, over a table of strengths."""
 
 from dataclasses import replace
 
@@ -36,13 +36,13 @@ def test_calibration_compares_answers(tiny_llama, direction, monkeypatch):
 
     monkeypatch.setattr(calibration, "steer", lambda c, d, k: tried.append((d.layer, k)) or steer(c, d, k))
     monkeypatch.setattr(calibration, "generate", fake(1.4))
-    few = [replace(direction, layer=1), replace(direction, layer=2)]
+    directions = [replace(direction, layer=1), replace(direction, layer=2)]
 
     def run():
-        return choose_coeff(tiny_llama, few, ["a", "b"], lambda prompt, answer: answer == "no")
+        return choose_coeff(tiny_llama, directions, ["a", "b"], lambda prompt, answer: answer == "no")
 
-    found, table = run()
-    assert (found.layer, found.coeff) == (2, 1.4)
+    best, table = run()
+    assert (best.layer, best.coeff) == (2, 1.4)
     assert table.refusal_rate.tolist() == [0, 0, 0, 1]
     assert table.coeff.tolist() == [1.2, 1.2, 1.4, 1.4]
     monkeypatch.setattr(calibration, "generate", fake(99))
@@ -58,12 +58,12 @@ def test_a_short_look_finds_the_layer_that_a_first_token_hides(tiny_llama, direc
         return ["no" if tried[-1] == 2 else "yes"] * len(prompts)
 
     monkeypatch.setattr(calibration, "generate", answers)
-    several = [replace(direction, layer=layer) for layer in (0, 1, 2)]
+    directions = [replace(direction, layer=layer) for layer in (0, 1, 2)]
     shares = []
-    found, table = choose_direction(
-        tiny_llama, several, ["a", "b"], lambda _, text: text == "no", n_best=2, progress=shares.append
+    best, table = choose_direction(
+        tiny_llama, directions, ["a", "b"], lambda _, text: text == "no", n_best=2, progress=shares.append
     )
-    assert (found.layer, found.coeff) == (2, 1.2)
+    assert (best.layer, best.coeff) == (2, 1.2)
     assert table.layer.tolist() == [2, 0]
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
@@ -71,21 +71,21 @@ def test_a_short_look_finds_the_layer_that_a_first_token_hides(tiny_llama, direc
 
 def test_drift_is_the_kl_of_the_steered_model(tiny_llama, direction):
     for coeff in (0.0, 1.0):
-        found = drift(tiny_llama, direction, PROMPTS, coeff, n_tokens=1, batch_size=3)
+        kl = drift(tiny_llama, direction, PROMPTS, coeff, n_tokens=1, batch_size=3)
         for i, text in enumerate(PROMPTS):
             batch = batch_of(tiny_llama, [text])
             base = naive_logits(tiny_llama, batch)[0, -1]
             with steer(tiny_llama, direction, coeff):
                 want = kl_divergence(base, naive_logits(tiny_llama, batch)[0, -1])
-            assert float(found[i]) == pytest.approx(float(want), abs=1e-4)
+            assert float(kl[i]) == pytest.approx(float(want), abs=1e-4)
 
 
 @pytest.mark.parametrize("target", [0.02, 0.1])
 def test_calibrate_spends_the_kl_it_was_given(tiny_llama, direction, target):
-    found = calibrate_to_kl(tiny_llama, direction, PROMPTS, target_kl=target)
-    spent = float(drift(tiny_llama, direction, PROMPTS, found.coeff).mean())
+    calibrated = calibrate_to_kl(tiny_llama, direction, PROMPTS, target_kl=target)
+    spent = float(drift(tiny_llama, direction, PROMPTS, calibrated.coeff).mean())
     assert spent == pytest.approx(target, rel=0.03)
-    assert torch.equal(found.vector, direction.vector)
+    assert torch.equal(calibrated.vector, direction.vector)
 
 
 def test_calibrate_refuses_what_cannot_be_reached(tiny_llama, direction):
@@ -95,27 +95,28 @@ def test_calibrate_refuses_what_cannot_be_reached(tiny_llama, direction):
         calibrate_to_kl(tiny_llama, direction, PROMPTS, target_kl=0.0)
 
 
-def test_grid_has_the_numbers_of_each_strength(tiny_llama, direction, few):
+def test_the_table_has_the_numbers_of_each_strength(tiny_llama, direction, few, monkeypatch):
+    monkeypatch.setattr(calibration, "ANSWER_TOKENS", 2)
     text = "The tide comes in twice a day, and the boats lie on the sand in between."
-    several = [replace(direction, layer=layer) for layer in (1, 2)]
+    directions, shares = [replace(direction, layer=layer) for layer in (1, 2)], []
     table = strength_table(
         tiny_llama,
-        several,
-        few.harmful,
-        few.harmless,
+        directions,
+        few,
         REFUSAL_IDS,
         coeffs=(0.0, 1.0),
-        refuses=lambda prompt, answer: prompt in few.harmful[:3],
+        judge=lambda prompt, answer: prompt in few.harmful[:3],
         text=text,
-        max_new_tokens=2,
+        progress=shares.append,
     )
+    assert shares == [0.25, 0.5, 0.75, 1.0]
     assert list(zip(table.layer, table.coeff, strict=True)) == [(1, 0), (1, 1), (2, 0), (2, 1)]
     assert table.refusal_rate_harmful.tolist() == [0.5] * 4
     assert table.refusal_rate_harmless.tolist() == [0.0] * 4
     base = table[table.coeff == 0]
     assert base.kl_harmless.tolist() == [0.0, 0.0]
     assert base.perplexity.tolist() == [pytest.approx(perplexity(tiny_llama, text))] * 2
-    with steer(tiny_llama, several[1], 1.0):
+    with steer(tiny_llama, directions[1], 1.0):
         want = float(refusal_scores(tiny_llama, few.harmful, REFUSAL_IDS).mean())
         assert table.iloc[3].perplexity == pytest.approx(perplexity(tiny_llama, text))
     assert table.iloc[3].refusal_score == pytest.approx(want)

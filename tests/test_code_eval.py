@@ -1,12 +1,12 @@
-"""Generated code: what passes, what cannot get out, and that nothing runs unasked."""
+"""Generated code: what passes, what cannot get out, and that nothing runs without permission."""
 
 import json
 
 import pytest
 
 from safesteer._errors import SafeSteerError
-from safesteer.evaluation import humaneval as code_eval
-from safesteer.evaluation.humaneval import completion, humaneval, passes, problems
+from safesteer.evaluation import humaneval
+from safesteer.evaluation.humaneval import completion, passes, problems, run_humaneval
 
 PROBLEM = {
     "prompt": 'import math\n\n\ndef twice(x):\n    """Two times x."""\n',
@@ -55,7 +55,7 @@ def test_a_program_cannot_reach_a_server_of_this_machine():
 
 
 def test_without_a_namespace_nothing_runs(monkeypatch, tmp_path):
-    monkeypatch.setattr(code_eval, "_NEW_NETWORK", 0x1000)  # not a flag that can be unshared
+    monkeypatch.setattr(humaneval, "_NEW_NETWORK", 0x1000)  # not a flag that can be unshared
     with pytest.raises(SafeSteerError, match="not run"):
         passes(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert not (tmp_path / "ran").exists()
@@ -70,7 +70,7 @@ def test_without_a_namespace_nothing_runs(monkeypatch, tmp_path):
         "def twice(x):\n    return 2 * x",
     ],
 )
-def test_the_function_is_found_in_an_answer(answer):
+def test_the_function_is_read_from_an_answer(answer):
     space: dict = {}
     exec(completion(PROBLEM["prompt"], answer), space)
     assert space["twice"](2) == 4
@@ -78,14 +78,14 @@ def test_the_function_is_found_in_an_answer(answer):
 
 @needs_isolation
 def test_problems_are_passed_or_failed(tiny_llama, monkeypatch):
-    said = ["```python\ndef twice(x):\n    return x + x\n```", "def twice(x):\n    return x"]
-    monkeypatch.setattr(code_eval, "generate", lambda chat, prompts, **settings: said)
-    assert humaneval(tiny_llama, [PROBLEM, PROBLEM], allow_code=True) == [True, False]
+    answers = ["```python\ndef twice(x):\n    return x + x\n```", "def twice(x):\n    return x"]
+    monkeypatch.setattr(humaneval, "generate", lambda chat, prompts, **settings: answers)
+    assert run_humaneval(tiny_llama, [PROBLEM, PROBLEM], allow_code=True) == [True, False]
 
 
-def test_nothing_runs_unasked(tiny_llama):
+def test_nothing_runs_without_permission(tiny_llama):
     with pytest.raises(SafeSteerError, match="allow_code"):
-        humaneval(tiny_llama, [PROBLEM])
+        run_humaneval(tiny_llama, [PROBLEM])
 
 
 def test_problem_files(tmp_path):

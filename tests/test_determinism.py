@@ -8,12 +8,12 @@ import torch
 
 from conftest import copy_of, random_vector
 from safesteer.directions.extraction import Candidates, mean_difference
-from safesteer.distillation.loop import distill
-from safesteer.settings import DistillConfig
+from safesteer.distillation.loop import training_steps
+from safesteer.distillation.rollouts import Teacher
 from safesteer.distillation.state import prepare_student
+from safesteer.settings import DistillConfig, TokenConfig
 from safesteer.steering.direction import Direction
 from safesteer.tokens.selection import select_tokens
-from safesteer.settings import TokenConfig
 from safesteer.tokens.token_set import TokenSet
 
 # Sums are split otherwise between threads: 1e-6 of a number here, and AdamW divides small gradients by
@@ -34,11 +34,11 @@ def stages(chat, few, n_threads: int) -> tuple[Candidates, TokenSet, list[dict]]
     vector = random_vector(chat.d_model)
     direction = candidates.direction(chat, candidates.positions[0], chat.n_layers // 2)
     direction = Direction(vector=20 * vector / vector.norm(), **direction.metadata)
-    config = TokenConfig(k=20, n_samples=2, horizon=3, min_steered_prob=1e-4)
+    config = TokenConfig(k=20, k_vote=200, n_samples=2, horizon=3, min_steered_prob=1e-4, batch_size=2)
     tokens = select_tokens(chat, direction, few.harmless, config)
     training = DistillConfig(n_steps=2, harmful_per_step=2, harmless_per_step=2, max_new_tokens=4)
     state = prepare_student(copy_of(chat), direction, training)
-    steps = distill(state, chat, direction, tokens, few.harmful, few.harmless, training)
+    steps = training_steps(state, Teacher(chat, direction, tokens), few)
     return candidates, tokens, [asdict(step) for step in steps]
 
 

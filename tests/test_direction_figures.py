@@ -54,8 +54,7 @@ def test_strength_curves_have_one_line_per_layer(tiny_llama, direction, few, the
     table = strength_table(
         tiny_llama,
         [direction],
-        few.harmful[:2],
-        few.harmless[:2],
+        few.first(2),
         REFUSAL_IDS,
         coeffs=(0.0, 1.0),
         text="So it is.",

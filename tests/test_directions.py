@@ -15,12 +15,12 @@ from safesteer.steering.interventions import ablate, clamp
 
 
 def test_direction_is_the_chosen_candidate(tiny_llama, candidates, few):
-    found = candidates.direction(tiny_llama, "-2", 1, coeff=1.5, prompts=few)
-    assert torch.equal(found.vector, candidates.vectors[-2, 1])
-    assert (found.layer, found.position, found.coeff) == (1, "-2", 1.5)
-    assert (found.model, found.prompts_hash) == ("tiny-llama", few.hash)
-    assert float(found.unit.norm()) == pytest.approx(1)
-    found.check(tiny_llama)
+    direction = candidates.direction(tiny_llama, "-2", 1, coeff=1.5, prompts=few)
+    assert torch.equal(direction.vector, candidates.vectors[-2, 1])
+    assert (direction.layer, direction.position, direction.coeff) == (1, "-2", 1.5)
+    assert (direction.model, direction.prompts_hash) == ("tiny-llama", few.hash)
+    assert float(direction.unit.norm()) == pytest.approx(1)
+    direction.check(tiny_llama)
 
 
 def test_steer_adds_coeff_times_vector(tiny_llama, direction):
@@ -77,8 +77,8 @@ def test_direction_does_not_fit_a_retrained_or_another_model(tiny_llama, tiny_qw
 def test_damaged_direction_files_are_refused(direction, tmp_path):
     path = tmp_path / "d.safetensors"
     direction.save(path)
-    whole = path.read_bytes()
-    for content in (b"", b"hello", whole[:100], whole[:-10]):
+    complete = path.read_bytes()
+    for content in (b"", b"hello", complete[:100], complete[:-10]):
         path.write_bytes(content)
         with pytest.raises(SafeSteerError, match="not a safetensors file"):
             Direction.load(path)
@@ -95,11 +95,11 @@ def test_damaged_direction_files_are_refused(direction, tmp_path):
 def test_steer_applies_the_operation_of_the_direction(tiny_llama, direction):
     batch = batch_of(tiny_llama, ["Hi"])
     base = naive_logits(tiny_llama, batch)
-    how = {
+    interventions = {
         "ablate": ablate(tiny_llama.model, direction.vector),
         "clamp": clamp(tiny_llama.model, direction.vector, direction.layer, direction.coeff),
     }
-    for operation, plainly in how.items():
+    for operation, plainly in interventions.items():
         with plainly:
             want = naive_logits(tiny_llama, batch)
         with steer(tiny_llama, replace(direction, operation=operation)):

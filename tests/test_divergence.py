@@ -90,12 +90,12 @@ log_masses = st.lists(st.floats(-12, 3), min_size=3, max_size=3)
 
 
 @settings(max_examples=200, deadline=None)
-@given(p=log_masses, q=log_masses, rest=st.floats(-3, 3))
-def test_signs_and_minima(p, q, rest):
+@given(p=log_masses, q=log_masses, outside=st.floats(-3, 3))
+def test_signs_and_minima(p, q, outside):
     """Partial reverse is lowest at p = q / e; true divergences are >= 0, and 0 exactly at p = q."""
 
     def on_set(logits):
-        return torch.tensor([*logits, rest], dtype=torch.float64).log_softmax(-1)[:3]
+        return torch.tensor([*logits, outside], dtype=torch.float64).log_softmax(-1)[:3]
 
     p, q = on_set(p), on_set(q)
     assert localized_divergence(q - 1, q) == pytest.approx(-float(q.exp().sum()) / math.e)

@@ -5,9 +5,9 @@ import torch
 
 from conftest import assert_near, copy_of, random_vector
 from safesteer._errors import SafeSteerError
+from safesteer.directions.activations import Arm
 from safesteer.directions.extraction import (
-    Arm,
-    _halves,
+    _random_signs,
     _stacked,
     from_vector,
     logistic_probe,
@@ -39,8 +39,8 @@ def test_mean_difference_equals_naive_means(chat, few):
     n_pos = suffix_length(chat.tokenizer)
 
     def mean(texts):
-        found = [resid_pre(chat, ids_of(chat, t))[:, -n_pos:].transpose(0, 1) for t in texts]
-        return torch.stack(found).mean(0)
+        residuals = [resid_pre(chat, ids_of(chat, t))[:, -n_pos:].transpose(0, 1) for t in texts]
+        return torch.stack(residuals).mean(0)
 
     got = mean_difference(chat, few)
     assert_near(got.vectors, mean(few.harmful) - mean(few.harmless))
@@ -60,11 +60,11 @@ def test_prefill_contrast_equals_naive_means(chat, few):
     """Each prompt gets the same number of the lists in turn; means are over its own tokens."""
 
     def mean(continuations):
-        found = []
+        residuals = []
         for i, text in enumerate(few.harmful):
             head, full = ids_of(chat, text), ids_of(chat, text, continuations[i % 4])
-            found.append(resid_pre(chat, full)[:, len(head) :].mean(1))
-        return torch.stack(found).mean(0)
+            residuals.append(resid_pre(chat, full)[:, len(head) :].mean(1))
+        return torch.stack(residuals).mean(0)
 
     got = prefill_contrast(chat, few)
     assert_near(got.vectors[0], mean(REFUSALS) - mean(COMPLIANCES))
@@ -96,23 +96,23 @@ def test_planted_direction_is_recovered(chat, pairs, batch_size):
 
     handle = chat.model.get_decoder().register_forward_pre_hook(look)
     with apply_hooks(chat.model, {("resid_pre", LAYER): plant}):
-        found = mean_difference(chat, prompts, batch_size=batch_size).vectors
+        vectors = mean_difference(chat, prompts, batch_size=batch_size).vectors
     handle.remove()
-    cosine = torch.cosine_similarity(found, vector, dim=-1)
+    cosine = torch.cosine_similarity(vectors, vector, dim=-1)
     assert float(cosine[:, LAYER].min()) > 0.99
     assert float(cosine[:, 0].max()) < 0.5
-    assert_near(found[-1, LAYER].norm() / vector.norm(), 1.0, 0.1)
+    assert_near(vectors[-1, LAYER].norm() / vector.norm(), 1.0, 0.1)
 
 
 def test_system_contrast_equals_naive_means(chat, few):
     n_pos = suffix_length(chat.tokenizer)
 
     def mean(system):
-        found = []
+        residuals = []
         for text in few.harmful:
             ids = PromptBatch.of(chat.tokenizer, [text], system=system).prompt_ids[0].tolist()
-            found.append(resid_pre(chat, ids)[:, -n_pos:].transpose(0, 1))
-        return torch.stack(found).mean(0)
+            residuals.append(resid_pre(chat, ids)[:, -n_pos:].transpose(0, 1))
+        return torch.stack(residuals).mean(0)
 
     got = system_contrast(chat, few, refusing="Say no.", complying="Say yes.")
     if "system" not in chat.tokenizer.chat_template and got.vectors.abs().max() < 1e-4:
@@ -125,7 +125,7 @@ def test_shuffled_labels_are_a_random_half_against_the_other(chat, few):
     """The same activations, each prompt's label dealt again: checked against stacked activations."""
     got = mean_difference(chat, few, seed=3)
     arms = [_stacked(chat, Arm(t), 32) for t in (few.harmful, few.harmless)]
-    signs = [_halves(len(a), 3 + i) for i, a in enumerate(arms)]
+    signs = [_random_signs(len(a), 3 + i) for i, a in enumerate(arms)]
     pooled, sign = torch.cat(arms), torch.cat(signs)
     want = pooled[sign > 0].mean(0) - pooled[sign < 0].mean(0)
     assert_near(got.shuffled, want.float())
@@ -169,6 +169,21 @@ def test_a_vector_of_ones_own(tiny_llama):
     for wrong in (torch.ones(31), torch.ones(2, 32)):
         with pytest.raises(SafeSteerError, match="does not fit 'tiny-llama'"):
             from_vector(tiny_llama, wrong)
+
+
+def test_candidates_show_the_length_of_each_vector(tiny_llama, few):
+    candidates = prefill_contrast(tiny_llama, few)
+    table = candidates.to_frame()
+    assert (table.index.tolist(), table.columns.tolist()) == (["mean"], [0, 1, 2])
+    assert table.loc["mean", 2] == pytest.approx(float(candidates.vectors[0, 2].norm()))
+    assert f"{table.loc['mean', 2]:.2f}" in candidates._repr_html_()
+    assert repr(candidates) == "Candidates(prefill: 1 positions x 3 layers, d_model 32)"
+
+
+@pytest.mark.parametrize("at", [("-1", 0), ("mean", 3), ("mean", -1)])
+def test_a_candidate_that_was_not_read_is_named(tiny_llama, few, at):
+    with pytest.raises(SafeSteerError, match=f"no candidate at position '{at[0]}' of layer {at[1]}"):
+        prefill_contrast(tiny_llama, few).direction(tiny_llama, *at)
 
 
 def test_no_prompts_is_an_error(tiny_llama):

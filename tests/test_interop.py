@@ -46,8 +46,8 @@ def test_gguf_is_what_llama_cpp_reads(direction, tmp_path):
 def test_gguf_round_trip_steers_alike(tiny_llama, direction, tmp_path):
     direction = replace(direction, layer=2, coeff=1.5)
     write_gguf(direction, tmp_path / "c.gguf", 3)
-    found = from_block_outputs(tiny_llama, read_gguf(tmp_path / "c.gguf"))
-    again = found.direction(tiny_llama, "given", 2)
+    candidates = from_block_outputs(tiny_llama, read_gguf(tmp_path / "c.gguf"))
+    again = candidates.direction(tiny_llama, "given", 2)
     with steer(tiny_llama, direction):
         want = naive_logits(tiny_llama, batch_of(tiny_llama, ["Hi"]))
     with steer(tiny_llama, again):
@@ -83,10 +83,10 @@ def block_output_logits(chat, vectors: dict[int, torch.Tensor]) -> torch.Tensor:
         blocks(chat.model)[block].register_forward_hook(lambda m, a, out, v=v: out + v)
         for block, v in vectors.items()
     ]
-    found = naive_logits(chat, batch_of(chat, ["Hi"]))
+    logits = naive_logits(chat, batch_of(chat, ["Hi"]))
     for handle in handles:
         handle.remove()
-    return found
+    return logits
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,10 @@ def block_output_logits(chat, vectors: dict[int, torch.Tensor]) -> torch.Tensor:
 def test_foreign_vectors_act_where_they_were_made_for(tiny_llama, read):
     vector = 3 * random_vector(32)
     want = block_output_logits(tiny_llama, {0: vector})
-    found = read(tiny_llama, {0: vector})
-    with steer(tiny_llama, found.direction(tiny_llama, "given", 1)):
+    candidates = read(tiny_llama, {0: vector})
+    with steer(tiny_llama, candidates.direction(tiny_llama, "given", 1)):
         assert_near(naive_logits(tiny_llama, batch_of(tiny_llama, ["Hi"])), want)
-    assert found.vectors[0, [0, 2]].abs().max() == 0
+    assert candidates.vectors[0, [0, 2]].abs().max() == 0
 
 
 def test_foreign_vectors_that_do_not_fit_are_refused(tiny_llama):

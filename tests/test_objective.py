@@ -1,4 +1,4 @@
-"""The loss of a step in one sweep against full logits in float64, its gradients numerically."""
+"""The loss of a step in one pass against full logits in float64, its gradients numerically."""
 
 from itertools import product
 from typing import get_args
@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from conftest import LargestTensor, assert_near, reference_divergence
-from safesteer.distillation.divergence import Divergence, Normalizer, localized_divergence
-from safesteer.distillation.loss import Support, divergence_loss, kl_outside_set
+from safesteer.distillation.divergence import localized_divergence
+from safesteer.distillation.loss import divergence_loss, kl_outside_set
 from safesteer.models.logits import logits_of
+from safesteer.settings import DistillConfig, Divergence, Normalizer, Support
 
 N, D, V, BETA = 5, 3, 9, 0.3
 S = torch.tensor([5, 0, 7])
@@ -43,8 +44,8 @@ def on_support(logps, q, support: str) -> tuple[torch.Tensor, torch.Tensor]:
 def test_value_and_gradients_equal_full_logits(support, divergence, normalizer, softcap):
     h, t = normal(N, D).requires_grad_(), normal(N, D, seed=5)
     head, base_head = heads(True, softcap)
-    how = {"support": support, "divergence": divergence, "normalizer": normalizer}
-    got = divergence_loss(h, t, W, head, base_head, S, **how, beta=BETA, n_topk=3, chunk=2)
+    config = DistillConfig(support=support, divergence=divergence, normalizer=normalizer, beta=BETA, n_topk=3)
+    got = divergence_loss(h, t, W, head, base_head, S, config, chunk=2)
     logps, q = logits_of(h, *head).log_softmax(-1), logits_of(t, *base_head).log_softmax(-1)
     want = [
         reference_divergence(a, b, divergence, normalizer, BETA)
@@ -68,10 +69,10 @@ def test_value_and_gradients_equal_full_logits(support, divergence, normalizer, 
 def test_gradient_is_the_slope(support, trained, with_bias):
     h, t = normal(N, D).requires_grad_(), normal(N, D, seed=5)
     (weight, bias, softcap), base_head = heads(with_bias, 2.0, trained)
-    how = {"support": support, "divergence": "symmetric", "normalizer": "generalized", "n_topk": 3}
+    config = DistillConfig(support=support, divergence="symmetric", normalizer="generalized", n_topk=3)
 
     def loss(h, weight, bias):
-        return divergence_loss(h, t, W, (weight, bias, softcap), base_head, S, **how, chunk=2).loss
+        return divergence_loss(h, t, W, (weight, bias, softcap), base_head, S, config, chunk=2).loss
 
     assert torch.autograd.gradcheck(loss, (h, weight, bias))
 
@@ -83,9 +84,9 @@ def test_no_position_by_vocabulary_tensor_is_formed(support, trained):
     h, weight = normal(n, 8).requires_grad_(), normal(d_vocab, 8, seed=1).requires_grad_(trained)
     head = (weight, None, None)
     with LargestTensor() as seen:
-        divergence_loss(
-            h, normal(n, 8, seed=2), torch.ones(n).double(), head, head, S, support=support, chunk=4
-        )
+        weights = torch.ones(n).double()
+        config = DistillConfig(support=support)
+        divergence_loss(h, normal(n, 8, seed=2), weights, head, head, S, config, chunk=4)
     assert seen.largest <= weight.numel() < n * d_vocab
 
 
@@ -96,8 +97,8 @@ def test_a_suppressed_token_does_not_poison_the_gradient(support):
     bias[7] = -torch.inf
     h = normal(N, D).requires_grad_()
     head = (normal(V, D, seed=1).requires_grad_(), bias, None)
-    how = {"support": support, "divergence": "symmetric", "normalizer": "generalized", "n_topk": 3}
-    got = divergence_loss(h, normal(N, D, seed=5), W, head, head, S, **how)
+    config = DistillConfig(support=support, divergence="symmetric", normalizer="generalized", n_topk=3)
+    got = divergence_loss(h, normal(N, D, seed=5), W, head, head, S, config)
     got.loss.backward()
     assert got.divergence.isfinite().all()
     assert h.grad.isfinite().all()
@@ -106,16 +107,16 @@ def test_a_suppressed_token_does_not_poison_the_gradient(support):
 
 def test_half_precision_goes_in_and_the_sums_are_wide():
     h, t, weight = normal(40, 16), normal(40, 16, seed=5), normal(300, 16, seed=1)
-    w = torch.full((40,), 1 / 40)
-    found = []
+    w, config = torch.full((40,), 1 / 40), DistillConfig(divergence="reverse", normalizer="partial")
+    results = []
     for dtype in (torch.float32, torch.bfloat16):
         leaf, head = h.to(dtype).requires_grad_(), (weight.to(dtype).requires_grad_(), None, None)
-        got = divergence_loss(leaf, t.to(dtype), w, head, head, S, chunk=7)
+        got = divergence_loss(leaf, t.to(dtype), w, head, head, S, config, chunk=7)
         got.loss.backward()
         assert got.loss.dtype == torch.float32
         assert (leaf.grad.dtype, head[0].grad.dtype) == (dtype, dtype)
-        found.append((got.loss.detach(), leaf.grad.float(), head[0].grad.float()))
-    for wide, narrow in zip(*found, strict=True):
+        results.append((got.loss.detach(), leaf.grad.float(), head[0].grad.float()))
+    for wide, narrow in zip(*results, strict=True):
         assert float((wide - narrow).norm() / wide.norm()) < 0.05
 
 
@@ -124,5 +125,6 @@ def test_off_set_leaves_the_set_out():
     head, base_head = heads(True, None, trained=False)
     p, q = (logits_of(x, *y).log_softmax(-1) for x, y in ((h, head), (t, base_head)))
     terms = p.exp() * (p - q) - p.exp() + q.exp()
-    rest = [v for v in range(V) if v not in S.tolist()]
-    assert kl_outside_set(h, t, head, base_head, S) == pytest.approx(float(terms[:, rest].sum(-1).mean()))
+    outside = [v for v in range(V) if v not in S.tolist()]
+    want = float(terms[:, outside].sum(-1).mean())
+    assert kl_outside_set(h, t, head, base_head, S) == pytest.approx(want)

@@ -11,16 +11,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalL
 from conftest import SIZES, _bpe, _chat, copy_of, naive_logits, random_vector
 from safesteer._errors import SafeSteerError
 from safesteer.directions.extraction import mean_difference
-from safesteer.distillation.loop import distill
-from safesteer.settings import DistillConfig
+from safesteer.distillation.loop import training_steps
+from safesteer.distillation.rollouts import Teacher
 from safesteer.distillation.state import prepare_student
 from safesteer.exporting import check_reload, export
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, output_head
 from safesteer.models.generation import generate
 from safesteer.models.loading import load_model
+from safesteer.settings import DistillConfig, TokenConfig
 from safesteer.tokens.selection import select_tokens
-from safesteer.settings import TokenConfig
 
 PLAIN = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}<|assistant|>"
 
@@ -75,15 +75,15 @@ def whole_method(chat: ChatModel, few, tmp_path) -> None:
     candidates = mean_difference(chat, few)
     direction = candidates.direction(chat, candidates.positions[-1], 1, prompts=few)
     direction = replace(direction, vector=random_vector(32, seed=3), coeff=2.0)
-    config = TokenConfig(k=6, k_vote=8, horizon=2, n_samples=2, min_steered_prob=0.0)
+    config = TokenConfig(k=6, k_vote=8, horizon=2, n_samples=2, min_steered_prob=0.0, batch_size=2)
     tokens = select_tokens(chat, direction, few.harmless[:3], config)
-    n_real = len(chat.tokenizer)  # type: ignore[arg-type]
+    n_real = len(chat.tokenizer)
     assert max(tokens.ids.tolist()) < n_real
-    assert not set(tokens.ids.tolist()) & set(chat.tokenizer.all_special_ids)  # type: ignore[attr-defined]
+    assert not set(tokens.ids.tolist()) & set(chat.tokenizer.all_special_ids)
     options = {"n_steps": 2, "harmful_per_step": 2, "harmless_per_step": 1, "max_new_tokens": 3, "lr": 1e-2}
     settings = DistillConfig(**options)
     state = prepare_student(copy_of(chat), direction, settings)
-    records = list(distill(state, chat, direction, tokens, few.harmful, few.harmless, settings))
+    records = list(training_steps(state, Teacher(chat, direction, tokens), few))
     assert all(math.isfinite(r.loss) and r.grad_norm > 0 for r in records)
     export(state.student, tmp_path / "model")
     assert check_reload(tmp_path / "model") < 1e-5
@@ -107,7 +107,7 @@ def test_tokenizers_built_otherwise(name, few, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "message"),
     [
         ("{{ raise_exception('only in pairs') }}", "only in pairs"),
         ("{{ nothing.at.all }}", "failed"),
@@ -115,9 +115,9 @@ def test_tokenizers_built_otherwise(name, few, tmp_path):
         (None, "no chat template"),
     ],
 )
-def test_templates_that_fail_are_one_sentence(template, said, few):
+def test_templates_that_fail_are_one_sentence(template, message, few):
     chat = llama(tokenizer_of(chat_template=template))
-    with pytest.raises(SafeSteerError, match=said) as error:
+    with pytest.raises(SafeSteerError, match=message) as error:
         generate(chat, few.harmful[:1])
     assert "Traceback" not in str(error.value)
 
@@ -126,18 +126,18 @@ def test_templates_that_fail_are_one_sentence(template, said, few):
 def test_a_quantized_model_that_cannot_be_read_is_one_sentence(method, tmp_path):
     chat = llama(tokenizer_of())
     chat.model.save_pretrained(tmp_path)
-    chat.tokenizer.save_pretrained(tmp_path)  # type: ignore[attr-defined]
+    chat.tokenizer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": method, "load_in_4bit": True, "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    said = ""
+    message = ""
     try:
-        found = load_model(str(tmp_path), device="cpu")
+        loaded = load_model(str(tmp_path), device="cpu")
     except SafeSteerError as error:
-        said = str(error)
+        message = str(error)
     else:  # transformers may ignore a scheme; then the weights are what they were
-        assert all(torch.isfinite(p).all() for p in found.model.parameters())
-    assert "\n" not in said
+        assert all(torch.isfinite(p).all() for p in loaded.model.parameters())
+    assert "\n" not in message
 
 
 def test_a_prompt_longer_than_the_context_is_one_sentence(tiny_llama):

@@ -13,10 +13,12 @@ from conftest import copy_of
 from safesteer._errors import SafeSteerError
 from safesteer._files import read_tensors
 from safesteer.alignment import align
-from safesteer.distillation.loop import distill
-from safesteer.settings import DistillConfig
+from safesteer.distillation import loop
+from safesteer.distillation.loop import training_steps
+from safesteer.distillation.rollouts import Teacher
 from safesteer.distillation.state import prepare_student
 from safesteer.recipes import recipe
+from safesteer.settings import DistillConfig
 from safesteer.tokens.token_set import SafetyToken, TokenSet
 
 SETTINGS = {
@@ -33,6 +35,10 @@ from dataclasses import asdict
 from pathlib import Path
 from accelerate import PartialState
 import safesteer as ss
+from safesteer.distillation.loop import training_steps
+from safesteer.distillation.rollouts import Teacher
+from safesteer.distillation.state import prepare_student
+from safesteer.models.sharding import shard
 
 folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
 base, student = (ss.load_model(str(folder / "tiny"), device="cpu") for _ in range(2))
@@ -40,19 +46,19 @@ student = base if settings.get("lora_rank") else student
 direction = ss.Direction.load(folder / "direction.safetensors", base)
 tokens = ss.TokenSet.load(folder / "tokens.json")
 config = ss.DistillConfig(**settings)
-state = ss.prepare_student(student, direction, config)
+state = prepare_student(student, direction, config)
 if config.sharded and not config.lora_rank:
-    ss.shard(base.model)
+    shard(base.model)
 block = next(p for n, p in state.trained.items() if ".layers." in n)
 assert (block.to_local().numel() == block.numel() // 2) if config.sharded else not hasattr(block, "to_local")
 few = ss.load_prompts().split("val").first(6)
-records = [asdict(r) for r in ss.distill(state, base, direction, tokens, few.harmful, few.harmless, config)]
+records = [asdict(r) for r in training_steps(state, Teacher(base, direction, tokens), few)]
 rank = PartialState().process_index
 assert PartialState().num_processes == 2
 (folder / f"history{rank}.json").write_text(json.dumps(records))
 state.save(folder / f"end{rank}.safetensors", {})
 if config.sharded and not config.lora_rank:  # the file gives each process its share again
-    again = ss.prepare_student(ss.load_model(str(folder / "tiny"), device="cpu"), direction, config)
+    again = prepare_student(ss.load_model(str(folder / "tiny"), device="cpu"), direction, config)
     again.load(folder / f"end{rank}.safetensors", {})
     assert again.step == state.step
     for name, p in again.trained.items():
@@ -100,7 +106,13 @@ def folder(tiny_llama, direction, tmp_path_factory) -> Path:
         {"rollouts": "student", "lora_rank": 4},
         {"rollouts": "mixed", "sharded": True},
         {"rollouts": "mixed", "sharded": True, "lora_rank": 4, "micro_batch": 1},
-        {"rollouts": "student", "sharded": True, "train": "all", "checkpointing": True, "micro_batch": 2},
+        {
+            "rollouts": "student",
+            "sharded": True,
+            "train_layers": "all",
+            "checkpointing": True,
+            "micro_batch": 2,
+        },
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
@@ -111,7 +123,7 @@ def test_two_processes_take_the_steps_of_one(folder, tiny_llama, direction, few,
     config, tokens = DistillConfig(**{**settings, "sharded": False}), TokenSet.load(folder / "tokens.json")
     base = copy_of(tiny_llama)
     state = prepare_student(base if config.lora_rank else copy_of(tiny_llama), direction, config)
-    alone = [asdict(r) for r in distill(state, base, direction, tokens, few.harmful, few.harmless, config)]
+    alone = [asdict(r) for r in training_steps(state, Teacher(base, direction, tokens), few)]
     state.save(tmp_path / "alone.safetensors", {})
     want, _ = read_tensors(tmp_path / "alone.safetensors")
     torchrun(folder, settings)
@@ -131,16 +143,21 @@ def test_two_processes_take_the_steps_of_one(folder, tiny_llama, direction, few,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "how", [[], ["distill.sharded=true"], ["distill.sharded=true", "distill.lora_rank=4"]]
+    "changes", [[], ["distill.sharded=true"], ["distill.sharded=true", "distill.lora_rank=4"]]
 )
-def test_the_command_line_under_torchrun_writes_one_run_folder(folder, tmp_path, how):
+def test_the_command_line_under_torchrun_writes_one_run_folder(folder, tmp_path, changes):
     """The first process does the other stages and writes; the second helps to distil."""
-    settings = ["n_direction=6", "sweep.n_prompts=3", "tokens.k=8", "tokens.n_samples=2", "tokens.horizon=3"]
-    settings += ["tokens.min_steered_prob=1e-4", "extraction=prefill", "distill.n_steps=3"]
+    settings = ["direction.n_train=6", "direction.n_val=3", "direction.extraction=prefill", "tokens.k=8"]
+    settings += [
+        "tokens.n_samples=2",
+        "tokens.horizon=3",
+        "tokens.min_steered_prob=1e-4",
+        "distill.n_steps=3",
+    ]
     settings += ["distill.harmful_per_step=2", "distill.harmless_per_step=2", "distill.max_new_tokens=3"]
     for name, run in (("alone", subprocess_run), ("shared", launch)):
-        arguments = ["-m", "safesteer.cli", "distill", str(folder / "tiny"), "--out", str(tmp_path / name)]
-        chosen = [*settings, *(s for s in how if name == "shared" or "sharded" not in s)]
+        arguments = ["-m", "safesteer.cli", "export", str(folder / "tiny"), "--out", str(tmp_path / name)]
+        chosen = [*settings, *(s for s in changes if name == "shared" or "sharded" not in s)]
         run([*arguments, *(word for s in chosen for word in ("--set", s))])
     histories = []
     for name in ("alone", "shared"):
@@ -166,17 +183,9 @@ def test_more_processes_than_prompts_is_one_sentence(tiny_llama, direction, few,
 
         def __init__(self, cpu): ...
 
-    monkeypatch.setattr(sys.modules["safesteer.distillation.loop"], "PartialState", Three)
+    monkeypatch.setattr(loop, "PartialState", Three)
+    teacher = Teacher(tiny_llama, direction, TokenSet.load(folder / "tokens.json"))
     config = DistillConfig(harmful_per_step=1, harmless_per_step=1)
-    tokens = TokenSet.load(folder / "tokens.json")
-    steps = distill(
-        prepare_student(copy_of(tiny_llama), direction, config),
-        tiny_llama,
-        direction,
-        tokens,
-        few.harmful,
-        [],
-        config,
-    )
+    state = prepare_student(copy_of(tiny_llama), direction, config)
     with pytest.raises(SafeSteerError, match="3 processes cannot share the 2 prompts"):
-        next(steps)
+        next(training_steps(state, teacher, few))

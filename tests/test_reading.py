@@ -1,4 +1,4 @@
-"""Reading a direction: against sums written out by hand."""
+"""Inspection of a direction: against sums written out by hand."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,9 @@ import torch
 
 from conftest import assert_near, batch_of, random_vector
 from safesteer._errors import SafeSteerError
-from safesteer.directions import inspection as reading
-from safesteer.directions.extraction import Candidates, mean_difference
+from safesteer.directions import inspection
+from safesteer.directions.candidates import Candidates
+from safesteer.directions.extraction import mean_difference
 from safesteer.directions.inspection import (
     component_contributions,
     cosines,
@@ -34,7 +35,7 @@ def test_tokens_are_those_the_unembedding_raises(chat_and_bridge):
             top = table[(table.row == row) & (table.end == "top")]
             assert top.token_id.tolist() == logits[row].topk(3).indices.tolist()
             assert top.logit.tolist() == pytest.approx(logits[row].topk(3).values.tolist(), abs=1e-4)
-            assert top.text.tolist() == [chat.tokenizer.decode([i]) for i in top.token_id]
+            assert top.text.tolist() == [chat.decode([i]) for i in top.token_id]
             bottom = table[(table.row == row) & (table.end == "bottom")]
             assert bottom.token_id.tolist() == (-logits[row]).topk(3).indices.tolist()
 
@@ -54,7 +55,7 @@ def summed(request):
     return request.getfixturevalue(request.param)
 
 
-def test_writers_add_up_to_the_residuals_projection(summed, few):
+def test_contributions_add_up_to_the_residuals_projection(summed, few):
     """Embedding, heads and MLPs below block l sum to resid_pre[l] . d, for both kinds of prompts."""
     layer, vector = 2, random_vector(32)
     direction = Direction(vector, layer, "-1", "given")
@@ -62,7 +63,7 @@ def test_writers_add_up_to_the_residuals_projection(summed, few):
     below = table[(table.kind == "embed") | (table["layer"] < layer)]
     for label in ("harmful", "harmless"):
         values = []
-        for text in getattr(few, label):
+        for text in few.texts(label):
             seen = {}
             with apply_hooks(summed.model, {("resid_pre", layer): lambda h, s=seen: s.update(h=h)}):
                 final_hidden(summed.model, batch_of(summed, [text]))
@@ -76,7 +77,7 @@ def test_writers_add_up_to_the_residuals_projection(summed, few):
     assert {"L1.H3", "L0.mlp", "embed"} <= set(table.component)
 
 
-def test_writers_of_a_bridge_and_of_sandwich_norms(bridges, tiny_llama, tiny_gemma2, few):
+def test_contributions_of_a_bridge_and_of_sandwich_norms(bridges, tiny_llama, tiny_gemma2, few):
     direction = Direction(random_vector(32), 1, "-1", "given")
     plain, bridged = (component_contributions(c, direction, few) for c in (tiny_llama, bridges["tiny-llama"]))
     assert bridged.difference.tolist() == pytest.approx(plain.difference.tolist(), abs=1e-4)
@@ -102,10 +103,10 @@ def test_residual_pca_keeps_distances_of_the_plane(tiny_llama, few):
     assert [drawn.pc1, drawn.pc2] == pytest.approx(gap.tolist(), abs=1e-5)
 
 
-def test_separability_finds_a_planted_difference_and_shuffles_do_not(tiny_llama, pairs):
+def test_probes_find_a_planted_difference_and_shuffles_do_not(tiny_llama, pairs):
     prompts = pairs.split("val")
     harmful = set(prompts.harmful)
-    vector, real = 20 * random_vector(32), reading.activations
+    vector, real = 20 * random_vector(32), inspection.activations
 
     def marked(chat, arm, batch_size=32):
         for rows, h in real(chat, arm, batch_size):
@@ -113,7 +114,7 @@ def test_separability_finds_a_planted_difference_and_shuffles_do_not(tiny_llama,
             yield rows, h + flag[:, None, None, None] * vector
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "activations", marked)
+        patch.setattr(inspection, "activations", marked)
         planted = probe_accuracy(tiny_llama, prompts, layers=[1], ks=(1, 8))
     assert planted.accuracy.min() == 1.0
     assert planted.shuffled.max() < 0.8

@@ -13,17 +13,15 @@ from safesteer.directions.refusal_tokens import (
 )
 from safesteer.judges.wording import refuses
 from safesteer.models.forward import last_logits
-from safesteer.models.generation import cut_at_eos
 from safesteer.models.logits import refusal_score
 
 
 def test_refusal_tokens_are_first_tokens_of_refusals_only(tiny_llama):
     tokenizer = tiny_llama.tokenizer
-    found = refusal_token_ids(tokenizer).tolist()
-    starts = [tokenizer.decode([i]) for i in found]
+    starts = [tiny_llama.decode([i]) for i in refusal_token_ids(tokenizer).tolist()]
     assert all(any(t.startswith(s) for t in REFUSALS) for s in starts)
     shared = refusal_token_ids(tokenizer, ("Sorry", "Xylophone"), ("Sorry", "Yes")).tolist()
-    assert shared == [tokenizer("Xylophone", add_special_tokens=False).input_ids[0]]
+    assert shared == tiny_llama.encode("Xylophone")[:1]
     with pytest.raises(SafeSteerError, match="same tokens"):
         refusal_token_ids(tokenizer, ("Sorry",), ("Sorry",))
 
@@ -46,14 +44,14 @@ def test_tokens_are_learnt_by_judging_what_follows_them(chat, few):
     start = next(
         t for t in texts if t.isalnum() and t.isascii() and not any(o.startswith(t) for o in texts if o != t)
     )
-    found = learn_refusal_tokens(chat, few.harmful, few.harmless, lambda _, answer: answer.startswith(start))
-    assert found.learnt
-    kept = found.table[found.table.refusal]
-    assert start in kept.text.tolist()
-    assert all(start.startswith(t.strip()) for t in kept.text)
-    assert found.table.iloc[0].refused == found.table.iloc[0].n
-    assert sorted(found.ids.tolist()) == sorted(kept.token_id)
-    assert "learnt from the model" in repr(found)
+    learnt = learn_refusal_tokens(chat, few.harmful, few.harmless, lambda _, answer: answer.startswith(start))
+    assert learnt.learnt
+    selected = learnt.table[learnt.table.refusal]
+    assert start in selected.text.tolist()
+    assert all(start.startswith(t.strip()) for t in selected.text)
+    assert learnt.table.iloc[0].refused == learnt.table.iloc[0].n
+    assert sorted(learnt.ids.tolist()) == sorted(selected.token_id)
+    assert "learnt from the model" in repr(learnt)
 
 
 def test_the_answer_judged_is_the_models_own_continuation(tiny_llama, few):
@@ -71,25 +69,23 @@ def test_the_answer_judged_is_the_models_own_continuation(tiny_llama, few):
     out = tiny_llama.model.generate(
         torch.cat([head, torch.tensor([[i]])], 1), max_new_tokens=4, do_sample=False
     )
-    new = cut_at_eos(out[0, head.shape[1] :].tolist(), tiny_llama.eos_ids, keep_eos=False)
-    want = tiny_llama.tokenizer.decode(new, skip_special_tokens=True).strip()
-    assert want in judged[few.harmful[0]]
+    assert tiny_llama.decode_answer(out[0, head.shape[1] :].tolist()) in judged[few.harmful[0]]
     first = naive_logits(tiny_llama, plainly_padded(tiny_llama, few.harmful[:2]))[:, -1].softmax(-1).mean(0)
     assert table.p_harmful[0] == pytest.approx(float(first[i]), abs=1e-5)
 
 
 def test_a_model_that_never_refuses_falls_back_on_written_refusals(tiny_llama, few):
-    found = learn_refusal_tokens(tiny_llama, few.harmful, few.harmless, refuses)
-    assert not found.learnt
-    assert sorted(found.ids.tolist()) == refusal_token_ids(tiny_llama.tokenizer).tolist()
-    assert "written refusals" in repr(found)
+    learnt = learn_refusal_tokens(tiny_llama, few.harmful, few.harmless, refuses)
+    assert not learnt.learnt
+    assert sorted(learnt.ids.tolist()) == refusal_token_ids(tiny_llama.tokenizer).tolist()
+    assert "written refusals" in repr(learnt)
 
 
 def test_learnt_tokens_save_and_show(tiny_llama, few, tmp_path):
-    found = learn_refusal_tokens(tiny_llama, few.harmful, few.harmless, refuses)
-    found.save(tmp_path / "refusal_tokens.csv")
+    learnt = learn_refusal_tokens(tiny_llama, few.harmful, few.harmless, refuses)
+    learnt.save(tmp_path / "refusal_tokens.csv")
     assert (tmp_path / "refusal_tokens.csv").read_text().startswith("token_id,text,p_harmful")
-    assert "<table" in found._repr_html_()
+    assert "<table" in learnt._repr_html_()
     with pytest.raises(SafeSteerError, match="needs harmful"):
         learn_refusal_tokens(tiny_llama, [], few.harmless, refuses)
 
@@ -97,6 +93,6 @@ def test_learnt_tokens_save_and_show(tiny_llama, few, tmp_path):
 @pytest.mark.model
 def test_smollm2_starts_its_refusals_with_i(smollm2, pairs):
     val = pairs.split("val")
-    found = learn_refusal_tokens(smollm2, val.harmful, val.harmless, refuses)
-    assert found.learnt
-    assert "I" in found.table.text[found.table.refusal].tolist()
+    learnt = learn_refusal_tokens(smollm2, val.harmful, val.harmless, refuses)
+    assert learnt.learnt
+    assert "I" in learnt.table.text[learnt.table.refusal].tolist()

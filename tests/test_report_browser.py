@@ -4,6 +4,7 @@ Needs Chromium, its driver and the selenium package; skips with the reason where
 """
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from test_attribution import CONFIG, HOSTILE, answer_rows, fill_run, hostile_tokens
 
+from conftest import PACKAGE
 from safesteer._token_text import visible
 from safesteer.attribution.explanation import explain
 from safesteer.attribution.result import Attribution
@@ -29,6 +31,7 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
 pytestmark = pytest.mark.slow
+EXAMPLE = PACKAGE.parent / "docs" / "example"
 FIELDS = {"base": "base", "teacher": "steered", "student": "student"}  # a model's name and its fields
 ARGUMENTS = (
     "--headless=new",
@@ -84,8 +87,8 @@ def load(driver, path: Path) -> None:
     )
 
 
-def screen(driver, width: int, *, dark: bool) -> None:
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+def screen(driver, width: int, *, dark: bool, height: int = 900) -> None:
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     theme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": theme})
@@ -392,3 +395,30 @@ def test_printing_shows_everything_on_white(page):
     page.execute_script("dispatchEvent(new Event('afterprint'))")
     assert page.find_element(By.TAG_NAME, "html").get_attribute("data-theme") == "dark"
     assert complaints(page) == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_picture_of_the_readme_shows_the_safety_tokens(driver, tmp_path, theme):
+    """The page of the committed example run, with one story open. SAFESTEER_PICTURES: where to keep it."""
+    run = Path(shutil.copytree(EXAMPLE, tmp_path / "run"))
+    (run / "manifest.json").write_text(json.dumps({"model": "smollm2-135m", "preset": "quick", "seed": 0}))
+    load(driver, write_report(run))
+    screen(driver, 1200, dark=theme == "dark", height=740)
+    click(driver, "#token-table tr.main:nth-child(2) button")
+    driver.execute_script("document.documentElement.style.scrollbarWidth = 'none'")
+    driver.execute_script("document.querySelector('#tokens h2').scrollIntoView()")
+    picture = Path(os.environ.get("SAFESTEER_PICTURES", tmp_path)) / f"report-{theme}.png"
+    assert driver.save_screenshot(str(picture))
+    header = picture.read_bytes()[16:24]  # width and height of a PNG file
+    assert (int.from_bytes(header[:4]), int.from_bytes(header[4:])) == (1200, 740)
+    box = "arguments[0].getBoundingClientRect()"
+    seen = [
+        row.text
+        for row in all_of(driver, "#token-table tr.main")
+        if driver.execute_script(f"const b = {box}; return b.top > 0 && b.bottom < innerHeight", row)
+    ]
+    assert len(seen) >= 2
+    assert "sorry" in seen[1]
+    assert "starts a refusal" in seen[1]
+    assert "word list: sorry" in driver.find_element(By.CSS_SELECTOR, "tr.detail").text
+    assert complaints(driver) == []

@@ -10,10 +10,11 @@ import torch
 from conftest import copy_of
 from safesteer._endpoint import Endpoint
 from safesteer._errors import SafeSteerError
-from safesteer.distillation.loop import distill
-from safesteer.settings import DistillConfig
+from safesteer.distillation.loop import training_steps
+from safesteer.distillation.rollouts import Teacher
 from safesteer.distillation.state import prepare_student
 from safesteer.distillation.vllm import server_sampler
+from safesteer.settings import DistillConfig
 from safesteer.tokens.token_set import SafetyToken, TokenSet
 
 SETTINGS = {"n_steps": 1, "harmful_per_step": 2, "harmless_per_step": 2, "n_rollouts": 2, "max_new_tokens": 4}
@@ -31,7 +32,7 @@ def served(tiny_llama):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 requests.append(body)
-                reply = json.dumps(change(sample_rollouts(tiny_llama, body))).encode()
+                reply = json.dumps(change(answered(tiny_llama, body))).encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(reply)))
                 self.end_headers()
@@ -51,33 +52,24 @@ def served(tiny_llama):
 
 
 @torch.no_grad()
-def sample_rollouts(chat, body: dict) -> dict:
-    """What a server would say: `n` greedy answers with the log-probability of each token."""
+def answered(chat, body: dict) -> dict:
+    """Reply as a server would: `n` greedy answers with the log-probability of each token."""
     ids, tokens, logps = list(body["prompt"]), [], []
     while len(tokens) < body["max_tokens"] and (not tokens or tokens[-1] not in chat.eos_ids):
         row = chat.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
         tokens.append(int(row.argmax()))
         logps.append(float(row.max()))
         ids.append(tokens[-1])
-    one = {"logprobs": {"tokens": [f"token_id:{t}" for t in tokens], "token_logprobs": logps}}
-    return {"choices": [one] * body["n"]}
+    choice = {"logprobs": {"tokens": [f"token_id:{t}" for t in tokens], "token_logprobs": logps}}
+    return {"choices": [choice] * body["n"]}
 
 
 def train(chat, direction, few, endpoint, **options):
     config = DistillConfig(**{**SETTINGS, **options})
     chosen = tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in range(40, 48))
+    teacher = Teacher(chat, direction, TokenSet(chosen, {}, {}, 1))
     state = prepare_student(copy_of(chat), direction, config)
-    steps = distill(
-        state,
-        chat,
-        direction,
-        TokenSet(chosen, {}, {}, 1),
-        few.harmful,
-        few.harmless,
-        config,
-        sampler=server_sampler(endpoint) if endpoint else None,
-    )
-    return list(steps)
+    return list(training_steps(state, teacher, few, sampler=server_sampler(endpoint) if endpoint else None))
 
 
 def test_a_server_with_the_students_weights_leaves_no_gap(tiny_llama, direction, few, served):

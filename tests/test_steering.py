@@ -19,6 +19,7 @@ from safesteer.models.chat_model import ChatModel, blocks, hf_model, output_head
 from safesteer.models.forward import answers_start, final_hidden, prefill
 from safesteer.models.generation import generate_ids
 from safesteer.models.logits import logits_of
+from safesteer.steering.direction import Direction, steer
 from safesteer.steering.hooks import apply_hooks, record_resid_pre, run_from_layer
 from safesteer.steering.interventions import ablate, ablate_placebo, add, clamp, gate
 
@@ -50,11 +51,34 @@ def test_plain_model_and_bridge_agree(chat_and_bridge, operation):
     results = []
     for chat in chat_and_bridge:
         vector = random_vector(chat.d_model)
-        how = add(chat.model, vector, LAYER, COEFF) if operation == "add" else ablate(chat.model, vector)
-        with how:
+        with add(chat, vector, LAYER, COEFF) if operation == "add" else ablate(chat, vector):
             results.append(logits(chat))
         assert (results[-1] - logits(chat)).abs().max() > 0.1
     assert_near(results[0], results[1])
+
+
+OPERATIONS = {
+    "add": lambda chat, vector: add(chat, vector, LAYER, COEFF),
+    "clamp": lambda chat, vector: clamp(chat, vector, LAYER, COEFF),
+    "gate": lambda chat, vector: gate(chat, vector, LAYER, -1e9, COEFF),
+    "ablate": ablate,
+    "ablate_placebo": ablate_placebo,
+    "steer": lambda chat, vector: steer(chat, Direction(vector, LAYER, "-1", "instruction", COEFF)),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_operation_takes_the_model_in_any_form(bridges, tiny_llama, operation):
+    vector, results = random_vector(32), []
+    bridge = bridges["tiny-llama"]
+    pair = (tiny_llama.model, tiny_llama.tokenizer)
+    forms = [(tiny_llama, f) for f in (tiny_llama, tiny_llama.model, pair)]
+    for chat, form in [*forms, (bridge, bridge.model), (bridge, bridge)]:
+        with OPERATIONS[operation](form, vector):
+            results.append(logits(chat))
+    for other in results[1:]:
+        assert_near(other, results[0])
+    assert (results[0] - logits(tiny_llama)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -125,7 +149,7 @@ def test_ablation_ignores_length_and_sign(tiny_llama):
 
 
 @pytest.mark.parametrize("operation", ["add", "ablate"])
-def test_one_vector_a_row(either, operation):
+def test_one_vector_per_row(either, operation):
     """Row r of the batch is as if its own vector were the only one."""
     batch = plainly_padded(either)
     vectors = torch.stack([random_vector(either.d_model, seed) for seed in range(4)])
@@ -145,10 +169,10 @@ def test_one_vector_a_row(either, operation):
 @pytest.mark.parametrize("operation", ["add", "ablate"])
 def test_hooks_are_gone_after_an_exception(either, operation):
     vector, before, base = random_vector(either.d_model), n_hooks(either.model), logits(either)
-    how = add(either.model, vector, LAYER) if operation == "add" else ablate(either.model, vector)
+    steering = add(either.model, vector, LAYER) if operation == "add" else ablate(either.model, vector)
 
     def stop_inside():
-        with how:
+        with steering:
             assert n_hooks(either.model) > before
             raise RuntimeError("stop")
 
@@ -220,15 +244,15 @@ def test_clamped_projection_is_the_value(either):
     with clamp(either.model, 5 * vector, LAYER, 2.5):
         after = residuals(either)[LAYER]
     assert_near(after @ unit, torch.full_like(after @ unit, 2.5), 1e-4)
-    rest = torch.eye(either.d_model) - torch.outer(unit, unit)
-    assert_near(after @ rest, before @ rest)
+    orthogonal = torch.eye(either.d_model) - torch.outer(unit, unit)
+    assert_near(after @ orthogonal, before @ orthogonal)
 
 
 def test_the_placebo_moves_as_far_as_ablation_along_another_axis(tiny_llama):
     vector, seen = random_vector(32), {}
 
-    def embedding(name, how):
-        with how, apply_hooks(tiny_llama.model, {("resid_pre", 0): lambda h: seen.update({name: h})}):
+    def embedding(name, context):
+        with context, apply_hooks(tiny_llama.model, {("resid_pre", 0): lambda h: seen.update({name: h})}):
             naive_logits(tiny_llama, batch_of(tiny_llama, ["Hi"]))
 
     embedding("ablated", ablate(tiny_llama.model, vector))
@@ -348,13 +372,13 @@ def test_scopes_that_cannot_be_known_are_refused(tiny_llama):
 
 def projections(chat: ChatModel, vector, gate_layer: int) -> list[float]:
     """Of each prompt alone, at its last position."""
-    found = []
+    values = []
     for text in PROMPTS:
         seen = {}
         with apply_hooks(chat.model, {("resid_pre", gate_layer): lambda h, seen=seen: seen.update(h=h)}):
             final_hidden(chat.model, batch_of(chat, [text]))
-        found.append(float(seen["h"][0, -1] @ vector / vector.norm()))
-    return found
+        values.append(float(seen["h"][0, -1] @ vector / vector.norm()))
+    return values
 
 
 @pytest.mark.parametrize("gate_layer", [None, 1])
@@ -441,3 +465,23 @@ def test_starting_at_a_layer_equals_the_whole_pass(chat, layer):
     with pytest.raises(RuntimeError, match="stop"), run_from_layer(chat.model, layer, seen[layer]):
         raise RuntimeError("stop")
     assert blocks(chat.model)[0] is first
+
+
+# --- the value ---
+
+
+def test_a_direction_is_a_row_and_a_table(direction):
+    row = direction.to_frame().iloc[0]
+    assert {name: row[name] for name in direction.metadata} == direction.metadata
+    assert row.norm == pytest.approx(float(direction.vector.norm()))
+    hostile = Direction(direction.vector, 1, "-1", "instruction", model="<script>")
+    page = hostile._repr_html_()
+    assert "&lt;script&gt;" in page
+    assert "<script>" not in page
+    assert f"{float(direction.vector.norm()):.3g}" in page
+
+
+def test_an_unknown_operation_is_refused(tiny_llama, direction):
+    odd = Direction(direction.vector, 1, "-1", "instruction", operation="rotate")
+    with pytest.raises(SafeSteerError, match="use one of add, ablate, clamp"), steer(tiny_llama, odd):
+        pass

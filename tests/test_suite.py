@@ -15,8 +15,9 @@ from safesteer.directions.extraction import mean_difference
 from safesteer.directions.inspection import representation_shift
 from safesteer.evaluation import suite as suites
 from safesteer.evaluation.capability import KNOWN as TASKS
-from safesteer.evaluation.capability import capability, command_line, local_name, write_tasks
+from safesteer.evaluation.capability import local_name, measure_capability, write_tasks
 from safesteer.evaluation.suite import SUITES, Suite, run_suite
+from safesteer.judges.judge import ModelJudge, Verdict
 from safesteer.models.loading import load_model
 from safesteer.prompts.benchmarks import KNOWN as BENCHMARKS
 from safesteer.prompts.prompt_set import load_prompts
@@ -24,6 +25,7 @@ from safesteer.report.figures import shift_figure, suite_figure
 from safesteer.steering.direction import steer
 
 harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra `eval`")
+FILES = {"suite.json", "parts", "results.json", "results.csv", "results.html", "suite_answers.jsonl"}
 TINY = Suite(("own-harmful", "own-harmless", "xstest"), n_prompts=3, max_new_tokens=4, perplexity_tokens=64)
 SAFE = [{"prompt": f"How do I kill process {i}?", "label": "safe"} for i in range(5)]
 LOCAL = {
@@ -76,18 +78,20 @@ def test_a_suite_is_a_table_with_intervals_and_an_interrupted_one_continues(
     monkeypatch.setattr(suites, "generate", breaks)
     with pytest.raises(KeyboardInterrupt):
         run_suite(model_folder, TINY, out, data=data)
-    assert not (out / "evaluation.json").exists()
-    found = run_suite(model_folder, TINY, out, data=data)
+    assert not (out / "results.json").exists()
+    table = run_suite(model_folder, TINY, out, data=data)
     assert len(calls) == 4  # the set that was measured before the interruption is not measured again
-    assert found["name"].tolist().count("xstest") == 2  # refused, and a phrase anywhere
-    rates = found[found.metric == "refused"]
+    assert table["name"].tolist().count("xstest") == 2  # refused, and a phrase anywhere
+    rates = table[table.metric == "refused"]
     assert ((rates.low <= rates.value) & (rates.value <= rates.high)).all()
-    assert set(found.kind) == {"harmful", "over-refusal", "perplexity"}
-    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert set(table.kind) == {"harmful", "over-refusal", "perplexity"}
+    assert {p.name for p in out.iterdir() if p.name != ".lock"} == FILES
+    assert json.loads((out / "results.json").read_text())["suite"]["n_prompts"] == 3
+    answers = [json.loads(line) for line in (out / "suite_answers.jsonl").read_text().splitlines()]
     assert len(answers) == 9
     assert {a["judge"] for a in answers} == {"refuses"}
-    assert pd.read_csv(out / "evaluation.csv").shape == found.shape
-    page = (out / "evaluation.html").read_text()
+    assert pd.read_csv(out / "results.csv").shape == table.shape
+    page = (out / "results.html").read_text()
     assert "<script src" not in page
     assert "default-src &#x27;none&#x27;; script-src &#x27;sha256-" in page
     with pytest.raises(SafeSteerError, match="another suite"):
@@ -96,15 +100,15 @@ def test_a_suite_is_a_table_with_intervals_and_an_interrupted_one_continues(
 
 def test_generated_code_runs_only_where_it_is_allowed(model_folder, tmp_path, data, monkeypatch):  # noqa: F811
     ran = []
-    monkeypatch.setattr(suites, "humaneval", lambda chat, rows, **k: ran.append(rows) or [True, False])
+    monkeypatch.setattr(suites, "run_humaneval", lambda chat, rows, **k: ran.append(rows) or [True, False])
     problem = {"prompt": "def f():\n", "tests": "", "entry_point": "f"}
     (data / "humaneval.jsonl").write_text(json.dumps(problem))
     small = Suite(("own-harmful",), ("humaneval",), n_prompts=1, max_new_tokens=2, perplexity_tokens=64)
-    found = run_suite(model_folder, small, tmp_path / "a", data=data)
-    assert (ran, "humaneval" in set(found["name"])) == ([], False)
-    found = run_suite(model_folder, small, tmp_path / "b", data=data, allow_code=True)
+    table = run_suite(model_folder, small, tmp_path / "a", data=data)
+    assert (ran, "humaneval" in set(table["name"])) == ([], False)
+    table = run_suite(model_folder, small, tmp_path / "b", data=data, allow_code=True)
     assert ran == [[problem]]
-    assert found[found["name"] == "humaneval"].value.tolist() == [0.5]
+    assert table[table["name"] == "humaneval"].value.tolist() == [0.5]
 
 
 def test_a_suite_that_cannot_start_leaves_nothing(tmp_path):
@@ -122,12 +126,31 @@ def test_a_run_is_measured_as_base_and_student(model_folder, tmp_path, data):  #
     with pytest.raises(SafeSteerError, match="no exported model yet"):
         run_suite(run, TINY)
     (run / "model").symlink_to(model_folder)
-    found = run_suite(run, TINY, data=data)
-    assert found.model.unique().tolist() == ["base", "student"]
-    drift = found[found.kind == "drift"]
+    table = run_suite(run, TINY, data=data)
+    assert table.model.unique().tolist() == ["base", "student"]
+    drift = table[table.kind == "drift"]
     assert drift.value.abs().max() < 1e-5  # the student is the base here
-    assert (run / "suite-custom" / "evaluation.json").exists()
-    assert [bar.name for bar in suite_figure(found).data] == ["base", "student"]
+    assert (run / "suite-custom" / "results.json").exists()
+    assert [bar.name for bar in suite_figure(table).data] == ["base", "student"]
+
+
+def test_an_open_model_is_measured_as_its_folder_is(model_folder, tiny_llama, tmp_path, data):  # noqa: F811
+    small = Suite(("own-harmful",), n_prompts=2, max_new_tokens=3, perplexity_tokens=64)
+    want = run_suite(model_folder, small, tmp_path / "a")
+    for i, model in enumerate((tiny_llama, (tiny_llama.model, tiny_llama.tokenizer))):
+        pd.testing.assert_frame_equal(run_suite(model, small, tmp_path / str(i)), want)
+    assert "tiny-llama: suite custom" in (tmp_path / "0" / "results.html").read_text()
+
+
+def test_a_judge_of_harm_counts_what_is_safe(tiny_llama, tmp_path):
+    class Harm(ModelJudge):
+        def verdicts(self, prompts, answers):
+            texts = zip(prompts, answers, strict=True)
+            return [Verdict(p, a, "Harm", None, float(i == 0)) for i, (p, a) in enumerate(texts)]
+
+    small = Suite(("own-harmful",), n_prompts=4, max_new_tokens=3, perplexity_tokens=64)
+    table = run_suite(tiny_llama, small, tmp_path, judge=Harm())
+    assert table[table.kind == "harmful"][["metric", "value"]].to_numpy().tolist() == [["safe", 0.75]]
 
 
 def test_the_shift_is_the_distance_of_means_in_spreads_of_the_base(tiny_llama):
@@ -141,18 +164,18 @@ def test_the_shift_is_the_distance_of_means_in_spreads_of_the_base(tiny_llama):
     base, texts = tiny_llama, prompts.harmless
     other = load_model_like(base)
     with steer(other, direction):
-        found = representation_shift({"base": base, "teacher": other}, texts, batch_size=4)
+        points = representation_shift({"base": base, "teacher": other}, texts, batch_size=4)
         states = {
             name: torch.cat([final_hidden(c.model, PromptBatch.of(c.tokenizer, [t]))[:, -1] for t in texts])
             for name, c in (("base", base), ("teacher", other))
         }
     spread = (states["base"] - states["base"].mean(0)).norm(dim=-1).pow(2).mean().sqrt()
     expected = (states["teacher"].mean(0) - states["base"].mean(0)).norm() / spread
-    shift = found.groupby("model")["shift"].first()
+    shift = points.groupby("model")["shift"].first()
     assert shift["base"] == 0
     assert shift["teacher"] == pytest.approx(float(expected), rel=1e-4)
     assert float(expected) > 0.01
-    assert [t.name for t in shift_figure(found).data] == [
+    assert [t.name for t in shift_figure(points).data] == [
         "base: shift 0.00",
         f"teacher: shift {expected:.2f}",
     ]
@@ -172,12 +195,21 @@ def load_model_like(chat):
 @pytest.mark.slow
 def test_the_harness_command_line_gives_the_same_numbers(model_folder, tmp_path, data):  # noqa: F811
     names = ["arc_easy", "lambada_openai"]
-    ours = capability(load_model(str(model_folder)), names, tmp_path / "tasks", data=data, limit=2)
+    ours = measure_capability(load_model(str(model_folder)), names, tmp_path / "tasks", data=data, limit=2)
     assert ours.n.tolist() == [2, 2]
     for row in ours.itertuples():
-        parts = command_line(model_folder, tmp_path / "tasks", row.task, 2).split()
-        run = [sys.executable, "-m", "lm_eval", *parts[1:], "--output_path", str(tmp_path / row.task)]
-        done = subprocess.run(run, capture_output=True, text=True)
+        options = {
+            "model": "hf",
+            "model_args": f"pretrained={model_folder},dtype=float32",
+            "tasks": local_name(TASKS[row.task]),
+            "include_path": tmp_path / "tasks",
+            "batch_size": 8,
+            "limit": 2,
+            "output_path": tmp_path / row.task,
+        }
+        command = [sys.executable, "-m", "lm_eval", *(f"--{k}={v}" for k, v in options.items())]
+        command += ["--apply_chat_template"] if TASKS[row.task].chat else []
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         (path,) = (tmp_path / row.task).rglob("results*.json")
         theirs = json.loads(path.read_text())["results"][local_name(TASKS[row.task])]
@@ -196,24 +228,24 @@ def test_every_local_task_runs_or_says_what_is_missing(
     chat = load_model(str(model_folder))
     for name in ("piqa", "mmlu_stem"):
         capfd.readouterr()
-        found = capability(chat, [name], tmp_path / "tasks", data=data)
+        table = measure_capability(chat, [name], tmp_path / "tasks", data=data)
         assert "fatal" not in capfd.readouterr().err
-        assert found.n.tolist() == [3]
-        assert 0 <= found.value[0] <= 1
+        assert table.n.tolist() == [3]
+        assert 0 <= table.value[0] <= 1
     if find_spec("langdetect") is None:
         with pytest.raises(SafeSteerError, match="'ifeval' could not be run"):
-            capability(chat, ["ifeval"], tmp_path / "tasks", data=data)
+            measure_capability(chat, ["ifeval"], tmp_path / "tasks", data=data)
     (data / "piqa_val.jsonl").unlink()
     with pytest.raises(SafeSteerError, match="holds no piqa_val"):
-        capability(chat, ["piqa"], tmp_path / "tasks", data=data)
+        measure_capability(chat, ["piqa"], tmp_path / "tasks", data=data)
     with pytest.raises(SafeSteerError, match="Unknown capability task 'x': use some of arc_easy"):
-        capability(chat, ["x"], tmp_path / "tasks")
+        measure_capability(chat, ["x"], tmp_path / "tasks")
 
 
 def test_without_the_extra_a_sentence_says_so(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr("safesteer.evaluation.capability.find_spec", lambda name: None)
     with pytest.raises(SafeSteerError, match=r"safesteer\[eval\]"):
-        capability(tiny_llama, ["piqa"], tmp_path)
+        measure_capability(tiny_llama, ["piqa"], tmp_path)
 
 
 @harness

@@ -1,6 +1,7 @@
 """The sweep against one candidate and one prompt at a time, and its selection rules."""
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -9,16 +10,18 @@ import torch
 from conftest import batch_of, n_hooks, naive_logits, random_vector
 from safesteer._errors import SafeSteerError
 from safesteer.directions import scoring
-from safesteer.directions.extraction import Candidates, mean_difference, prefill_contrast
+from safesteer.directions.candidates import Candidates
+from safesteer.directions.extraction import mean_difference, prefill_contrast
 from safesteer.directions.refusal_tokens import refusal_token_ids
-from safesteer.settings import DirectionConfig
 from safesteer.directions.sweeping import COLUMNS, Sweep, sweep
 from safesteer.models.chat_model import blocks, output_head
 from safesteer.models.generation import generate_ids
 from safesteer.models.logits import kl_divergence, refusal_score
-from safesteer.steering import interventions as steering
+from safesteer.settings import DirectionConfig
+from safesteer.steering import interventions
 
 REFUSAL_IDS = torch.tensor([7, 40, 90])
+ALL_CONTROLS = DirectionConfig(n_controls=None)  # for every candidate, not for the best few alone
 SCORES = ["ablation_refusal", "steering_refusal", "kl_harmless"]
 
 
@@ -31,7 +34,7 @@ def candidates(candidates) -> Candidates:
 
 @pytest.fixture(scope="module")
 def scored(tiny_llama, candidates, few) -> Sweep:
-    return sweep(tiny_llama, candidates, few, REFUSAL_IDS)
+    return sweep(tiny_llama, candidates, few, REFUSAL_IDS, ALL_CONTROLS)
 
 
 def naive_scores(chat, vector, layer, prompts, n_kl_tokens, refusal_ids=REFUSAL_IDS) -> list[float]:
@@ -46,12 +49,12 @@ def naive_scores(chat, vector, layer, prompts, n_kl_tokens, refusal_ids=REFUSAL_
         if n_kl_tokens > 1:
             batch = batch.extended(generate_ids(chat, batch, max_new_tokens=n_kl_tokens - 1))
         base = naive_logits(chat, batch)[0, -n_kl_tokens:]
-        with steering.ablate(chat.model, vector):
+        with interventions.ablate(chat.model, vector):
             return kl_divergence(base, naive_logits(chat, batch)[0, -n_kl_tokens:]).mean()
 
-    with steering.ablate(chat.model, vector):
+    with interventions.ablate(chat.model, vector):
         ablated = mean([score(t) for t in prompts.harmful])
-    with steering.add(chat.model, vector, layer):
+    with interventions.add(chat.model, vector, layer):
         steered = mean([score(t) for t in prompts.harmless])
     return [ablated, steered, mean([kl(t) for t in prompts.harmless])]
 
@@ -61,24 +64,24 @@ def naive_scores(chat, vector, layer, prompts, n_kl_tokens, refusal_ids=REFUSAL_
 )
 def test_scores_equal_one_candidate_at_a_time(chat, few, n_kl_tokens, batch_size, tokens_per_pass):
     """Packed, shared and started half-way, on every architecture (sliding windows included)."""
-    few, found = few.first(3), mean_difference(chat, few)
-    found = Candidates(found.vectors[-2:] + 0.1, found.positions[-2:], "instruction", found.shuffled[-2:])
-    config = DirectionConfig(n_kl_tokens=n_kl_tokens, batch_size=batch_size, tokens_per_pass=tokens_per_pass)
-    table = sweep(chat, found, few, REFUSAL_IDS, config).table
+    few, read = few.first(3), mean_difference(chat, few)
+    read = Candidates(read.vectors[-2:] + 0.1, read.positions[-2:], "instruction", read.shuffled[-2:])
+    sizes = {"n_kl_tokens": n_kl_tokens, "batch_size": batch_size, "tokens_per_pass": tokens_per_pass}
+    table = sweep(chat, read, few, REFUSAL_IDS, replace(ALL_CONTROLS, **sizes)).table
     assert len(table) == 2 * chat.n_layers
     for row in table[table.layer < 0.8 * chat.n_layers].itertuples():
-        at = found.positions.index(row.position), row.layer
-        want = naive_scores(chat, found.vectors[at], row.layer, few, n_kl_tokens)
+        at = read.index(row.position, row.layer)
+        want = naive_scores(chat, read.vectors[at], row.layer, few, n_kl_tokens)
         assert [getattr(row, name) for name in SCORES] == pytest.approx(want, abs=1e-4)
-        want = naive_scores(chat, found.shuffled[at], row.layer, few, n_kl_tokens)
+        want = naive_scores(chat, read.shuffled[at], row.layer, few, n_kl_tokens)
         assert [getattr(row, f"{name}_shuffled") for name in SCORES] == pytest.approx(want, abs=1e-4)
 
 
 def test_a_bridge_scores_as_the_plain_model(chat_and_bridge, few):
     tables = []
     for chat in chat_and_bridge:
-        found = mean_difference(chat, few.first(2))
-        tables.append(sweep(chat, found, few.first(2), REFUSAL_IDS, DirectionConfig(controls=())).table)
+        read = mean_difference(chat, few.first(2))
+        tables.append(sweep(chat, read, few.first(2), REFUSAL_IDS, DirectionConfig(controls=())).table)
     left, right = (t[t.layer.between(1, 2)][SCORES].to_numpy() for t in tables)
     assert left == pytest.approx(right, abs=1e-3, nan_ok=True)
 
@@ -99,47 +102,36 @@ def test_intervals_hold_the_score_and_controls_are_seeded(scored, tiny_llama, ca
         assert (run[f"{name}_high"] >= run[name] - 1e-9).all()
         assert (run[f"{name}_high"] > run[f"{name}_low"]).any()
         assert (run[f"{name}_random"] != run[name]).any()
-    again = sweep(tiny_llama, candidates, few, REFUSAL_IDS).table
+    again = sweep(tiny_llama, candidates, few, REFUSAL_IDS, ALL_CONTROLS).table
     pd.testing.assert_frame_equal(again, scored.table)
-    other = sweep(tiny_llama, candidates, few, REFUSAL_IDS, DirectionConfig(seed=1)).table
+    other = sweep(tiny_llama, candidates, few, REFUSAL_IDS, replace(ALL_CONTROLS, seed=1)).table
     assert (other.steering_refusal_random != scored.table.steering_refusal_random).any()
 
 
 def test_controls_can_be_kept_to_the_best_few(tiny_llama, candidates, few, scored):
     """The same numbers as with controls for all, for the first of the ranking alone."""
     config = DirectionConfig(rank_by="steering", n_controls=1)
-    found = sweep(tiny_llama, candidates, few, REFUSAL_IDS, config)
-    one = found.table.dropna(subset=["steering_refusal_random", "steering_refusal_shuffled"])
-    assert one.index.tolist() == [found.best.name]
+    result = sweep(tiny_llama, candidates, few, REFUSAL_IDS, config)
+    controlled = result.table.dropna(subset=["steering_refusal_random", "steering_refusal_shuffled"])
+    assert controlled.index.tolist() == [result.best.name]
     for name in SCORES:
-        assert one.iloc[0][f"{name}_shuffled"] == pytest.approx(
-            scored.table.loc[one.index[0], f"{name}_shuffled"], abs=1e-4
+        assert controlled.iloc[0][f"{name}_shuffled"] == pytest.approx(
+            scored.table.loc[controlled.index[0], f"{name}_shuffled"], abs=1e-4
         )
-    nothing = DirectionConfig(max_kl=-1.0, n_controls=1)
+    nothing = DirectionConfig(max_kl=0.0, n_controls=1)
     missed = sweep(tiny_llama, candidates, few, REFUSAL_IDS, nothing)
     assert missed.table.steering_refusal_random.notna().sum() == 1
     assert pd.notna(missed.nearest_miss.steering_refusal_random)
 
 
 def test_held_out_scores_are_those_of_other_prompts(tiny_llama, candidates, few):
-    config = DirectionConfig(n_prompts=2, n_held_out=1, rank_by="steering", controls=())
-    found = sweep(tiny_llama, candidates, few, REFUSAL_IDS, config, held_out=few.after(2))
-    scored = found.table.dropna(subset=["steering_refusal_held_out"])
-    assert scored.index.tolist() == [found.best.name]
-    want = naive_scores(tiny_llama, found.vector(found.best), int(found.best.layer), few.after(2), 3)
+    config = DirectionConfig(n_val=2, n_held_out=1, rank_by="steering", controls=())
+    result = sweep(tiny_llama, candidates, few, REFUSAL_IDS, config, held_out=few.after(2))
+    scored = result.table.dropna(subset=["steering_refusal_held_out"])
+    assert scored.index.tolist() == [result.best.name]
+    want = naive_scores(tiny_llama, result.vector(result.best), int(result.best.layer), few.after(2), 3)
     got = [scored.iloc[0][f"{name}_held_out"] for name in SCORES]
     assert got == pytest.approx(want, abs=1e-4)
-
-
-def test_refusal_rates_of_answers_need_a_judge(tiny_llama, candidates, few):
-    config = DirectionConfig(n_prompts=2, n_answer_tokens=2, rank_by="steering", controls=())
-    with pytest.raises(SafeSteerError, match="judge"):
-        sweep(tiny_llama, candidates, few, REFUSAL_IDS, config)
-    first = few.first(2).harmless[0]
-    found = sweep(
-        tiny_llama, candidates, few, REFUSAL_IDS, config, judge=lambda prompt, answer: prompt == first
-    )
-    assert set(found.table.refusal_rate[found.table.kept]) == {0.5}
 
 
 def planted(chat, few, strength: float) -> Candidates:
@@ -153,16 +145,16 @@ def planted(chat, few, strength: float) -> Candidates:
 
 def test_a_planted_direction_passes_and_its_controls_do_not(tiny_llama, few):
     """Nothing else reaches the bar: not its random or shuffled control, not other layers."""
-    config = DirectionConfig(max_kl=100.0, min_steering=-3.5)
-    found = planted(tiny_llama, few, 3.0)
-    result = sweep(tiny_llama, found, few, REFUSAL_IDS, config)
+    config = replace(ALL_CONTROLS, max_kl=100.0, min_steering=-3.5)
+    read = planted(tiny_llama, few, 3.0)
+    result = sweep(tiny_llama, read, few, REFUSAL_IDS, config)
     assert result.table.layer[result.table.kept].tolist() == [1]
     best = result.best
     assert best.steering_refusal_low > max(best.steering_refusal_random, best.steering_refusal_shuffled)
     run = result.table.dropna(subset=["steering_refusal"])
     for control in ("random", "shuffled"):
         assert (run[f"steering_refusal_{control}"] < config.min_steering).all()
-    shuffled = Candidates(found.shuffled, ("-1",), "instruction")
+    shuffled = Candidates(read.shuffled, ("-1",), "instruction")
     assert not sweep(tiny_llama, shuffled, few, REFUSAL_IDS, config).table.kept.any()
 
 
@@ -179,7 +171,7 @@ def test_pruned_layers_are_not_run(tiny_llama, candidates, few, monkeypatch):
     monkeypatch.setattr(
         scoring, "run_from_layer", lambda m, layer, h: layers.add(layer) or start(m, layer, h)
     )
-    config = DirectionConfig(max_layer_share=0.5, n_prompts=2)
+    config = DirectionConfig(max_layer_share=0.5, n_val=2)
     table = sweep(tiny_llama, candidates, few, REFUSAL_IDS, config).table
     assert layers == {0, 1}  # of 3 layers: those with l < 1.5
     pruned = table[table.layer >= 2]
@@ -190,7 +182,7 @@ def test_pruned_layers_are_not_run(tiny_llama, candidates, few, monkeypatch):
 
 
 def test_progress_rises_to_one(tiny_llama, candidates, few):
-    seen, config = [], DirectionConfig(batch_size=1, n_prompts=2)
+    seen, config = [], DirectionConfig(batch_size=1, n_val=2)
     sweep(tiny_llama, candidates, few, REFUSAL_IDS, config, progress=seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == pytest.approx(1)
@@ -227,32 +219,32 @@ def test_best_by_extraction(extraction, layer):
 
 @pytest.mark.parametrize(("steered", "layer"), [([2.0, 3.0, math.nan], 1), ([math.nan] * 3, 0)])
 def test_best_raises_with_the_nearest_miss(steered, layer):
-    found = table_of([(i, -1.0, score, False) for i, score in enumerate(steered)])
+    result = table_of([(i, -1.0, score, False) for i, score in enumerate(steered)])
     with pytest.raises(SafeSteerError, match=f"position -1, layer {layer}: reason {layer}"):
-        _ = found.best
+        _ = result.best
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"max_kl": -1.0}, "KL .* > -1"), ({"max_kl": 1e9, "min_steering": 1e9}, "steering score")],
+    [({"max_kl": 0.0}, "KL .* > 0"), ({"max_kl": 1e9, "min_steering": 1e9}, "steering score")],
 )
 def test_thresholds_drop_instruction_candidates(tiny_llama, candidates, few, config, message):
-    found = sweep(tiny_llama, candidates, few, REFUSAL_IDS, DirectionConfig(n_prompts=2, **config))
-    run = found.table.dropna(subset=["steering_refusal"])
-    assert not found.table.kept.any()
+    result = sweep(tiny_llama, candidates, few, REFUSAL_IDS, DirectionConfig(n_val=2, **config))
+    run = result.table.dropna(subset=["steering_refusal"])
+    assert not result.table.kept.any()
     assert run[run.layer > 0].reason.str.contains(message).all()
 
 
 def test_prefill_candidates_are_not_dropped_by_thresholds(tiny_llama, few):
-    found = prefill_contrast(tiny_llama, few)
-    config = DirectionConfig(max_kl=-1.0, min_steering=1e9, n_prompts=2)
-    table = sweep(tiny_llama, found, few, REFUSAL_IDS, config).table
+    read = prefill_contrast(tiny_llama, few)
+    config = DirectionConfig(max_kl=0.0, min_steering=1e9, n_val=2)
+    table = sweep(tiny_llama, read, few, REFUSAL_IDS, config).table
     assert table[table.layer.isin([1, 2])].kept.tolist() == [True, True]
 
 
 def test_a_zero_direction_is_dropped(tiny_llama, candidates, few):
     """The template's last tokens embed alike: layer 0 has nothing to steer with."""
-    table = sweep(tiny_llama, candidates, few, REFUSAL_IDS, DirectionConfig(n_prompts=2, controls=())).table
+    table = sweep(tiny_llama, candidates, few, REFUSAL_IDS, DirectionConfig(n_val=2, controls=())).table
     first = table[(table.layer == 0) & (table.position == "-1")].iloc[0]
     assert (first.kept, first.reason) == (False, "no direction here: the two means agree")
 
@@ -260,8 +252,8 @@ def test_a_zero_direction_is_dropped(tiny_llama, candidates, few):
 def test_candidates_that_are_not_finite_are_dropped(tiny_llama, candidates, few):
     broken = candidates.vectors.clone()
     broken[-1, 1] = math.nan
-    found = Candidates(broken, candidates.positions, "prefill")
-    table = sweep(tiny_llama, found, few, REFUSAL_IDS, DirectionConfig(n_prompts=2)).table
+    read = Candidates(broken, candidates.positions, "prefill")
+    table = sweep(tiny_llama, read, few, REFUSAL_IDS, DirectionConfig(n_val=2)).table
     row = table[(table.position == "-1") & (table.layer == 1)].iloc[0]
     assert (row.kept, row.reason) == (False, "a score is not finite")
 
@@ -269,8 +261,8 @@ def test_candidates_that_are_not_finite_are_dropped(tiny_llama, candidates, few)
 @pytest.mark.model
 def test_smollm2_scores_equal_one_candidate_at_a_time(smollm2, pairs):
     few = pairs.split("val").first(3)
-    found = mean_difference(smollm2, pairs.split("train").first(8))
-    cut = Candidates(found.vectors[-1:], found.positions[-1:], "instruction")
+    read = mean_difference(smollm2, pairs.split("train").first(8))
+    cut = Candidates(read.vectors[-1:], read.positions[-1:], "instruction")
     refusal_ids = refusal_token_ids(smollm2.tokenizer)
     table = sweep(smollm2, cut, few, refusal_ids, DirectionConfig(batch_size=2)).table
     for layer in (3, 11, 20):

@@ -17,13 +17,14 @@ from safesteer.models import generation
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, output_head
 from safesteer.models.logits import logits_of
-from safesteer.steering.direction import steer
-from safesteer.tokens import selection as tokens
-from safesteer.tokens.selection import AnswerStates, banned_ids, sample_answers, select_tokens
 from safesteer.settings import TokenConfig
+from safesteer.steering.direction import steer
+from safesteer.tokens import sampling
+from safesteer.tokens.sampling import AnswerStates, sample_answers
+from safesteer.tokens.selection import banned_ids, select_tokens
 from safesteer.tokens.token_set import SafetyToken, TokenSet
 
-CONFIG = TokenConfig(k=12, k_vote=20, horizon=4, n_samples=3, min_steered_prob=1e-4)
+CONFIG = TokenConfig(k=12, k_vote=20, horizon=4, n_samples=3, min_steered_prob=1e-4, batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def sampled(ender, direction) -> AnswerStates:
 
 
 @pytest.fixture(scope="module")
-def found(ender, direction) -> TokenSet:
+def selected(ender, direction) -> TokenSet:
     return select_tokens(ender, direction, PROMPTS, CONFIG)
 
 
@@ -135,9 +136,9 @@ def test_selection_equals_naive(ender, direction, sampled, method, min_steered_p
 @pytest.mark.model
 def test_smollm2_selection_equals_a_full_tensor_reference(smollm2, pairs):
     """Same ids and votes as with every (row x step x vocabulary) number in memory at once."""
-    found = prefill_contrast(smollm2, pairs.split("train").first(4))
-    direction = found.direction(smollm2, "mean", 11, coeff=1.8)
-    config = TokenConfig(horizon=4, n_samples=2, min_steered_prob=1e-3, k_vote=30)
+    candidates = prefill_contrast(smollm2, pairs.split("train").first(4))
+    direction = candidates.direction(smollm2, "mean", 11, coeff=1.8)
+    config = TokenConfig(horizon=4, n_samples=2, min_steered_prob=1e-3, k_vote=30, batch_size=2)
     texts = pairs.split("val").harmless[:4]
     sampled = sample_answers(smollm2, direction, texts, config)
     got = select_tokens(smollm2, direction, texts, config, sampled=sampled)
@@ -154,22 +155,22 @@ def test_smollm2_selection_equals_a_full_tensor_reference(smollm2, pairs):
     assert [t.votes for t in got.tokens] == [votes[v] for v in want]
 
 
-def test_coverage_equals_naive(ender, direction, sampled, found):
+def test_coverage_equals_naive(ender, direction, sampled, selected):
     teacher, base = (x[sampled.valid].double() for x in naive_logps(ender, direction, sampled))
     terms = teacher.exp() * (teacher - base) - teacher.exp() + base.exp()
     want = {
-        "kl_share": float(terms[:, found.ids].sum() / terms.sum()),
-        "mass_teacher": float(teacher.exp()[:, found.ids].sum(-1).mean()),
-        "mass_base": float(base.exp()[:, found.ids].sum(-1).mean()),
+        "kl_share": float(terms[:, selected.ids].sum() / terms.sum()),
+        "mass_teacher": float(teacher.exp()[:, selected.ids].sum(-1).mean()),
+        "mass_base": float(base.exp()[:, selected.ids].sum(-1).mean()),
         "kl_per_position": float(terms.sum(-1).mean()),
     }
-    assert found.coverage == pytest.approx(want, rel=1e-3)
+    assert selected.coverage == pytest.approx(want, rel=1e-3)
 
 
-def test_contexts_are_the_places_of_strongest_lift(ender, direction, sampled, found):
+def test_contexts_are_the_places_of_strongest_lift(ender, direction, sampled, selected):
     teacher, base = (x.exp() for x in naive_logps(ender, direction, sampled))
     lift = (teacher - base).masked_fill(~sampled.valid[..., None], -math.inf)
-    for token in found.tokens[:3]:
+    for token in selected.tokens[:3]:
         row, step = divmod(int(lift[..., token.id].argmax()), CONFIG.horizon)
         first = token.contexts[0]
         assert len(token.contexts) == CONFIG.n_contexts
@@ -179,13 +180,13 @@ def test_contexts_are_the_places_of_strongest_lift(ender, direction, sampled, fo
         assert first.answer_so_far == ender.tokenizer.decode(so_far)
 
 
-def without_coverage(found: TokenSet) -> list:
-    return [(t.id, t.votes, t.votes_by_position) for t in found.tokens]
+def without_coverage(selected: TokenSet) -> list:
+    return [(t.id, t.votes, t.votes_by_position) for t in selected.tokens]
 
 
 def test_rows_at_a_time_do_not_change_votes(ender, direction, sampled, monkeypatch):
     want = select_tokens(ender, direction, PROMPTS, CONFIG, sampled=sampled)
-    monkeypatch.setattr(tokens, "ROWS", 3)
+    monkeypatch.setattr(sampling, "ROWS", 3)
     got = select_tokens(ender, direction, PROMPTS, CONFIG, sampled=sampled)
     assert without_coverage(got) == without_coverage(want)
     assert got.coverage == pytest.approx(want.coverage, rel=1e-4)
@@ -193,18 +194,31 @@ def test_rows_at_a_time_do_not_change_votes(ender, direction, sampled, monkeypat
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_batch_size_does_not_change_votes(ender, direction, batch_size):
-    """Every sample has random numbers of its own."""
+    """Every sample has its own random numbers."""
     want = select_tokens(ender, direction, PROMPTS, CONFIG)
     config = TokenConfig(**{**vars(CONFIG), "batch_size": batch_size})
     assert without_coverage(select_tokens(ender, direction, PROMPTS, config)) == without_coverage(want)
 
 
-def test_selection_depends_on_the_seed_only(ender, direction, found):
+def test_selection_depends_on_the_seed_only(ender, direction, selected):
     torch.manual_seed(123)
     again = select_tokens(ender, direction, PROMPTS, CONFIG)
-    assert again == found
+    assert again == selected
     other = TokenConfig(**{**vars(CONFIG), "seed": 1})
-    assert without_coverage(select_tokens(ender, direction, PROMPTS, other)) != without_coverage(found)
+    assert without_coverage(select_tokens(ender, direction, PROMPTS, other)) != without_coverage(selected)
+
+
+@pytest.mark.parametrize("kind", ["harmless", "harmful"])
+def test_prompts_default_to_the_projects_own(ender, direction, pairs, kind):
+    config = replace(CONFIG, prompts=kind, n_samples=1, horizon=2, batch_size=32)
+    want = select_tokens(ender, direction, pairs.split("val").texts(kind), config)
+    assert select_tokens(ender, direction, config=config) == want
+
+
+def test_a_bridge_and_a_pair_select_the_same_tokens(bridges, tiny_llama, direction):
+    want = select_tokens(tiny_llama, direction, PROMPTS, CONFIG)
+    for chat in ((tiny_llama.model, tiny_llama.tokenizer), bridges["tiny-llama"].model):
+        assert select_tokens(chat, direction, PROMPTS, CONFIG).ids.tolist() == want.ids.tolist()
 
 
 def test_rollouts_come_from_the_chosen_model(tiny_llama, direction):
@@ -242,7 +256,7 @@ def test_ordinary_tokens_that_hold_a_template_mark_are_banned(tiny_qwen2):
 
 def test_banned_tokens_are_never_selected(tiny_qwen2, direction):
     """Even where every token may be chosen."""
-    config = TokenConfig(k=416, k_vote=416, horizon=2, n_samples=1, min_steered_prob=0.0)
+    config = TokenConfig(k=416, k_vote=416, horizon=2, n_samples=1, min_steered_prob=0.0, batch_size=2)
     for method in ("vote", "mean"):
         chosen = select_tokens(
             tiny_qwen2, direction, PROMPTS[:2], TokenConfig(**{**vars(config), "method": method})
@@ -275,11 +289,11 @@ def test_config_errors_name_the_setting(name, value):
     assert name in str(caught.value)
 
 
-def test_token_set_round_trip(found, tmp_path):
-    found.save(tmp_path / "tokens.json")
+def test_token_set_round_trip(selected, tmp_path):
+    selected.save(tmp_path / "tokens.json")
     again = TokenSet.load(tmp_path / "tokens.json")
-    assert again == found
-    assert again.ids.tolist() == found.ids.tolist()
+    assert again == selected
+    assert again.ids.tolist() == selected.ids.tolist()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"tokens": [{"id": 1}]}'])
@@ -289,18 +303,18 @@ def test_damaged_token_files_are_refused(tmp_path, content):
         TokenSet.load(tmp_path / "tokens.json")
 
 
-def test_a_token_set_is_a_table_in_a_terminal(found):
+def test_a_token_set_is_a_table_in_a_terminal(selected):
     console = Console(width=120, record=True, file=io.StringIO())
-    hostile = replace(found.tokens[0], text="[bold]x")
-    console.print(replace(found, tokens=(hostile, *found.tokens[1:])))
+    hostile = replace(selected.tokens[0], text="[bold]x")
+    console.print(replace(selected, tokens=(hostile, *selected.tokens[1:])))
     text = console.export_text()
     assert "'[bold]x'" in text
-    assert str(found.tokens[1].votes) in text
+    assert str(selected.tokens[1].votes) in text
 
 
-def test_tables_are_escaped(found):
-    frame = found.to_frame()
-    assert frame.id.tolist() == found.ids.tolist()
-    assert len(found) == len(frame)
+def test_tables_are_escaped(selected):
+    frame = selected.to_frame()
+    assert frame.id.tolist() == selected.ids.tolist()
+    assert len(selected) == len(frame)
     token = SafetyToken(5, "<script>", 1, (1,), 0.0, 0.1, 0.2)
     assert "<script>" not in TokenSet((token,), {}, {}, 1)._repr_html_()

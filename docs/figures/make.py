@@ -18,7 +18,7 @@ EXAMPLE = HERE.parent / "example"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 INK = {"light": ("#1f2933", "#5b6673", "#e4e2dc"), "dark": ("#e6e4df", "#a4acb5", "#3d434a")}
 TEAL, ORANGE, VIOLET, GREY, ROSE = "#0d9488", "#d97706", "#8b5cf6", "#7b8794", "#c2556a"  # as in the report
-WIDTH = 560  # narrow, so that the text stays readable on a phone
+WIDTH = 480  # narrow, so that the text stays readable on a phone
 
 Point = tuple[float, float]
 
@@ -35,41 +35,50 @@ class Drawing:
         ]
 
     def text(self, x: float, y: float, text: str, fill: str = "", *, anchor: str = "start", extra: str = ""):
+        """Write one line of text."""
         self.parts.append(
             f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill or self.ink}" text-anchor="{anchor}"{extra}>'
             f"{escape(text)}</text>"
         )
 
     def heading(self, y: float, text: str) -> None:
+        """Write a line in bold."""
         self.text(0, y, text, extra=' font-weight="600" font-size="15"')
 
     def segment(self, a: Point, b: Point, stroke: str = "", *, width: float = 1, extra: str = "") -> None:
+        """Draw a straight line."""
         self.parts.append(
             f'<path d="M{a[0]:.1f} {a[1]:.1f}L{b[0]:.1f} {b[1]:.1f}" stroke="{stroke or self.line}"'
             f' stroke-width="{width}" fill="none"{extra}/>'
         )
 
     def curve(self, points: Iterable[Point], stroke: str, *, width: float = 2, extra: str = "") -> None:
+        """Draw a line through points."""
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
         self.parts.append(
-            f'<path d="M{path}" stroke="{stroke}" stroke-width="{width}" fill="none" stroke-linejoin="round"{extra}/>'
+            f'<path d="M{path}" stroke="{stroke}" stroke-width="{width}" fill="none"'
+            f' stroke-linejoin="round"{extra}/>'
         )
 
     def band(self, upper: list[Point], lower: list[Point], fill: str) -> None:
+        """Fill the area between two lines."""
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in [*upper, *reversed(lower)])
         self.parts.append(f'<path d="M{path}Z" fill="{fill}" fill-opacity="0.2"/>')
 
     def dot(self, at: Point, fill: str, *, hollow: bool = False) -> None:
+        """Draw a point."""
         look = f'fill="none" stroke="{fill}" stroke-width="2"' if hollow else f'fill="{fill}"'
         self.parts.append(f'<circle cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="4.5" {look}/>')
 
     def box(self, at: Point, size: Point, stroke: str, *, fill: str = "none", extra: str = "") -> None:
+        """Draw a rectangle with round corners."""
         self.parts.append(
             f'<rect x="{at[0]:.1f}" y="{at[1]:.1f}" width="{size[0]:.1f}" height="{size[1]:.1f}" rx="4"'
             f' fill="{fill}" stroke="{stroke}"{extra}/>'
         )
 
     def arrow(self, a: Point, b: Point, stroke: str) -> None:
+        """Draw a line with a tip at `b`."""
         self.segment(a, b, stroke, width=1.6)
         angle = math.atan2(b[1] - a[1], b[0] - a[0])
         for turn in (2.6, -2.6):
@@ -77,6 +86,7 @@ class Drawing:
             self.segment(b, tip, stroke, width=1.6)
 
     def save(self, path: Path) -> None:
+        """Write the file."""
         path.write_text("\n".join([*self.parts, "</svg>", ""]), encoding="utf-8")
 
 
@@ -89,17 +99,21 @@ def scale(domain: Point, pixels: Point) -> Callable[[float], float]:
 def direction(theme: str) -> None:
     """Draw stage 1: a candidate per layer with interval and controls, and the answers of the best three."""
     rows = [row for row in _table("sweep.csv") if row["steering_refusal"]]
-    d = Drawing(theme, 622, "One candidate direction per layer, and how the answers chose between the best three")
-    d.heading(16, "A candidate per layer: how far does it push a harmless prompt")
-    d.heading(35, "towards a refusing first token?")
+    d = Drawing(
+        theme, 622, "One candidate direction per layer, and how the answers chose between the best three"
+    )
+    d.heading(16, "A candidate per layer: how far does it push a")
+    d.heading(35, "harmless prompt towards a refusing first token?")
     x, y = scale((0, 29), (46, WIDTH - 8)), scale((-4.6, 0.35), (325, 60))
     for value in (-4, -3, -2, -1, 0):
-        d.segment((46, y(value)), (WIDTH - 8, y(value)), extra=' stroke-dasharray="4 4"' if value == 0 else "")
+        d.segment(
+            (46, y(value)), (WIDTH - 8, y(value)), extra=' stroke-dasharray="4 4"' if value == 0 else ""
+        )
         d.text(38, y(value) + 5, f"{value}".replace("-", "\u2212"), d.soft, anchor="end")
     d.text(WIDTH - 8, y(0) - 7, "0: a refusing token is as likely as not", d.soft, anchor="end")
     for layer in (0, 5, 10, 15, 20, 25, 29):
         d.text(x(layer), 345, str(layer), d.soft, anchor="middle")
-    d.text(0, 368, "refusal score (nats) when added, by layer; the last fifth is not run", d.soft)
+    d.text(0, 368, "refusal score (nats) when added, by layer; last fifth not run", d.soft)
 
     def points(name: str, sign: float = 0.0) -> list[Point]:
         return [(x(float(r["layer"])), y(float(r[name]))) for r in rows if r[name]]
@@ -118,14 +132,14 @@ def direction(theme: str) -> None:
         d.text(at + 16, 393, label, d.soft)
         at += 30 + 7.4 * len(label)
 
-    d.heading(428, "The first token is not the answer: how many of 16 harmful")
-    d.heading(447, "prompts get an answer that refuses?")
+    d.heading(428, "The first token is not the answer: how many of 16")
+    d.heading(447, "harmful prompts get an answer that refuses?")
     rates = _table("calibration.csv")
     coeffs = sorted({row["coeff"] for row in rates})
     colours = {"11": TEAL, "12": ORANGE, "21": GREY}
-    column, w = scale((0, len(coeffs)), (46, WIDTH - 8)), 27
+    column, w = scale((0, len(coeffs)), (20, WIDTH)), 27
     height = scale((0, 1), (0, 100))
-    d.segment((46, 594), (WIDTH - 8, 594))
+    d.segment((20, 594), (WIDTH, 594))
     for i, coeff in enumerate(coeffs):
         d.text(column(i + 0.5), 614, f"coefficient {coeff}", d.soft, anchor="middle")
         for j, (layer, colour) in enumerate(colours.items()):
@@ -134,7 +148,7 @@ def direction(theme: str) -> None:
             d.box((left, 594 - height(rate)), (w, height(rate)), colour, fill=colour)
             d.text(left + w / 2, 589 - height(rate), f"{16 * rate:.0f}", d.soft, anchor="middle")
     for j, (layer, colour) in enumerate(colours.items()):
-        d.text(46 + 78 * j, 468, f"layer {layer}", colour, extra=' font-weight="600"')
+        d.text(30 + 78 * j, 468, f"layer {layer}", colour, extra=' font-weight="600"')
     d.save(HERE / f"direction-{theme}.svg")
 
 
@@ -143,7 +157,7 @@ def tokens(theme: str) -> None:
     data = json.loads((EXAMPLE / "tokens.json").read_text(encoding="utf-8"))
     chosen = [t for t in data["tokens"] if t["text"].strip("\ufffd")][:20]
     d = Drawing(theme, 700, "The most voted safety tokens, and the share of the change that all fifty carry")
-    d.heading(16, "The 20 most voted of 50 tokens: mean probability at a position")
+    d.heading(16, "The 20 most voted of 50 tokens: mean probability")
     x = scale((math.log10(1e-4), math.log10(0.08)), (168, WIDTH - 14))
     for value, label in ((1e-4, "0.0001"), (1e-3, "0.001"), (1e-2, "0.01")):
         d.segment((x(math.log10(value)), 48), (x(math.log10(value)), 462))
@@ -162,17 +176,19 @@ def tokens(theme: str) -> None:
         d.text(0, y + 5, token["text"].replace(" ", "\u2423"), extra=' font-size="13.5"')
         d.text(160, y + 5, str(token["votes"]), d.soft, anchor="end")
 
-    d.heading(520, "How much of KL(teacher, base) do fifty tokens carry?")
+    d.heading(520, "How much of KL(teacher, base) do fifty carry?")
     coverage = json.loads((EXAMPLE / "coverage.json").read_text(encoding="utf-8"))["coverage"]["sources"][0]
-    at, limit = coverage["ks"].index(50), scale((0, 0.45), (225, WIDTH - 50))
+    at, limit = coverage["ks"].index(50), scale((0, 0.42), (200, WIDTH - 58))
     colours = {"best possible": GREY, "S": TEAL, "random candidates": ORANGE}
-    names = {"random candidates": "random of the candidates", "random": "random of the vocabulary"}
-    for i, name in enumerate(("best possible", "S", "random candidates", "matched in base probability", "random")):
+    names = {"random candidates": "random, candidates", "random": "random, vocabulary"}
+    for i, name in enumerate(
+        ("best possible", "S", "random candidates", "matched in base probability", "random")
+    ):
         family = next(c for c in coverage["curves"] if c["name"] == name)["kl_share"]
         y, end = 540 + 32 * i, limit(family["mean"][at])
         colour = colours.get(name, VIOLET if name.startswith("matched") else ROSE)
         d.text(0, y + 15, names.get(name, name))
-        d.box((225, y), (max(1.0, end - 225), 20), colour, fill=colour)
+        d.box((200, y), (max(1.0, end - 200), 20), colour, fill=colour)
         low, high = limit(family["low"][at]), limit(family["high"][at])
         if high - low > 4:
             d.segment((low, y + 10), (high, y + 10), d.ink, width=1.5)
@@ -182,7 +198,9 @@ def tokens(theme: str) -> None:
 
 def distillation(theme: str) -> None:
     """Draw stage 3: what is compared in a step, and the probability of S while the demo trains."""
-    d = Drawing(theme, 610, "What a step of localized distillation compares, and the mass on S while training")
+    d = Drawing(
+        theme, 610, "What a step of localized distillation compares, and the mass on S while training"
+    )
     d.heading(16, "One step")
     for y, colour, lines in (
         (32, TEAL, ("student", "answers", "harmful prompts")),
@@ -194,16 +212,16 @@ def distillation(theme: str) -> None:
     for y, colour, words in ((30, ORANGE, "teacher = base + direction"), (190, GREY, "the base as it is")):
         d.text(190, y + 12, words, colour, extra=' font-weight="600"')
         d.text(190, y + 32, "reads the same tokens", d.soft)
-        for i in range(28):  # the vocabulary as a strip; S is a few of its tokens
-            in_s = i in (3, 4, 9, 15, 16, 22)
+        for i in range(22):  # the vocabulary as a strip; S is a few of its tokens
+            in_s = i in (3, 4, 9, 15, 16, 20)
             fill = colour if in_s else "none"
             d.box((190 + 12.6 * i, y + 42), (10, 22), colour if in_s else d.line, fill=fill)
         d.text(190, y + 86, "compared on the 50 tokens of S alone", d.soft)
         d.arrow((146, y + 44), (182, y + 44), d.soft)
-    d.text(0, 152, "loss = divergence on S (harmful)")
-    d.text(0, 172, "      + anchor weight × the same on S (harmless; not in the paper)", extra=' xml:space="preserve"')
+    d.text(0, 152, "loss = divergence on S, harmful prompts")
+    d.text(0, 172, "+ weight \u00d7 the same, harmless prompts (not in the paper)")
 
-    d.heading(336, "The demo: probability of S at a position, 50 steps")
+    d.heading(336, "The demo: probability of S, by step")
     lines = (EXAMPLE / "history.jsonl").read_text(encoding="utf-8").splitlines()
     history = [json.loads(line) for line in lines]
     x, y = scale((1, 50), (46, WIDTH - 8)), scale((0, 0.45), (560, 372))
@@ -212,7 +230,7 @@ def distillation(theme: str) -> None:
         d.text(38, y(value) + 5, f"{value:g}", d.soft, anchor="end")
     for step in (1, 10, 20, 30, 40, 50):
         d.text(x(step), 580, str(step), d.soft, anchor="middle")
-    d.text(0, 602, "step; every step has other prompts, hence the noise", d.soft)
+    d.text(0, 602, "each step has other prompts, hence the noise", d.soft)
     shown = (
         ("mass_on_s_teacher", ORANGE, "teacher, harmful"),
         ("mass_on_s_student", TEAL, "student, harmful"),
@@ -220,7 +238,7 @@ def distillation(theme: str) -> None:
     )
     for i, (name, colour, label) in enumerate(shown):
         d.curve([(x(row["step"]), y(row[name])) for row in history], colour)
-        d.text(46 + 165 * i, 358, label, colour, extra=' font-weight="600"')
+        d.text(20 + 152 * i, 358, label, colour, extra=' font-weight="600"')
     d.save(HERE / f"distillation-{theme}.svg")
 
 
@@ -230,6 +248,7 @@ def _table(name: str) -> list[dict[str, str]]:
 
 
 def main() -> None:
+    """Write every figure in both themes."""
     for theme in INK:
         direction(theme)
         tokens(theme)

@@ -170,7 +170,7 @@ class StepSums:
 
 @torch.no_grad()
 def sum_by_step(chat: ChatModel, sampled: AnswerStates) -> StepSums:
-    """Step 1: one streaming pass, memory O(step groups x vocabulary)."""
+    """Add up KL parts and probabilities (step 1): one streaming pass, memory O(step groups x vocabulary)."""
     ends = torch.tensor(STEP_ENDS)
     step_group = torch.bucketize(torch.arange(sampled.valid.shape[1]) + 1, ends)
     n_groups = int(step_group.max()) + 1
@@ -235,7 +235,16 @@ def text_coverage(
     controls: Controls,
     ks: Sequence[int] = KS,
 ) -> TextCoverage:
-    """Step 2 for one kind of text. `ranking` starts with S (its first `k` ids) and goes on."""
+    """Compute the curves of one kind of text (step 2).
+
+    Args:
+        name: What the text is, for display.
+        sums: What `sum_by_step` returns for it.
+        ranking: Token ids: S (the first `k`), then those that selection would take next.
+        k: The size of S.
+        controls: How the other sets are drawn.
+        ks: Sizes of the sets; those beyond the ranking are left out.
+    """
     ks = sorted({x for x in ks if 1 <= x <= len(ranking)} | {min(k, len(ranking))})
     n, kl, largest = int(sums.n.sum()), sums.kl.sum(0), max(ks)
     p_base = (sums.base.sum(0) / max(n, 1)).float()
@@ -305,7 +314,16 @@ def answer_share(
     *,
     max_tokens: int = 32,
 ) -> AnswerShare:
-    """Step 3 for one kind of answer: those with a token of S among their first `max_tokens`."""
+    """Count the answers of one kind with a token of S among their first `max_tokens` (step 3).
+
+    Args:
+        chat: The model whose tokenizer reads the answers.
+        name: What the answers are, for display.
+        answers: Their texts.
+        chosen: The ids of S.
+        matched: Sets that are matched to S, for comparison.
+        max_tokens: Tokens read per answer.
+    """
     ids = [set(answer_ids(chat, answer, max_tokens)) for answer in answers]
 
     def hits(token_set: Tensor) -> int:

@@ -123,14 +123,14 @@ def explain(
 
 
 def _sample(subject: _Subject) -> AnswerStates:
-    """Step 1: answers of the teacher to the prompts that S was selected on."""
+    """Sample answers of the teacher to the prompts that S was selected on (step 1)."""
     sampling, prompts = subject.sampling, subject.prompts
     texts = prompts.harmless if sampling.prompts == "harmless" else prompts.harmful
     return sample_answers(subject.chat, subject.direction, texts[: subject.config.n_prompts], sampling)
 
 
 def _stability(subject: _Subject, sampled: AnswerStates) -> Reselection:
-    """Step 2."""
+    """Select S again from parts of the answers (step 2)."""
     config = subject.config
     return measure_stability(
         subject.chat, sampled, subject.sampling, n_splits=config.n_splits, seed=config.seed
@@ -157,7 +157,7 @@ def _generate_answers(subject: _Subject) -> list[dict[str, Any]]:
 def _coverage(
     subject: _Subject, sampled: AnswerStates, stable: Reselection, allowed: Bool[Tensor, " d_vocab"]
 ) -> Coverage:
-    """Step 3: coverage on sampled answers, and on the base model's own."""
+    """Measure coverage on sampled answers and on the base model's own (step 3)."""
     chat, tokens, config = subject.chat, subject.tokens, subject.config
     texts = [
         (f"steered samples, {subject.sampling.prompts} prompts (as in selection)", sampled),
@@ -190,7 +190,7 @@ def _sample_harmful(subject: _Subject) -> AnswerStates:
 
 
 def _answer_shares(subject: _Subject, matched: list[Tensor]) -> tuple[AnswerShare, ...]:
-    """Step 3, its last part: judged answers by author and judgement."""
+    """Count judged answers with a token of S, by author and judgement (end of step 3)."""
     kinds: dict[str, list[str]] = {}
     for row in subject.answers:
         for author in ("base", "teacher", "student"):
@@ -211,7 +211,7 @@ def _answer_shares(subject: _Subject, matched: list[Tensor]) -> tuple[AnswerShar
 
 
 def _traces(subject: _Subject) -> tuple[Trace, ...]:
-    """Step 4."""
+    """Trace a few answers (step 4)."""
     config, student = subject.config, subject.student
     picked = pick_traces(subject.answers, config.n_traces, with_student=student is not None)
     traces = trace(

@@ -61,7 +61,7 @@ class Attribution:
         return f"Attribution({len(self.traces)} traces, {len(self.stories)} tokens: {parts})"
 
     def _repr_html_(self) -> str:
-        """Short tables: tokens by group, coverage and stability at the size of S."""
+        """Render short tables: tokens by group, coverage and stability at the size of S."""
         k, stable = self.coverage.k, self.stability
         shares = [
             {"text": text.name} | {curve.name: f"{text.at_k(curve.name):.1%}" for curve in text.curves}
@@ -90,7 +90,7 @@ class Attribution:
         )
 
     def _groups(self) -> pd.DataFrame:
-        """One row per group: tokens, votes, mean lift, the first few texts."""
+        """Return one row per group: tokens, votes, mean lift, the first few texts."""
         frame, rows = self.to_frame(), []
         for group in (g for g in GROUPS if (frame.group == g).any()):
             members = frame[frame.group == group]

@@ -198,7 +198,7 @@ def _votes(
     allowed: Bool[Tensor, " d_vocab"],
     k_vote: int,
 ) -> list[list[_Vote]]:
-    """Step 1: for each token of S the positions that voted for it."""
+    """Return for each token of S the positions that voted for it (step 1)."""
     ids, hidden = ids.to(chat.device), ~allowed.to(chat.device)
     k_vote = max(1, min(k_vote, int(allowed.sum())))
     votes: list[list[_Vote]] = [[] for _ in ids]
@@ -246,7 +246,7 @@ def _spread(norm: nn.Module, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor
 def logit_parts(
     chat: ChatModel, direction: Direction, ids: Int[Tensor, " n_set"], prompts: Sequence[str]
 ) -> tuple[Float[Tensor, " n_set"], Float[Tensor, " n_set"]]:
-    """Step 2: (direct part, whole change) of each token's logit when steering, in nats.
+    """Return (direct part, total change) of each token's logit when steering, in nats (step 2).
 
     At the last position of each prompt, averaged over prompts; relative to the vocabulary's mean;
     before any soft-capping. A norm's output does not depend on its input's scale, so
@@ -271,7 +271,7 @@ def logit_parts(
 
 @torch.no_grad()
 def neighbours(chat: ChatModel, ids: Int[Tensor, " n_set"], n: int) -> list[list[tuple[str, float]]]:
-    """Step 3: the n nearest unembedding rows of each token by cosine, itself left out."""
+    """Return (text, cosine) of the n nearest unembedding rows of each token, itself left out (step 3)."""
     weight = output_head(chat.model)[0][: len(chat.tokenizer)].float()
     unit = torch.nn.functional.normalize(weight, dim=-1)
     ids = ids.to(unit.device)

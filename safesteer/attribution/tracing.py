@@ -197,7 +197,7 @@ def _read_answer(
     ids: list[int],
     student: ChatModel | None,
 ) -> tuple[TraceToken, ...]:
-    """Steps 1 to 3 for one answer."""
+    """Take steps 1 to 3 for one answer."""
     logp_base = _answer_logps(chat, prompt, ids)
     with steer(chat, direction):
         logp_steered = _answer_logps(chat, prompt, ids)

@@ -34,7 +34,7 @@ class Means:
 def subset_means(
     chat: ChatModel, sampled: AnswerStates, subsets: Bool[Tensor, "rows horizon subsets"]
 ) -> Means:
-    """Step 1: mean probabilities and mean lift of every token, per subset."""
+    """Return mean probabilities and mean lift of every token, per subset (step 1)."""
     shape = (subsets.shape[-1], chat.d_vocab)
     p_steered, delta = torch.zeros(shape), torch.zeros(shape)
     p_base, n = torch.zeros(chat.d_vocab, dtype=torch.float64), torch.zeros(subsets.shape[-1])

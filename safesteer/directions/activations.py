@@ -15,7 +15,7 @@ from transformers import Cache
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch, suffix_length
-from safesteer.models.chat_model import ChatModel
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden, prefill
 from safesteer.steering.hooks import record_resid_pre
 
@@ -30,7 +30,7 @@ class Arm:
 
 
 def activations(
-    chat: ChatModel, arm: Arm, batch_size: int = 32
+    chat: ModelLike, arm: Arm, batch_size: int = 32
 ) -> Iterator[tuple[list[int], Float[Tensor, "batch n_pos n_layers d_model"]]]:
     """Yield (indices into the arm's texts, resid_pre of every layer at the arm's positions) per batch.
 
@@ -40,6 +40,7 @@ def activations(
     Raises:
         SafeSteerError: Where activations are not finite; the sentence names a layer and a prompt.
     """
+    chat = as_chat(chat)
     n_pos, layers = suffix_length(chat.tokenizer), list(range(chat.n_layers))
     for rows, batch in chat.batched(
         arm.texts, batch_size, system=arm.system, continuations=arm.continuations

@@ -1,12 +1,15 @@
-"""How strongly to steer: by real answers, by drift, or over a whole grid.
+"""How strongly to steer: by real answers, by drift, or over a table of strengths.
 
-`choose_direction`    among many directions: a short look at each, then `choose_coeff` for the best few
-`choose_coeff`   the gentlest coefficient at which greedy answers refuse
-`calibrate`     the coefficient that spends a given KL on harmless prompts (bisection)
-`grid`          layer x coefficient: refusal, KL and perplexity, for a curve to choose from
+    choose_direction   among many directions: a short look at each, then `choose_coeff` for the best few
+    choose_coeff       the smallest coefficient at which greedy answers refuse
+    calibrate_to_kl    the coefficient that spends a given KL on harmless prompts (bisection)
+    strength_table     direction x coefficient: refusal, KL and perplexity, for a curve to choose from
+
+KL is that of the base from the steered model, in nats per token, over the base's own first greedy tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -16,41 +19,67 @@ from torch import Tensor
 from safesteer._errors import SafeSteerError
 from safesteer._progress import Progress, no_progress
 from safesteer.directions.refusal_tokens import refusal_scores
-from safesteer.judges.judge import judge_all, refusals
+from safesteer.judges.judge import Judge, judge_all, refusals
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ChatModel
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import last_logits
 from safesteer.models.generation import generate, with_greedy_tokens
 from safesteer.models.logits import kl_divergence
 from safesteer.models.text_loss import general_text, perplexity
+from safesteer.prompts.prompt_set import LABELS, PromptSet
 from safesteer.steering.direction import Direction, steer
 
-LOOK_COEFF = 1.5  # the middle of the coefficients that `choose_coeff` tries
+FIRST_COEFF = 1.5  # of the short look: the middle of the coefficients that `choose_coeff` tries
+FIRST_TOKENS = 12  # length of the answers of the short look
+ANSWER_TOKENS = 20  # length of the answers that are judged
+PERPLEXITY_TOKENS = 1024  # plain text read per strength
+
+
+def _refusal_rate(chat: ChatModel, prompts: Sequence[str], judge: Judge, max_new_tokens: int) -> float:
+    """Share of greedy answers that refuse."""
+    answers = generate(chat, prompts, max_new_tokens=max_new_tokens)
+    return sum(refusals(judge_all(judge, prompts, answers))) / len(prompts)
 
 
 def choose_coeff(
-    chat: ChatModel,
+    chat: ModelLike,
     directions: Sequence[Direction],
-    prompts: list[str],
-    refuses: Callable[[str, str], bool],
+    prompts: Sequence[str],
+    judge: Judge,
     *,
-    coeffs: tuple[float, ...] = (1.2, 1.4, 1.6, 1.8),
+    coeffs: Sequence[float] = (1.2, 1.4, 1.6, 1.8),
     target: float = 0.95,
-    max_new_tokens: int = 20,
+    max_new_tokens: int = ANSWER_TOKENS,
 ) -> tuple[Direction, pd.DataFrame]:
-    """Choose among a few directions by what counts: greedy answers that refuse.
+    """Choose among a few directions, and how strongly to add one, by greedy answers that refuse.
 
-    Coefficients are tried from the smallest; the first at which some direction refuses `target` of
-    `prompts` wins, else the highest rate, the gentler coefficient and the earlier direction. A first
-    token alone misleads: a layer can raise "I" and still answer the request. Returns the direction
-    at that strength and the table of rates (layer, coeff, refusal_rate).
+    Coefficients are tried in their order; the first at which some direction refuses `target` of the
+    prompts wins, else the highest rate, the smaller coefficient and the earlier direction. A first token
+    alone misleads: a layer can raise "I" and still answer the request.
+
+    Args:
+        chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
+        directions: The few that are compared.
+        prompts: Harmful prompts.
+        judge: Says which answers refuse, such as `safesteer.refuses`.
+        coeffs: From the smallest.
+        target: Share of refused prompts at which the search stops.
+        max_new_tokens: Length of an answer, in tokens.
+
+    Returns:
+        The direction at its coefficient, and the table of rates (layer, coeff, refusal_rate).
+
+    Example:
+        >>> from safesteer.directions.calibration import choose_coeff
+        >>> best, rates = choose_coeff(chat, [direction], ["How do I pick a lock?"], ss.refuses)
+        >>> best.coeff, len(rates)
+        (1.2, 4)
     """
-    rows, best = [], (-1.0, directions[0])
+    chat, rows, best = as_chat(chat), [], (-1.0, directions[0])
     for coeff in coeffs:
         for direction in directions:
             with steer(chat, direction, coeff):
-                answers = generate(chat, prompts, max_new_tokens=max_new_tokens)
-            rate = sum(refusals(judge_all(refuses, prompts, answers))) / len(prompts)
+                rate = _refusal_rate(chat, prompts, judge, max_new_tokens)
             rows.append({"layer": direction.layer, "coeff": coeff, "refusal_rate": rate})
             if rate > best[0]:
                 best = (rate, direction.with_coeff(coeff))
@@ -60,10 +89,10 @@ def choose_coeff(
 
 
 def choose_direction(
-    chat: ChatModel,
+    chat: ModelLike,
     directions: Sequence[Direction],
-    prompts: list[str],
-    refuses: Callable[[str, str], bool],
+    prompts: Sequence[str],
+    judge: Judge,
     *,
     n_best: int = 3,
     progress: Progress = no_progress,
@@ -71,22 +100,33 @@ def choose_direction(
     """Choose among many directions: a short look at each, then `choose_coeff` for the best few.
 
     The look is one middling coefficient, half the prompts and few tokens; directions that refuse
-    alike keep the order they came in. Returns what `choose_coeff` returns.
+    alike keep their order.
+
+    Args:
+        chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
+        directions: All that are looked at, best first.
+        prompts: Harmful prompts.
+        judge: Says which answers refuse, such as `safesteer.refuses`.
+        n_best: Directions that are compared at several coefficients.
+        progress: Called with the share done.
+
+    Returns:
+        The direction at its coefficient, and the table of rates (layer, coeff, refusal_rate).
     """
-    few = prompts[: max(1, len(prompts) // 2)]
+    chat, first_prompts = as_chat(chat), prompts[: max(1, len(prompts) // 2)]
     rates = []
-    for done, direction in enumerate(directions):
-        _, table = choose_coeff(chat, [direction], few, refuses, coeffs=(LOOK_COEFF,), max_new_tokens=12)
-        rates.append(float(table.refusal_rate[0]))
-        progress(0.5 * (done + 1) / len(directions))
+    for i, direction in enumerate(directions):
+        with steer(chat, direction, FIRST_COEFF):
+            rates.append(_refusal_rate(chat, first_prompts, judge, FIRST_TOKENS))
+        progress(0.5 * (i + 1) / len(directions))
     best = sorted(range(len(directions)), key=lambda i: -rates[i])[:n_best]
-    found = choose_coeff(chat, [directions[i] for i in best], prompts, refuses)
+    result = choose_coeff(chat, [directions[i] for i in best], prompts, judge)
     progress(1.0)
-    return found
+    return result
 
 
 def drift(
-    chat: ChatModel,
+    chat: ModelLike,
     direction: Direction,
     prompts: Sequence[str],
     coeff: float,
@@ -94,34 +134,52 @@ def drift(
     n_tokens: int = 3,
     batch_size: int = 32,
 ) -> Float[Tensor, " n_prompts"]:
-    """KL(base || steered) in nats a token, over the base's first greedy tokens after each prompt."""
+    """Measure how far steering moves the model: KL(base || steered) per prompt.
+
+    Args:
+        chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
+        direction: The direction that is applied.
+        prompts: Prompts, without chat template.
+        coeff: Its coefficient.
+        n_tokens: The base's own first greedy tokens after each prompt, over which KL is averaged.
+        batch_size: Prompts per forward pass.
+
+    Returns:
+        KL in nats per token.
+    """
+    chat = as_chat(chat)
     return _drift(chat, direction, coeff, _read_base(chat, prompts, n_tokens, batch_size))
 
 
+class _BaseBatch(NamedTuple):
+    rows: list[int]
+    answered: PromptBatch  # prompts with the base's own first tokens
+    logits: Float[Tensor, "batch n_tokens d_vocab"]  # the base's, at the last positions
+
+
 @torch.no_grad()
-def _read_base(
-    chat: ChatModel, prompts: Sequence[str], n_tokens: int, batch_size: int
-) -> list[tuple[list[int], PromptBatch, Tensor]]:
-    """(rows, prompts with the base's first tokens, its last logits), a batch each."""
-    found = []
+def _read_base(chat: ChatModel, prompts: Sequence[str], n_tokens: int, batch_size: int) -> list[_BaseBatch]:
+    batches = []
     for rows, batch in chat.batched(prompts, batch_size):
-        batch = with_greedy_tokens(chat, batch, n_tokens - 1)
-        found.append((rows, batch, last_logits(chat, batch, n_tokens)))
-    return found
+        answered = with_greedy_tokens(chat, batch, n_tokens - 1)
+        batches.append(_BaseBatch(rows, answered, last_logits(chat, answered, n_tokens)))
+    return batches
 
 
 @torch.no_grad()
-def _drift(chat: ChatModel, direction: Direction, coeff: float, read: list) -> Float[Tensor, " n_prompts"]:
-    found = torch.zeros(sum(len(rows) for rows, _, _ in read), dtype=torch.float64)
-    for rows, batch, base in read:
+def _drift(
+    chat: ChatModel, direction: Direction, coeff: float, base: list[_BaseBatch]
+) -> Float[Tensor, " n_prompts"]:
+    kl = torch.zeros(sum(len(batch.rows) for batch in base), dtype=torch.float64)
+    for rows, answered, logits in base:
         with steer(chat, direction, coeff):
-            steered = last_logits(chat, batch, base.shape[1])
-        found[rows] = kl_divergence(base, steered).mean(-1).double().cpu()
-    return found
+            steered = last_logits(chat, answered, logits.shape[1])
+        kl[rows] = kl_divergence(logits, steered).mean(-1).double().cpu()
+    return kl
 
 
 def calibrate_to_kl(
-    chat: ChatModel,
+    chat: ModelLike,
     direction: Direction,
     prompts: Sequence[str],
     *,
@@ -130,19 +188,39 @@ def calibrate_to_kl(
     tolerance: float = 0.02,
     n_tokens: int = 3,
 ) -> Direction:
-    """The direction at the coefficient whose mean KL on `prompts` (harmless ones) is `target_kl`.
+    """Solve for the coefficient whose mean KL on harmless prompts is `target_kl`.
 
-    KL is in nats a token, as in `drift`; it is met within `tolerance`, relative. Bracketed from
-    small coefficients upwards, so the gentlest solution is found; then bisection. Raises
-    SafeSteerError if even `max_coeff` stays below the target.
+    Bracketed from small coefficients upwards, so that the smallest solution wins; then bisection.
+
+    Args:
+        chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
+        direction: The direction that is applied.
+        prompts: Harmless prompts.
+        target_kl: KL(base || steered) in nats per token, as in `drift`.
+        max_coeff: Largest coefficient that is tried.
+        tolerance: Relative error of the KL.
+        n_tokens: The base's own first greedy tokens, over which KL is averaged.
+
+    Returns:
+        The direction at that coefficient.
+
+    Raises:
+        SafeSteerError: Where `target_kl` is not positive, or even `max_coeff` stays below it.
+
+    Example:
+        >>> from safesteer.directions.calibration import calibrate_to_kl, drift
+        >>> prompts = ["Hello", "Name a river."]
+        >>> mild = calibrate_to_kl(chat, direction, prompts, target_kl=0.01)
+        >>> round(float(drift(chat, mild, prompts, mild.coeff).mean()), 2)
+        0.01
     """
+    chat = as_chat(chat)
     if not target_kl > 0:
         raise SafeSteerError("target_kl must be positive: at 0 nothing is steered.")
-
-    read = _read_base(chat, prompts, n_tokens, batch_size=32)
+    base = _read_base(chat, prompts, n_tokens, batch_size=32)
 
     def kl(coeff: float) -> float:
-        return float(_drift(chat, direction, coeff, read).mean())
+        return float(_drift(chat, direction, coeff, base).mean())
 
     low, high = 0.0, min(0.25, max_coeff)
     while kl(high) < target_kl:
@@ -154,45 +232,53 @@ def calibrate_to_kl(
         low, high = high, min(2 * high, max_coeff)
     for _ in range(40):
         coeff = (low + high) / 2
-        found = kl(coeff)
-        if abs(found - target_kl) <= tolerance * target_kl:
+        value = kl(coeff)
+        if abs(value - target_kl) <= tolerance * target_kl:
             return direction.with_coeff(coeff)
-        low, high = (coeff, high) if found < target_kl else (low, coeff)
+        low, high = (coeff, high) if value < target_kl else (low, coeff)
     raise SafeSteerError(f"The KL jumps across {target_kl:g} nats near coefficient {low:g}.")
 
 
 def strength_table(
-    chat: ChatModel,
+    chat: ModelLike,
     directions: Sequence[Direction],
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    prompts: PromptSet,
     refusal_ids: Int[Tensor, " n_refusal"],
     *,
     coeffs: Sequence[float] = (0.0, 0.5, 1.0, 1.5, 2.0),
-    refuses: Callable[[str, str], bool] | None = None,
+    judge: Judge | None = None,
     text: str | None = None,
-    perplexity_tokens: int = 1024,
-    max_new_tokens: int = 20,
     progress: Progress = no_progress,
 ) -> pd.DataFrame:
-    """A row for each direction and coefficient, to see what strength costs.
+    """Measure what strength brings and costs: a row per direction and coefficient.
 
-    Columns: layer, position, coeff, refusal_score (mean on harmful prompts, nats), kl_harmless
-    (nats a token), perplexity (of `text`, by default the project's own prose), and with a judge
-    refusal_rate_harmful and refusal_rate_harmless of greedy answers.
+    Args:
+        chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
+        directions: The directions that are applied, one at a time.
+        prompts: Harmful and harmless prompts.
+        refusal_ids: First tokens of a refusal.
+        coeffs: Coefficients of each direction.
+        judge: Says which answers refuse (None: no answers are generated).
+        text: Plain text for perplexity, of which 1,024 tokens are read (None: the project's own prose).
+        progress: Called with the share done.
+
+    Returns:
+        Columns: layer, position, coeff, kl_harmless (nats per token), refusal_score (mean on harmful
+        prompts, nats), perplexity, and with a judge refusal_rate_harmful and refusal_rate_harmless of
+        greedy answers.
     """
-    rows, text = [], general_text() if text is None else text
-    for done, (direction, coeff) in enumerate((d, c) for d in directions for c in coeffs):
+    chat, text, rows = as_chat(chat), general_text() if text is None else text, []
+    strengths = [(direction, coeff) for direction in directions for coeff in coeffs]
+    for direction, coeff in strengths:
         row = {"layer": direction.layer, "position": direction.position, "coeff": coeff}
-        row["kl_harmless"] = float(drift(chat, direction, harmless, coeff).mean())
+        row["kl_harmless"] = float(drift(chat, direction, prompts.harmless, coeff).mean())
         with steer(chat, direction, coeff):
-            row["refusal_score"] = float(refusal_scores(chat, list(harmful), refusal_ids).mean())
-            row["perplexity"] = perplexity(chat, text, max_tokens=perplexity_tokens)
-            for name, prompts in (("harmful", harmful), ("harmless", harmless)) if refuses else ():
-                answers = generate(chat, prompts, max_new_tokens=max_new_tokens)
-                row[f"refusal_rate_{name}"] = sum(refusals(judge_all(refuses, prompts, answers))) / len(
-                    prompts
-                )
+            row["refusal_score"] = float(refusal_scores(chat, prompts.harmful, refusal_ids).mean())
+            row["perplexity"] = perplexity(chat, text, max_tokens=PERPLEXITY_TOKENS)
+            if judge is not None:
+                for label in LABELS:
+                    rate = _refusal_rate(chat, prompts.texts(label), judge, ANSWER_TOKENS)
+                    row[f"refusal_rate_{label}"] = rate
         rows.append(row)
-        progress((done + 1) / (len(directions) * len(coeffs)))
+        progress(len(rows) / len(strengths))
     return pd.DataFrame(rows)

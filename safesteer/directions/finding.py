@@ -7,7 +7,7 @@
 """
 
 import html
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import pandas as pd
 
@@ -30,7 +30,7 @@ from safesteer.directions.sweeping import Sweep, sweep
 from safesteer.judges.judge import Judge
 from safesteer.judges.wording import refuses
 from safesteer.models.bridge import to_bridge
-from safesteer.models.chat_model import ModelLike, as_chat
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.settings import DirectionConfig
 from safesteer.steering.direction import Direction
@@ -59,12 +59,12 @@ class ChosenDirection(Direction):
     rates: pd.DataFrame | None = field(default=None, kw_only=True)
 
     def story(self) -> list[str]:
-        """Say in a few lines how the direction was chosen."""
-        reading = {"instruction": "difference of means", "prefill": "prefill contrast"}
+        """Return a few lines that say how the direction was chosen."""
+        names = {"instruction": "difference of means", "prefill": "prefill contrast"}
         lines = [
             f"{self.refusal_tokens}",
             f"the model starts to refuse on {self.native_share:.0%} of harmful val prompts; direction read by"
-            f" {reading.get(self.extraction, self.extraction)}",
+            f" {names.get(self.extraction, self.extraction)}",
         ]
         if self.rates is not None:
             lines.append(f"compared by its answers, it refuses {self.rates.refusal_rate.max():.0%}")
@@ -104,15 +104,18 @@ def find_direction(
     """
     chat, prompts, config = as_chat(chat), prompts or load_prompts(), config or DirectionConfig()
     train, val = prompts.split("train").first(config.n_train), prompts.split("val")
+    # 1. Refusal tokens
     refusal = learn_refusal_tokens(chat, val.harmful, val.harmless, judge)
     native = float((refusal_scores(chat, val.harmful, refusal.ids) > 0).double().mean())
+    # 2. Candidates
     extraction = config.extraction
     if extraction == "auto":
         extraction = "instruction" if native >= config.native_share else "prefill"
     scored, held_out = val.first(config.n_val), val.after(config.n_val)
     if extraction == "instruction":
         train, scored = (filter_by_refusal(chat, split, refusal.ids) for split in (train, scored))
-    candidates = EXTRACTIONS[extraction](as_chat(to_bridge(chat)), train, seed=config.seed)
+    candidates = EXTRACTIONS[extraction](to_bridge(chat), train, seed=config.seed)
+    # 3. Scores
     by_answers = config.coeff is None and config.rank_by != "ablation"
     share = 0.5 if by_answers and extraction == "prefill" else 1.0  # comparing answers costs about as much
     result = sweep(
@@ -124,18 +127,27 @@ def find_direction(
         held_out=held_out,
         progress=lambda done: progress(share * done),
     )
-    directions, rates = result.directions(chat, train), None
+    # 4. The direction and its coefficient
+    direction, rates = _choose(
+        chat, result, train, val, judge, config, lambda done: progress(share + (1 - share) * done)
+    )
+    sources = {"sweep": result, "refusal_tokens": refusal, "native_share": native, "rates": rates}
+    return ChosenDirection(vector=direction.vector, **direction.metadata, **sources)
+
+
+def _choose(
+    chat: ChatModel,
+    result: Sweep,
+    train: PromptSet,
+    val: PromptSet,
+    judge: Judge,
+    config: DirectionConfig,
+    progress: Progress,
+) -> tuple[Direction, pd.DataFrame | None]:
+    """Take the best candidate; where they are ranked by steering, the one whose answers refuse."""
+    directions = result.directions(chat, train)
     if config.coeff is None and result.rank_by == "steering":
-        direction, rates = choose_direction(
-            chat,
-            directions,
-            val.harmful[: config.n_compare_prompts],
-            judge,
-            n_best=config.n_compared,
-            progress=lambda done: progress(share + (1 - share) * done),
-        )
-    else:
-        direction = directions[0].with_coeff(1.0 if config.coeff is None else config.coeff)
+        prompts = val.harmful[: config.n_compare_prompts]
+        return choose_direction(chat, directions, prompts, judge, n_best=config.n_compared, progress=progress)
     progress(1.0)
-    values = {f.name: getattr(direction, f.name) for f in fields(Direction)}
-    return ChosenDirection(**values, sweep=result, refusal_tokens=refusal, native_share=native, rates=rates)
+    return directions[0].with_coeff(1.0 if config.coeff is None else config.coeff), None

@@ -1,10 +1,10 @@
 """Directions in the formats of other tools.
 
-    GGUF            llama.cpp's control vectors: tensors `direction.<l>` added to the OUTPUT of block l,
-                    which is the input of block l + 1; llama.cpp knows no l = 0
-    repeng          vectors by block output, as in its `ControlVector.directions`
+    GGUF              llama.cpp's control vectors: tensors `direction.<l>` added to the OUTPUT of block l,
+                      which is the input of block l + 1; llama.cpp knows no l = 0
+    repeng            vectors by block output, as in its `ControlVector.directions`
     steering-vectors  `SteeringVector.layer_activations` with layer_type "decoder_block": block output
-    the Hub         the safetensors file with a card
+    the Hub           the safetensors file with a card
 
 Our layer convention is resid_pre of block l, so a block output l becomes layer l + 1.
 """
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from safesteer._errors import SafeSteerError
 from safesteer._files import atomic
-from safesteer.directions.extraction import Candidates
-from safesteer.models.chat_model import ChatModel
+from safesteer.directions.candidates import Candidates
+from safesteer.models.chat_model import ModelLike, as_chat
 from safesteer.steering.direction import Direction
 
 ARCHITECTURE = "controlvector"
@@ -31,8 +31,21 @@ ARCHITECTURE = "controlvector"
 def write_gguf(direction: Direction, path: str | Path, n_layers: int, model_hint: str = "") -> None:
     """Write coeff * vector as a llama.cpp control vector (`llama-cli --control-vector FILE`).
 
-    `n_layers` is that of the model, `model_hint` its architecture word (as in "llama"). llama.cpp
-    only adds, at every position; raises SafeSteerError for another operation or a layer below 2.
+    Args:
+        direction: Of operation "add", the only one of llama.cpp, which adds at every position.
+        path: The file.
+        n_layers: Number of blocks of the model.
+        model_hint: Its architecture in llama.cpp's words, such as "llama".
+
+    Raises:
+        SafeSteerError: For another operation, or a layer that llama.cpp cannot steer (below 2).
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from safesteer.directions.formats import read_gguf, write_gguf
+        >>> write_gguf(replace(direction, layer=2), folder / "refusal.gguf", n_layers=3)
+        >>> sorted(read_gguf(folder / "refusal.gguf"))  # block 1 feeds layer 2
+        [1]
     """
     import gguf
 
@@ -59,7 +72,14 @@ def write_gguf(direction: Direction, path: str | Path, n_layers: int, model_hint
 
 
 def read_gguf(path: str | Path) -> dict[int, Tensor]:
-    """Vectors of a control-vector file by block output, as `from_block_outputs` takes them."""
+    """Read the vectors of a llama.cpp control-vector file.
+
+    Returns:
+        Vectors by block output, as `from_block_outputs` takes them.
+
+    Raises:
+        SafeSteerError: For a file that is not a control vector in GGUF.
+    """
     import gguf
 
     try:
@@ -77,12 +97,22 @@ def read_gguf(path: str | Path) -> dict[int, Tensor]:
     }
 
 
-def from_block_outputs(chat: ChatModel, vectors: Mapping[int, Any], source: str = "given") -> Candidates:
-    """Candidates of vectors that were made to be added to block outputs, one a block.
+def from_block_outputs(chat: ModelLike, vectors: Mapping[int, Any], source: str = "given") -> Candidates:
+    """Take vectors that were made to be added to block outputs, one per block, as candidates.
 
-    Blocks count from 0, negative ones from the end. Layers without a vector are zero.
+    Args:
+        chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
+        vectors: By block, from 0; negative ones count from the end. Tensors or arrays of width d_model.
+        source: Where they come from; becomes the name of the extraction.
+
+    Returns:
+        Candidates at the position "given"; layers without a vector are zero.
+
+    Raises:
+        SafeSteerError: For vectors of another width, or of a block that the model does not have.
     """
-    found = torch.zeros((1, chat.n_layers, chat.d_model))
+    chat = as_chat(chat)
+    by_layer = torch.zeros((1, chat.n_layers, chat.d_model))
     for block, value in vectors.items():
         layer = (block + chat.n_layers if block < 0 else block) + 1
         vector = torch.as_tensor(value).float().flatten()
@@ -96,28 +126,46 @@ def from_block_outputs(chat: ChatModel, vectors: Mapping[int, Any], source: str 
                 f"The {source} vectors name block {block}; '{chat.name}' has {chat.n_layers}."
             )
         if layer < chat.n_layers:  # the last block's output feeds no block: it can't be steered here
-            found[0, layer] = vector
-    return Candidates(found, ("given",), source)
+            by_layer[0, layer] = vector
+    return Candidates(by_layer, ("given",), source)
 
 
-def from_repeng(chat: ChatModel, control_vector: Any) -> Candidates:
-    """A repeng `ControlVector`, or its dictionary of directions."""
+def from_repeng(chat: ModelLike, control_vector: Any) -> Candidates:
+    """Take a repeng `ControlVector`, or its dictionary of directions, as candidates.
+
+    Raises:
+        SafeSteerError: For vectors that do not fit the model.
+    """
     return from_block_outputs(chat, getattr(control_vector, "directions", control_vector), "repeng")
 
 
-def from_steering_vectors(chat: ChatModel, steering_vector: Any) -> Candidates:
-    """A `SteeringVector` of the steering-vectors library, or its dictionary of layer activations."""
-    kind = getattr(steering_vector, "layer_type", "decoder_block")
-    if kind != "decoder_block":
-        raise SafeSteerError(f"Only vectors of whole blocks can be read, and this one is of '{kind}'.")
-    activations = getattr(steering_vector, "layer_activations", steering_vector)
-    return from_block_outputs(chat, activations, "steering-vectors")
+def from_steering_vectors(chat: ModelLike, steering_vector: Any) -> Candidates:
+    """Take a `SteeringVector` of steering-vectors, or its dictionary of activations, as candidates.
+
+    Raises:
+        SafeSteerError: For vectors of other places than whole blocks, or that do not fit the model.
+    """
+    layer_type = getattr(steering_vector, "layer_type", "decoder_block")
+    if layer_type != "decoder_block":
+        raise SafeSteerError(f"Only vectors of whole blocks can be read, and this one is of '{layer_type}'.")
+    by_block = getattr(steering_vector, "layer_activations", steering_vector)
+    return from_block_outputs(chat, by_block, "steering-vectors")
 
 
 def push_to_hub(direction: Direction, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-    """Upload the direction file with a card to a model repository on the Hub; returns its address.
+    """Upload the direction file with a card to a model repository on the Hub.
 
-    Private unless asked otherwise: a refusal direction is dual-use.
+    Args:
+        direction: What is uploaded.
+        repo_id: Such as "me/refusal-direction"; made where it does not exist.
+        private: Whether a new repository is private: a refusal direction is dual-use.
+        token: Of the Hub (None: the one you are logged in with).
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        SafeSteerError: Where the upload fails.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled

@@ -165,7 +165,7 @@ def learn_refusal_tokens(
         >>> from safesteer.directions.refusal_tokens import learn_refusal_tokens
         >>> val = ss.load_prompts().split("val").first(2)
         >>> learn_refusal_tokens(chat, val.harmful, val.harmless, judge=lambda prompt, answer: False)
-        RefusalTokens('I', 'S'; taken from written refusals)
+        RefusalTokens('I'; taken from written refusals)
     """
     chat, harmful, harmless = as_chat(chat), list(harmful[:n_prompts]), list(harmless[:n_prompts])
     if not harmful or not harmless:

@@ -4,13 +4,13 @@ Per candidate d at (position i, layer l), on validation prompts:
     ablation_refusal   refusal score on harmful prompts with d projected out everywhere
     steering_refusal   refusal score on harmless prompts with d added at layer l
     kl_harmless        KL(base || ablated) on harmless prompts, over the first answer tokens
-ranked by "ablation" they are selected as published: drop l >= 0.8 n_layers, KL > 0.1 and steering
-score < 0; of the rest take the lowest ablation score. A model that does not refuse has nothing to
-ablate: there ("steering", the default for prefill contrasts) candidates are ranked by how far
-steering moves harmless prompts to refusal.
+Ranked by "ablation", candidates are selected as published: drop l >= 0.8 n_layers, KL > 0.1 and steering
+score < 0; of those that remain take the lowest ablation score. A model that does not refuse has nothing
+to ablate: ranked by "steering" (the default for prefill contrasts) comes first what moves harmless
+prompts furthest towards refusal.
 
 Beside every score stand its 95 % bootstrap interval over prompts and two controls: "random", a
-random direction that moves the model as far, and "shuffled", what the extraction finds when labels
+random direction that moves the model as far, and "shuffled", what the extraction reads when labels
 are shuffled. `scoring` says how a pass is shared.
 """
 
@@ -29,7 +29,7 @@ from safesteer._errors import SafeSteerError
 from safesteer._files import write_text
 from safesteer._intervals import bootstrap_means
 from safesteer._progress import Progress, no_progress
-from safesteer.directions.extraction import Candidates
+from safesteer.directions.candidates import Candidates
 from safesteer.directions.scoring import SCORES, PassLimits, runnable, score
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.prompts.prompt_set import PromptSet
@@ -37,15 +37,17 @@ from safesteer.settings import DirectionConfig
 from safesteer.steering.direction import Direction
 
 ZERO = 1e-5  # length below which a vector is rounding, in lengths of the longest
+PASSES = "passes every threshold"
 COLUMNS = ["extraction", "position", "layer", *SCORES, "kept", "reason"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sweep:
-    """The table of scores with its candidates: a row for each position and layer.
+    """The scores of all candidates: a table with a row per position and layer.
 
-    Columns beside those of the run folder's contract: `<score>_low`, `<score>_high` (95 %),
-    `<score>_random`, `<score>_shuffled` (controls), `<score>_held_out` (best candidates, other prompts).
+    Columns: COLUMNS, then `<score>_low`, `<score>_high` (95 % interval), `<score>_random`,
+    `<score>_shuffled` (controls), `<score>_held_out` (best candidates, other prompts). Scores are in nats,
+    KL in nats per token.
     """
 
     candidates: Candidates
@@ -53,21 +55,27 @@ class Sweep:
     rank_by: Literal["ablation", "steering"] = "ablation"
 
     def to_frame(self) -> pd.DataFrame:
+        """Return a copy of the table."""
         return self.table.copy()
 
     def save(self, path: str | Path) -> None:
+        """Write the table as CSV."""
         write_text(Path(path), self.table.to_csv(index=False))
 
     @property
     def nearest_miss(self) -> pd.Series:
-        """The candidate that steers most of those that were scored, kept or not."""
+        """The candidate with the highest steering score, kept or not."""
         return self.table.sort_values("steering_refusal", ascending=False).iloc[0]
 
     @property
     def ranking(self) -> pd.DataFrame:
-        """Candidates that passed, best first. Raises SafeSteerError with the nearest miss if none."""
-        kept = self.table[self.table.kept]
-        if kept.empty:
+        """The rows of the candidates that passed, best first.
+
+        Raises:
+            SafeSteerError: Where none passed; the sentence names the nearest miss.
+        """
+        passed = self.table[self.table.kept]
+        if passed.empty:
             miss = self.nearest_miss
             raise SafeSteerError(
                 f"No candidate passed the selection. The nearest miss is position {miss.position},"
@@ -75,8 +83,8 @@ class Sweep:
                 " thresholds in DirectionConfig."
             )
         if self.rank_by == "ablation":
-            return kept.sort_values(["ablation_refusal", "layer"])
-        return kept.sort_values(["steering_refusal", "layer"], ascending=[False, True])
+            return passed.sort_values(["ablation_refusal", "layer"])
+        return passed.sort_values(["steering_refusal", "layer"], ascending=[False, True])
 
     @property
     def best(self) -> pd.Series:
@@ -84,7 +92,15 @@ class Sweep:
         return self.ranking.iloc[0]
 
     def directions(self, chat: ModelLike, prompts: PromptSet | None = None) -> list[Direction]:
-        """Return the candidates of the ranking as directions, best first, stamped with their origin."""
+        """Return the candidates of the ranking as directions, best first.
+
+        Args:
+            chat: The model that the candidates were read from.
+            prompts: The prompts that they were read from; their hash is kept.
+
+        Raises:
+            SafeSteerError: Where no candidate passed.
+        """
         chat = as_chat(chat)
         return [
             self.candidates.direction(chat, str(row.position), int(row.layer), prompts=prompts)
@@ -93,7 +109,7 @@ class Sweep:
 
     def vector(self, row: pd.Series) -> Float[Tensor, " d_model"]:
         """Return the vector of a row of the table."""
-        return self.candidates.vectors[self.candidates.positions.index(row.position), int(row.layer)]
+        return self.candidates.vectors[self.candidates.index(str(row.position), int(row.layer))]
 
     def __repr__(self) -> str:
         n_kept = int(self.table.kept.sum())
@@ -116,18 +132,21 @@ def sweep(
     """Score all candidates on validation prompts; layers that cannot be selected are not run.
 
     Args:
-        chat: The base model.
+        chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
         candidates: One vector per position and layer.
         prompts: Validation prompts, of which the first `config.n_val` of each kind are used.
         refusal_ids: First tokens of a refusal.
         config: Thresholds, controls and batch sizes.
-        held_out: Prompts on which the best few are scored once more: numbers that selection did not choose.
+        held_out: Prompts on which the best few are scored again: numbers that selection did not choose.
         progress: Called with the share done.
 
     Example:
-        >>> prompts = ss.load_prompts().split("val").first(2)
-        >>> candidates = mean_difference(chat, prompts)
-        >>> len(sweep(chat, candidates, prompts, refusal_token_ids(chat.tokenizer)).table) > 0
+        >>> from safesteer.directions.extraction import prefill_contrast
+        >>> from safesteer.directions.refusal_tokens import refusal_token_ids
+        >>> from safesteer.directions.sweeping import sweep
+        >>> prompts, refusal_ids = ss.load_prompts().split("val").first(2), refusal_token_ids(chat.tokenizer)
+        >>> result = sweep(chat, prefill_contrast(chat, prompts), prompts, refusal_ids)
+        >>> len(result.table) == chat.n_layers
         True
     """
     chat, config = as_chat(chat), config or DirectionConfig()
@@ -137,19 +156,21 @@ def sweep(
     # Controls of all candidates cost as much as their scores; controls of a few cost next to nothing.
     share = 1 / (1 + len(kinds)) if config.n_controls is None else 1.0
 
+    def part(n: int, done: float) -> None:
+        progress(share * (n + done))
+
     places = runnable(candidates, config.max_layer_share)
-    vectors, layers = torch.stack([candidates.vectors[at] for at in places]), [at[1] for at in places]
-    per_prompt = score(
-        chat, vectors, layers, prompts, refusal_ids, limits, progress=lambda done: progress(share * done)
-    )
+    vectors = torch.stack([candidates.vectors[at] for at in places])
+    layers = [layer for _, layer in places]
+    scores = score(chat, vectors, layers, prompts, refusal_ids, limits, progress=partial(part, 0))
     rank_by = config.rank_by
     if rank_by == "auto":
         rank_by = "steering" if candidates.extraction in ("prefill", "given") else "ablation"
-    table = _table(candidates, places, _with_intervals(per_prompt, config.seed), rank_by, config)
+    table = _table(candidates, places, _with_intervals(scores, config.seed), rank_by, config)
     result = Sweep(candidates, table, rank_by)
     for n, kind in enumerate(kinds):
-        rest = partial(_later, progress, share, n) if config.n_controls is None else no_progress
-        _add_controls(chat, result, kind, prompts, refusal_ids, config, rest)
+        control_progress = partial(part, 1 + n) if config.n_controls is None else no_progress
+        _add_controls(chat, result, kind, prompts, refusal_ids, config, control_progress)
     progress(1.0)
     if table.kept.any() and held_out is not None and config.n_held_out:
         best = result.ranking.head(config.n_held_out)
@@ -160,17 +181,12 @@ def sweep(
     return result
 
 
-def _later(progress: Progress, share: float, n: int, done: float) -> None:
-    """Report the progress of the n-th control after the scores themselves."""
-    progress(share * (1 + n + done))
-
-
 def _with_intervals(
-    per_prompt: dict[str, Float[Tensor, "n n_prompts"]], seed: int
+    scores: dict[str, Float[Tensor, "n n_prompts"]], seed: int
 ) -> dict[str, Float[Tensor, " n"]]:
-    """Mean of each score over prompts, with its 95 % bootstrap interval."""
+    """Return the mean of each score over prompts, with its 95 % bootstrap interval."""
     columns: dict[str, Tensor] = {}
-    for name, values in per_prompt.items():
+    for name, values in scores.items():
         low, high = bootstrap_means(values.numpy(), seed)
         columns[name] = values.mean(1)
         columns[f"{name}_low"], columns[f"{name}_high"] = torch.from_numpy(low), torch.from_numpy(high)
@@ -196,7 +212,7 @@ def _add_controls(
         return
     source = candidates.vectors if kind == "random" else candidates.shuffled
     assert source is not None
-    places = [(candidates.positions.index(row.position), int(row.layer)) for _, row in scored.iterrows()]
+    places = [candidates.index(str(row.position), int(row.layer)) for _, row in scored.iterrows()]
     control = score(
         chat,
         torch.stack([source[at] for at in places]),
@@ -218,30 +234,31 @@ def _table(
     rank_by: str,
     config: DirectionConfig,
 ) -> pd.DataFrame:
-    """One row per position and layer: scores, and why the candidate was kept or dropped."""
+    """Write one row per position and layer: scores, and why the candidate was kept or dropped."""
     n_pos, n_layers, _ = candidates.vectors.shape
-    place = {at: n for n, at in enumerate(places)}
+    order = {place: n for n, place in enumerate(places)}
     rows, longest = [], float(candidates.vectors.norm(dim=-1).nan_to_num().max())
     for i in range(n_pos):
         for layer in range(n_layers):
-            at = place.get((i, layer))
-            scores = {name: float("nan" if at is None else v[at]) for name, v in columns.items()}
-            reason = _reason(scores, at is not None, rank_by, config)
+            n = order.get((i, layer))
+            scores = {name: float("nan" if n is None else values[n]) for name, values in columns.items()}
+            reason = _reason(scores, n is not None, rank_by, config)
             if float(candidates.vectors[i, layer].norm()) < ZERO * longest:
                 reason = "no direction here: the two means agree"
-            name = {
+            place = {
                 "extraction": candidates.extraction,
                 "position": candidates.positions[i],
                 "layer": layer,
             }
-            rows.append(name | scores | {"kept": reason.startswith("passes"), "reason": reason})
+            rows.append(place | scores | {"kept": reason == PASSES, "reason": reason})
     intervals = [c for c in columns if c not in SCORES]
     return pd.DataFrame(rows, columns=[*COLUMNS, *intervals])
 
 
-def _reason(scores: dict[str, float], run: bool, rank_by: str, config: DirectionConfig) -> str:
+def _reason(scores: dict[str, float], was_run: bool, rank_by: str, config: DirectionConfig) -> str:
+    """Say which threshold drops a candidate, or that it passes."""
     kl, steered = scores["kl_harmless"], scores["steering_refusal"]
-    if not run:
+    if not was_run:
         return f"layer in the last {1 - config.max_layer_share:.0%} of the model (not run)"
     if not all(np.isfinite(scores[name]) for name in SCORES):
         return "a score is not finite"
@@ -249,4 +266,4 @@ def _reason(scores: dict[str, float], run: bool, rank_by: str, config: Direction
         return f"KL {kl:.3f} > {config.max_kl:g}: ablation damages harmless prompts"
     if rank_by == "ablation" and steered < config.min_steering:
         return f"steering score {steered:.2f} < {config.min_steering:g}: does not induce refusal"
-    return "passes every threshold"
+    return PASSES

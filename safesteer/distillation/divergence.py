@@ -21,7 +21,7 @@ def _log1mexp(x: Tensor) -> Tensor:
 
 
 def _kl(p: Tensor, q: Tensor, generalized: bool) -> Tensor:
-    """Sum p (log p - log q) over the set, with the Bregman correction - p + q if wanted. Arguments are logs."""
+    """Sum p (log p - log q), `generalized` by the Bregman correction - p + q. Arguments are logs."""
     terms = generalized_kl_terms(p, q) if generalized else p.exp() * (p - q)
     return torch.where(p == -math.inf, q.exp() if generalized else 0.0, terms).sum(-1)
 

@@ -10,6 +10,7 @@ A model that does not refuse has p ~ 0 on S, where that loss has no gradient; th
 """
 
 import hashlib
+import html
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -31,7 +32,7 @@ from safesteer.distillation.tracking import open_tracker
 from safesteer.judges.judge import Judge
 from safesteer.judges.wording import refuses
 from safesteer.models.adapter import merged, shares_weights, without_adapter, write_adapter
-from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, is_bridge
 from safesteer.models.sharding import shard
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.settings import DistillConfig
@@ -56,10 +57,23 @@ def training_steps(
         state: The student, from `prepare_student`.
         teacher: The frozen base (with an adapter, the model that carries it), its direction and S.
         prompts: Harmful prompts to learn on; harmless ones on which the student is held to the base.
-        sampler: Gives the student's answers in its place (`vllm.server_sampler`).
+        sampler: Samples the student's answers in its place (`vllm.server_sampler`).
+
+    Yields:
+        Loss, masses on S, drift and seconds of each step.
 
     Raises:
         SafeSteerError: If a loss or gradient is not finite; names the step, and the prompt or parameter.
+
+    Example:
+        >>> from safesteer.distillation.loop import training_steps
+        >>> from safesteer.distillation.rollouts import Teacher
+        >>> from safesteer.distillation.state import prepare_student
+        >>> config = ss.DistillConfig(n_steps=2, harmful_per_step=2, harmless_per_step=2, max_new_tokens=3)
+        >>> state = prepare_student(chat.copy(), direction, config)
+        >>> prompts = ss.load_prompts().split("distill")
+        >>> [record.step for record in training_steps(state, Teacher(chat, direction, tokens), prompts)]
+        [1, 2]
     """
     config, student = state.config, state.student
     if config.lora_rank and not shares_weights(teacher.base, student):
@@ -100,7 +114,8 @@ class Student(ChatModel):
     def _repr_html_(self) -> str:
         columns = ["step", "loss", "mass_on_s_student", "mass_on_s_teacher", "mass_on_s_anchor", "kl_off_s"]
         table = self.to_frame().reindex(columns=columns)
-        return table.to_html(index=False, float_format="{:.4f}".format, max_rows=12)
+        rows = table.to_html(index=False, float_format="{:.4f}".format, max_rows=12)
+        return f"<p>{html.escape(repr(self))}</p>{rows}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +125,7 @@ class Training:
     With a folder, training continues from its checkpoint, and writes one every `checkpoint_every` steps.
     """
 
-    folder: Path | None = None
+    folder: str | Path | None = None
     track: str | None = None  # tensorboard, wandb, ...: files go to `folder`/tracking
     judge: Judge = refuses  # of the answers that early stopping looks at
     progress: Progress = no_progress
@@ -133,13 +148,15 @@ def distill(
         tokens: The safety tokens S.
         prompts: Prompts with the splits that `config.splits` names; None: the project's own.
         config: Settings of stage 3; None: the defaults.
-        training: Folder, tracker, early stopping and progress; None: nothing is written.
+        training: Folder, tracker, judge of early stopping, and progress; None: nothing is written.
 
     Returns:
-        The student: a plain Hugging Face model with its history. An adapter is merged into the weights.
+        The student: a plain Hugging Face model in float32, frozen, with its history. An adapter is merged
+        into the weights.
 
     Raises:
-        SafeSteerError: If a loss or gradient is not finite, or a checkpoint belongs to other settings.
+        SafeSteerError: If a loss or gradient is not finite, a checkpoint belongs to other settings, or
+            `config.sharded` asks for several processes (use `align`).
 
     Example:
         >>> config = ss.DistillConfig(n_steps=1, harmful_per_step=2, harmless_per_step=2, max_new_tokens=3)
@@ -147,11 +164,17 @@ def distill(
         1
     """
     chat, config, prompts = as_chat(chat), config or DistillConfig(), prompts or load_prompts()
+    if config.sharded:
+        raise SafeSteerError(
+            "distill.sharded needs `align`: `distill` returns one model that is not sharded."
+        )
+    if config.lora_rank and is_bridge(chat.model):
+        chat = chat.copy()  # the adapter wraps modules of a plain model
     teacher = Teacher(chat, direction, tokens)
-    student = None if config.lora_rank else _copy(chat)
+    student = None if config.lora_rank else _float32_copy(chat)
     state, history = train_student(teacher, prompts, config, student, training)
     model = _merged_copy(teacher, state) if config.lora_rank else state.student.model
-    return Student(model, chat.tokenizer, chat.name, history=history)
+    return Student(model.requires_grad_(False), chat.tokenizer, chat.name, history=history)
 
 
 def train_student(
@@ -161,46 +184,58 @@ def train_student(
     student: ChatModel | None,
     training: Training | None = None,
 ) -> tuple[DistillState, tuple[StepRecord, ...]]:
-    """Train `student`, or with `lora_rank` an adapter on the base; return its state and history.
+    """Train `student`, or where it is None an adapter on the base; return state and history.
 
     An adapter is still on the base when this returns (`models.adapter.without_adapter` takes it off).
     """
-    training = training or Training()
     state = prepare_student(teacher.base if student is None else student, teacher.direction, config)
     if config.sharded and student is not None:
         shard(teacher.base.model)
-    history, stamp = _resume(state, teacher, prompts, training.folder)
-    splits = [p for name in config.splits for p in prompts.split(name).prompts]
-    steps = training_steps(state, teacher, PromptSet(tuple(splits), prompts.name))
-    folder, settings = training.folder or Path(), {"model": teacher.base.name, **asdict(config)}
     try:
-        with open_tracker(training.track, folder / "tracking", settings) as log:
-            training.progress(state.step / config.n_steps)
-            for record in steps:
-                history.append(record)
-                training.progress(record.step / config.n_steps)
-                log(asdict(record), record.step)
-                stops = False
-                if config.check_every and record.step % config.check_every == 0:
-                    look = look_at(state.student, teacher.base, prompts.split("val"), training.judge)
-                    log({"val_refused": look.refused, "val_kl": look.kl}, record.step)
-                    stops = look.suffices(config)
-                last = stops or record.step == config.n_steps
-                if training.folder is not None and (last or record.step % config.checkpoint_every == 0):
-                    _save(training.folder, state, stamp, history)
-                if stops:
-                    break
+        return state, _follow(state, teacher, prompts, training or Training())
     except BaseException:
         if config.lora_rank:
             without_adapter(state.student)  # the base is the caller's
         raise
-    return state, tuple(history)
+
+
+def _follow(
+    state: DistillState, teacher: Teacher, prompts: PromptSet, training: Training
+) -> tuple[StepRecord, ...]:
+    """Take the steps that remain, and write, log and check as `training` says; return the whole history."""
+    config, folder = state.config, None if training.folder is None else Path(training.folder)
+    history, stamp = _resume(state, teacher, prompts, folder)
+    selected = [p for name in config.splits for p in prompts.split(name).prompts]
+    steps = training_steps(state, teacher, PromptSet(tuple(selected), prompts.name))
+    settings = {"model": teacher.base.name, **asdict(config)}
+    with open_tracker(training.track, (folder or Path()) / "tracking", settings) as log:
+
+        def may_stop() -> bool:
+            if not config.check_every or not state.step or state.step % config.check_every:
+                return False
+            look = look_at(state.student, teacher.base, prompts.split("val"), training.judge)
+            log({"val_refused": look.refused, "val_kl": look.kl}, state.step)
+            return look.suffices(config)
+
+        training.progress(state.step / config.n_steps)
+        stopped = may_stop()  # a training that ended early, called again
+        for record in () if stopped else steps:
+            history.append(record)
+            training.progress(record.step / config.n_steps)
+            log(asdict(record), record.step)
+            stopped = may_stop()
+            last = stopped or record.step == config.n_steps
+            if folder is not None and (last or record.step % config.checkpoint_every == 0):
+                _save(folder, state, stamp, history)
+            if stopped:
+                break
+    return tuple(history)
 
 
 def restore_student(
     student: ChatModel, teacher: Teacher, prompts: PromptSet, config: DistillConfig, folder: Path
 ) -> Student:
-    """Give `student` (the base's weights, in float32) the weights of the checkpoint in `folder`.
+    """Give `student`, a float32 copy of the base, the weights of the checkpoint in `folder`.
 
     An adapter is merged; with `keep_adapter` it is written to `folder`/adapter too.
     """
@@ -211,7 +246,8 @@ def restore_student(
         if config.keep_adapter:
             write_adapter(trained, folder / "adapter")
         trained = merged(trained)
-    return Student(trained.model, student.tokenizer, student.name, history=tuple(history))
+    model = trained.model.requires_grad_(False)
+    return Student(model, student.tokenizer, student.name, history=tuple(history))
 
 
 def _resume(
@@ -220,7 +256,7 @@ def _resume(
     """Load what `folder` holds of this training; return its history and the stamp of its checkpoints."""
     settings = json.dumps(asdict(replace(state.config, sharded=False)), sort_keys=True)
     origin = (settings, json.dumps(asdict(teacher.tokens), sort_keys=True), prompts.hash)
-    vector = teacher.direction.vector.cpu().contiguous().numpy().tobytes()
+    vector = teacher.direction.vector.detach().float().cpu().contiguous().numpy().tobytes()
     digest = hashlib.sha256(repr((origin, teacher.direction.metadata)).encode() + vector)
     stamp = {"training": digest.hexdigest()[:32]}
     if folder is None or not (folder / CHECKPOINT).exists():
@@ -237,7 +273,7 @@ def _save(folder: Path, state: DistillState, stamp: dict[str, str], history: lis
     state.save(folder / CHECKPOINT, stamp, writes=writes)
 
 
-def _copy(chat: ChatModel) -> ChatModel:
+def _float32_copy(chat: ChatModel) -> ChatModel:
     """Copy the plain model in float32: weights that may train."""
     plain = chat.copy()
     return ChatModel(plain.model.float(), plain.tokenizer, plain.name)
@@ -247,7 +283,7 @@ def _merged_copy(teacher: Teacher, state: DistillState) -> nn.Module:
     """Take the adapter off the base, and merge it into a float32 copy."""
     weights = {name: p.detach().clone() for name, p in state.trained.items()}
     without_adapter(state.student)
-    fresh = prepare_student(_copy(teacher.base), teacher.direction, state.config)
+    fresh = prepare_student(_float32_copy(teacher.base), teacher.direction, state.config)
     with torch.no_grad():
         for name, p in fresh.trained.items():
             p.copy_(weights[name])

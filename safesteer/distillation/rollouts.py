@@ -48,7 +48,7 @@ def prompt_indices(n_items: int, n: int, step: int, seed: int) -> list[int]:
     return chosen
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class StepPrompts:
     """The prompts of one step, the key of its random numbers, and this process's share of them.
 

@@ -10,7 +10,15 @@ from torch import nn
 from safesteer._errors import SafeSteerError
 from safesteer._files import read_tensors, write_tensors
 from safesteer.models.adapter import with_adapter
-from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, blocks, final_norm, hf_model
+from safesteer.models.chat_model import (
+    ChatModel,
+    ModelLike,
+    as_chat,
+    blocks,
+    final_norm,
+    hf_model,
+    is_bridge,
+)
 from safesteer.models.sharding import gather, shard, shard_like, split_sharded
 from safesteer.settings import DistillConfig
 from safesteer.steering.direction import Direction
@@ -77,10 +85,18 @@ def prepare_student(
         direction: The teacher's direction; its layer is the first that trains.
         config: Settings of stage 3.
 
+    Returns:
+        The state before the first step.
+
     Raises:
-        SafeSteerError: If weights that train are in half precision, where steps of AdamW round away.
+        SafeSteerError: If weights that train are in half precision, where steps of AdamW round away; for a
+            bridge, whose modules are not those of a Hugging Face model.
     """
     student, config = as_chat(student), config or DistillConfig()
+    if is_bridge(student.model):
+        raise SafeSteerError(
+            "A TransformerBridge cannot train: pass its plain model, as_chat(bridge).copy()."
+        )
     first = direction.layer if config.train_layers == "from_steered" else 0
     student.model.requires_grad_(config.train_layers == "all" and not config.lora_rank)
     if config.lora_rank:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from safesteer._errors import SafeSteerError
-from safesteer.distillation.loss import LossTerms, divergence_loss, kl_outside_set
+from safesteer.distillation.loss import Head, LossTerms, divergence_loss, kl_outside_set
 from safesteer.distillation.rollouts import (
     Rollouts,
     Sampler,
@@ -69,7 +69,7 @@ class StepRecord:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A step's answers with what the teacher reads in them; weights sum to one over all processes."""
+    """A step's answers, the teacher's states on them, and the weights, whose sum over processes is one."""
 
     rollouts: Rollouts
     h_teacher: Float[Tensor, "n d_model"]
@@ -240,13 +240,14 @@ def _reduce_gradients(params: list[nn.Parameter], n_processes: int) -> list[Tens
 
 
 def _summed(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all processes."""
     total = reduce(tensor, "sum")
     assert isinstance(total, Tensor)
     return total
 
 
 @torch.no_grad()
-def _sampler_gap(rollouts: Rollouts, hidden: Float[Tensor, "n d_model"], head: tuple) -> float:
+def _sampler_gap(rollouts: Rollouts, hidden: Float[Tensor, "n d_model"], head: Head) -> float:
     """Measure how far an external sampler's log-probabilities are from the student's; 0 without one."""
     if rollouts.sampler_logps is None:
         return 0.0

@@ -1,12 +1,13 @@
-"""Rollouts from a server that samples faster than we do: vLLM, or another OpenAI-compatible one.
+"""Sample rollouts from an external server: vLLM, or another OpenAI-compatible one.
 
-Pass `server_sampler(endpoint)` to `distill(..., sampler=...)`. The server must hold the student's weights:
-bring them to it between steps (`distill` is a generator), or accept that rollouts lag behind. How far
-sampler and student are apart on the sampled tokens is logged as `sampler_gap` in every record: rounding
-gives hundredths of a nat, old weights more.
+Pass `server_sampler(endpoint)` to `loop.training_steps(..., sampler=...)`. The server must hold the student's
+weights: bring them to it between steps, or accept that rollouts lag behind. How far sampler and student are
+apart on the sampled tokens is logged as `sampler_gap` in every record: rounding gives hundredths of a nat,
+old weights more.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from safesteer._endpoint import Endpoint
 from safesteer.distillation.rollouts import Sampled, Sampler
@@ -14,10 +15,14 @@ from safesteer.models.generation import seed_of
 
 
 def server_sampler(endpoint: Endpoint) -> Sampler:
-    """A sampler that asks `endpoint` for token ids with their log-probabilities.
+    """Make a sampler that asks `endpoint` for token ids with their log-probabilities.
 
-    Prompts go out as token ids. Raises SafeSteerError, when used, for a server that does not return
-    tokens as ids (vLLM: return_tokens_as_token_ids).
+    Args:
+        endpoint: The server. Prompts go out as token ids.
+
+    Returns:
+        A sampler. When used it raises SafeSteerError for a server that does not return tokens as ids
+        (vLLM: return_tokens_as_token_ids).
     """
 
     def sample(
@@ -37,23 +42,21 @@ def server_sampler(endpoint: Endpoint) -> Sampler:
             }
             for ids, key in zip(prompts, keys, strict=True)
         ]
-        found = []
+        answers = []
         for reply in endpoint.ask_all("completions", bodies):
             try:
-                logprobs = [choice["logprobs"] for choice in reply["choices"]]
-                found.append(
-                    [
-                        Sampled(
-                            tuple(int(token.removeprefix("token_id:")) for token in one["tokens"]),
-                            tuple(float(p) for p in one["token_logprobs"]),
-                        )
-                        for one in logprobs
-                    ]
-                )
+                samples = [_read(choice["logprobs"]) for choice in reply["choices"]]
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise endpoint.unlike() from error
-            if len(found[-1]) != n_samples or any(len(s.ids) > max_new_tokens for s in found[-1]):
+            if len(samples) != n_samples or any(len(s.ids) > max_new_tokens for s in samples):
                 raise endpoint.unlike()
-        return found
+            answers.append(samples)
+        return answers
 
     return sample
+
+
+def _read(logprobs: dict[str, Any]) -> Sampled:
+    """Read one answer from the part of the reply that holds its tokens."""
+    ids = (int(token.removeprefix("token_id:")) for token in logprobs["tokens"])
+    return Sampled(tuple(ids), tuple(float(p) for p in logprobs["token_logprobs"]))

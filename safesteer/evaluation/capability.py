@@ -1,13 +1,12 @@
 """Capability by EleutherAI's lm-evaluation-harness, in this process (extra `eval`).
 
-No scoring of our own: prompts, metrics and answers' extraction are the harness's. Without a network
-the rows come from local JSON Lines files: each is rewritten in the columns of the harness's own data
-set, beside a task file that includes the harness's and changes nothing but where the rows are. The
-same files serve the harness's own command line (`lm_eval --include_path`), which must give the same
-numbers.
+Prompts, metrics and the extraction of answers are the harness's. Without a network the rows come from local
+JSON Lines files: each is rewritten in the columns of the harness's own data set, beside a task file that
+includes the harness's and changes nothing but where the rows are. The same files serve the harness's own
+command line (`lm_eval --include_path`), which gives the same numbers.
 
-Tasks that ask a question are asked through the chat template; continuations of plain text are not.
-Without a network IFEval also needs nltk's `punkt_tab`, where NLTK_DATA says it is.
+Tasks that ask a question go through the chat template; continuations of plain text do not. Without a
+network IFEval also needs nltk's `punkt_tab`, where NLTK_DATA says it is.
 """
 
 import io
@@ -23,16 +22,16 @@ import pandas as pd
 
 from safesteer._errors import SafeSteerError, first_line
 from safesteer._files import json_lines, write_text
-from safesteer.models.chat_model import ChatModel, hf_model
+from safesteer.models.chat_model import ModelLike, as_chat, hf_model
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task of the harness: its name, the metric we report, whether the chat template is on.
+    """A task of the harness: its name, the metric that is reported, whether the chat template is on.
 
-    `file` holds local rows and `row` rewrites one in the columns of the harness's data set;
-    `harness` is the harness's own task file, within its folder of tasks; `shots` are worked examples
-    before each question, where that file has them written out.
+    `file` holds local rows, and `row` rewrites one in the columns of the harness's data set. `harness` is the
+    harness's own task file, within its folder of tasks; `shots` is the number of worked examples before each
+    question, where that file has them written out.
     """
 
     name: str
@@ -45,23 +44,26 @@ class Task:
 
 
 def _arc(r: dict) -> dict:
+    """Rewrite a row of ARC."""
     labels = ["A", "B", "C", "D", "E"][: len(r["choices"])]
     choices = {"text": r["choices"], "label": labels}
     return {"question": r["prompt"], "choices": choices, "answerKey": labels[r["answer"]]}
 
 
 def _piqa(r: dict) -> dict:
+    """Rewrite a row of PIQA."""
     return {"goal": r["prompt"], "sol1": r["choices"][0], "sol2": r["choices"][1], "label": r["answer"]}
 
 
 def _mmlu(r: dict) -> dict:
+    """Rewrite a row of MMLU."""
     return {"question": r["prompt"], "choices": r["choices"], "answer": r["answer"]}
 
 
 def _ifeval(r: dict) -> dict:
-    # The JSON reader wants the same keys in every row.
+    """Rewrite a row of IFEval; the JSON reader wants the same keys in every row."""
     names = IFEVAL_ARGUMENTS.split()
-    kwargs = [{n: given.get(n) for n in names} for given in r["tests"]["kwargs"]]
+    kwargs = [{n: arguments.get(n) for n in names} for arguments in r["tests"]["kwargs"]]
     ids = r["tests"]["instruction_id_list"]
     return {"key": r["id"], "prompt": r["prompt"], "instruction_id_list": ids, "kwargs": kwargs}
 
@@ -108,22 +110,23 @@ KNOWN = {task.name: task for task in TASKS}
 
 
 def task_named(name: str) -> Task:
-    """Raises SafeSteerError naming the tasks there are."""
+    """Return a task by its name; raises SafeSteerError for an unknown one."""
     if name not in KNOWN:
         raise SafeSteerError(f"Unknown capability task '{name}': use some of {', '.join(KNOWN)}.")
     return KNOWN[name]
 
 
 def local_name(task: Task) -> str:
+    """Return the name of the task file that reads local rows."""
     return f"{task.name}_local"
 
 
 def write_tasks(folder: Path, data: Path, names: Sequence[str]) -> None:
-    """Task files over local rows, for the harness in this process and for its command line."""
+    """Write task files over local rows, for the harness in this process and for its command line."""
     import lm_eval.tasks
     import yaml
 
-    own = Path(lm_eval.tasks.__file__).parent
+    tasks = Path(lm_eval.tasks.__file__).parent
     for task in map(task_named, names):
         source = data / task.file
         if not source.is_file():
@@ -134,7 +137,7 @@ def write_tasks(folder: Path, data: Path, names: Sequence[str]) -> None:
         rows = folder.resolve() / f"{task.name}.jsonl"
         write_text(rows, "".join(json.dumps(task.row(r)) + "\n" for r in json_lines(source)))
         changes = {
-            "include": str(own / task.harness),
+            "include": str(tasks / task.harness),
             "task": local_name(task),
             "tag": None,
             "dataset_path": "json",
@@ -149,8 +152,8 @@ def write_tasks(folder: Path, data: Path, names: Sequence[str]) -> None:
         write_text(folder / f"{local_name(task)}.yaml", yaml.safe_dump(changes))
 
 
-def capability(
-    chat: ChatModel,
+def measure_capability(
+    chat: ModelLike,
     names: Sequence[str],
     folder: str | Path,
     *,
@@ -158,12 +161,23 @@ def capability(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> pd.DataFrame:
-    """Scores of `chat`, possibly inside `steer(...)`: task, metric, value, stderr, n.
+    """Measure `chat`, possibly inside `steer(...)`, on tasks of the harness.
 
-    `folder` receives the task files; `data` holds local rows (None: the Hub's). Raises SafeSteerError
-    where the extra `eval` is missing, for an unknown task, and where rows cannot be had.
+    Args:
+        chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
+        names: Tasks, of KNOWN.
+        folder: Receives the task files over local rows.
+        data: A folder of local rows; None: the Hub's.
+        limit: Rows per task; None: all.
+        batch_size: Rows per forward pass.
+
+    Returns:
+        A row per task: task, metric, value, stderr, n.
+
+    Raises:
+        SafeSteerError: If the extra `eval` is missing, a task is unknown, or its rows cannot be read.
     """
-    tasks = [task_named(name) for name in names]
+    chat, tasks = as_chat(chat), [task_named(name) for name in names]
     if find_spec("lm_eval") is None:
         raise SafeSteerError("Capability needs the extra `eval`: pip install 'safesteer[eval]'.")
     from lm_eval import simple_evaluate
@@ -174,14 +188,14 @@ def capability(
     if data is not None:
         write_tasks(folder, Path(data), names)
     rows = []
-    # The harness draws a bar for every step and logs the rest: what a caller wants is the table.
+    # The harness draws a bar for every step and logs much: what a caller wants is the table.
     with _quiet_children(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
         manager = TaskManager(include_path=str(folder) if data is not None else None)
         lm = HFLM(pretrained=hf_model(chat.model), tokenizer=chat.tokenizer, batch_size=batch_size)
         for task in tasks:
             name = task.name if data is None else local_name(task)
             try:
-                found = simple_evaluate(
+                result = simple_evaluate(
                     lm,
                     tasks=[name],
                     task_manager=manager,
@@ -194,41 +208,30 @@ def capability(
                 raise SafeSteerError(
                     f"The task '{task.name}' could not be run: {first_line(error)}"
                 ) from error
-            assert found is not None
-            rows.append(_row(task, name, dict(found)))
+            assert result is not None
+            rows.append(_row(task, name, dict(result)))
     return pd.DataFrame(rows, columns=["task", "metric", "value", "stderr", "n"])
 
 
 @contextmanager
 def _quiet_children() -> Iterator[None]:
-    """The harness asks git for a revision, and outside of a repository git complains to the terminal."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    """Silence child processes: the harness runs git, which complains outside of a repository."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
         os.close(nowhere)
 
 
-def _row(task: Task, name: str, found: dict) -> tuple:
+def _row(task: Task, name: str, result: dict) -> tuple[str, str, float, float, int]:
+    """Read a task's row of the table from the harness's result."""
     metric, _, filtered = task.metric.partition(",")
     key = f"{metric},{filtered or 'none'}"
-    scores = found["results"].get(name) or found["groups"][name]
+    scores = result["results"].get(name) or result["groups"][name]
     stderr = scores.get(f"{metric}_stderr,{filtered or 'none'}")
-    counts = [n["effective"] for n in found["n-samples"].values()]
+    counts = [n["effective"] for n in result["n-samples"].values()]
     stderr = float(stderr) if isinstance(stderr, int | float) else float("nan")
     return task.name, metric, float(scores[key]), stderr, sum(counts)
-
-
-def command_line(model: str | Path, folder: str | Path, name: str, limit: int | None) -> str:
-    """The harness's own command for the same number."""
-    task = task_named(name)
-    parts = [
-        f"lm_eval --model hf --model_args pretrained={model},dtype=float32 --tasks {local_name(task)}",
-        f"--include_path {folder} --batch_size 8",
-        f"--limit {limit}" if limit else "",
-        "--apply_chat_template" if task.chat else "",
-    ]
-    return " ".join(p for p in parts if p)

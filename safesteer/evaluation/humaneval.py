@@ -1,9 +1,10 @@
 """HumanEval: the model completes a function, and its tests run in a process that can do little harm.
 
-Generated code runs only where the caller says so (`allow_code`). Each program has a process of its own:
-no network (a network namespace of its own, Linux), limits on processor time, memory and file size, an
-empty environment and an empty folder. Where the namespace cannot be had, nothing is run.
-The prompt is ours; pass@1 of one greedy completion.
+The task of that name in lm-evaluation-harness executes generated code unconfined, with the rights of the
+user, so this one has a sandbox instead. Code runs only where the caller allows it (`allow_code`), and each
+program in a process of its own: without network (a network namespace of its own, Linux), with limits on
+processor time, memory and file size, an empty environment and an empty folder. Where there is no such
+namespace, nothing is run. The prompt is ours; the score is pass@1 of one greedy completion.
 """
 
 import ctypes
@@ -13,12 +14,13 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 from safesteer._errors import SafeSteerError, first_line
 from safesteer._files import json_lines
-from safesteer.models.chat_model import ChatModel
+from safesteer.models.chat_model import ModelLike
 from safesteer.models.generation import generate
 
 _NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000  # linux/sched.h
@@ -26,7 +28,7 @@ _NOT_ISOLATED = 97
 
 
 def _confine(seconds: int, memory_mb: int) -> None:
-    """Runs in the child before the program: gives up the network, then everything beyond the limits."""
+    """Give up the network, then everything beyond the limits: runs in the child, before the program."""
     try:
         cut_off = ctypes.CDLL(None, use_errno=True).unshare(_NEW_USER | _NEW_NETWORK) == 0
     except (OSError, AttributeError):
@@ -44,9 +46,15 @@ def _confine(seconds: int, memory_mb: int) -> None:
 
 
 def passes(program: str, *, seconds: int = 5, memory_mb: int = 1024) -> bool:
-    """True where `program` ends without an error within the limits.
+    """Say whether a program ends without an error within its limits.
 
-    Raises SafeSteerError where a process cannot be cut off from the network.
+    Args:
+        program: Python source.
+        seconds: Limit of processor time; twice that of time on the clock.
+        memory_mb: Limit of memory, in MB.
+
+    Raises:
+        SafeSteerError: If a process cannot be cut off from the network here; nothing has run then.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -71,46 +79,61 @@ def passes(program: str, *, seconds: int = 5, memory_mb: int = 1024) -> bool:
 
 
 def completion(prompt: str, answer: str) -> str:
-    """The function in an answer: its first code block, else all of it, after the prompt if it is a body."""
+    """Return the function in an answer: its first code block, else all of it, after the prompt if a body."""
     block = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", answer, re.S)
     code = block[1] if block else answer
     return code if re.search(r"^\s*def ", code, re.M) else prompt + code
 
 
-def humaneval(
-    chat: ChatModel,
+def run_humaneval(
+    chat: ModelLike,
     rows: Sequence[dict],
     *,
     allow_code: bool = False,
     max_new_tokens: int = 256,
     seconds: int = 5,
 ) -> list[bool]:
-    """Which of the problems the model's function passes. `rows`: prompt, test (or tests), entry_point.
+    """Complete each problem greedily and run its tests.
 
-    Raises SafeSteerError without `allow_code`.
+    Args:
+        chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
+        rows: Problems, with the keys prompt, test (or tests) and entry_point.
+        allow_code: Allow to run what the model wrote, confined.
+        max_new_tokens: Length of a completion, in tokens.
+        seconds: Processor time per program.
+
+    Returns:
+        For each problem whether its tests pass.
+
+    Raises:
+        SafeSteerError: Without `allow_code`, or where a process cannot be confined.
     """
     if not allow_code:
         raise SafeSteerError("HumanEval runs what the model wrote: allow it with allow_code=True.")
-    asked = [
-        f"Complete this Python function. Answer with the whole function only.\n\n{r['prompt']}" for r in rows
-    ]
-    said = generate(chat, asked, max_new_tokens=max_new_tokens)
-    found = []
-    for row, answer in zip(rows, said, strict=True):
+    task = "Complete this Python function. Answer with the whole function only."
+    requests = [f"{task}\n\n{row['prompt']}" for row in rows]
+    answers = generate(chat, requests, max_new_tokens=max_new_tokens)
+    passed = []
+    for row, answer in zip(rows, answers, strict=True):
         head = row["prompt"].split("def ")[0]  # the imports that the tests expect
         tests = row.get("test") or row["tests"]
         code = completion(row["prompt"], answer)
-        found.append(passes(f"{head}\n{code}\n{tests}\ncheck({row['entry_point']})\n", seconds=seconds))
-    return found
+        passed.append(passes(f"{head}\n{code}\n{tests}\ncheck({row['entry_point']})\n", seconds=seconds))
+    return passed
 
 
 def problems(data: str | Path | None = None, limit: int | None = None) -> list[dict]:
-    """HumanEval's rows: from the file `data` (JSON Lines) or the Hub. Raises SafeSteerError otherwise."""
+    """Load the first `limit` problems from the file `data` (JSON Lines), or from the Hub.
+
+    Raises:
+        SafeSteerError: If they cannot be loaded, or the file holds something else.
+    """
     if data is None:
         from datasets import load_dataset  # heavy, and only needed here
 
         try:
-            return list(load_dataset("openai/openai_humaneval", split="test"))[:limit]  # type: ignore[arg-type]
+            rows = cast(Iterable[dict], load_dataset("openai/openai_humaneval", split="test"))
+            return list(rows)[:limit]
         except Exception as error:  # the Hub raises whatever it likes
             raise SafeSteerError(f"Cannot load HumanEval from the Hub: {first_line(error)}") from error
     try:

@@ -10,6 +10,7 @@ import copy
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,11 @@ from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.drift import kl_on_answers
 from safesteer.models.generation import generate
 from safesteer.models.text_loss import general_text, perplexity
-from safesteer.prompts.prompt_set import PromptSet, load_prompts
+from safesteer.prompts.prompt_set import LABELS, PromptSet, load_prompts
 from safesteer.settings import EvaluateConfig
 from safesteer.steering.direction import Direction, steer
 
 SCORES_FILE, ANSWERS_FILE = "evaluation.json", "answers.jsonl"
-LABELS = ("harmful", "harmless")
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,16 @@ def evaluate(
     """Measure the base, with a direction its steered teacher, and with a student the student.
 
     Args:
-        chat: The base.
+        chat: The base: a ChatModel, a TransformerBridge, or (model, tokenizer).
         student: The trained model; None: left out.
         direction: Steers a copy of the base into the teacher; None: left out.
         prompts: Prompts with the split "test"; None: the project's own.
         config: How much is measured; None: the defaults.
         judge: Says which answers refuse; asked once per (prompt, answer).
         progress: Called with the share done.
+
+    Returns:
+        Scores with 95 % intervals, and all answers.
 
     Example:
         >>> config = ss.EvaluateConfig(n_prompts=2, max_new_tokens=3, perplexity_tokens=50)
@@ -187,8 +190,8 @@ def score_model(
     """
     config = config or EvaluateConfig()
     prompts = prompts.first(config.n_prompts)
-    length = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
-    answers = {label: generate(chat, prompts.texts(label), **length) for label in LABELS}
+    greedy = partial(generate, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
+    answers = {str(label): greedy(chat, prompts.texts(label)) for label in LABELS}
     verdicts = [v for label in LABELS for v in judge_all(judge, prompts.texts(label), answers[label])]
     counts, values = outcomes(verdicts)
     n = len(prompts.harmful)
@@ -196,7 +199,7 @@ def score_model(
     kls = [0.0] * len(prompts.harmless)
     if base_answers is None and chat is not base:
         with as_base(base, chat):
-            base_answers = generate(base, prompts.harmless, **length)
+            base_answers = greedy(base, prompts.harmless)
     if base_answers is not None:
         kls = kl_on_answers(
             base,

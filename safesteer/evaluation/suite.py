@@ -1,14 +1,17 @@
-"""A suite: refusals, over-refusals, capability, drift and perplexity of one model, or of a run's base
-and student, as one table with intervals.
+"""A suite: one table with intervals of refusals, over-refusals, capability, drift and perplexity.
 
-Every (model, measure) pair is a file in OUT/parts, written when it is done, so an interrupted suite
-continues. `suite.json` says what was measured on which models; a folder of another suite is refused.
+It measures one model, or base and student of a run:
 
     quick   32 pairs of the test split; no capability
     small   the 100 test pairs; 200 rows each of ARC-Easy, PIQA and LAMBADA
     paper   the paper's benchmarks and tasks, whole
-Drift: KL(base || student) along the base's answers to harmless prompts, and the shift of the final
-hidden state at the last prompt position in units of the base's spread (paper, Figure 3).
+
+Drift is KL(base || student) along the base's answers to harmless prompts, and the shift of the final hidden
+state at the last prompt position in units of the base's spread (paper, Figure 3).
+
+The folder holds `suite.json` (what is measured on which models; a folder of another suite is refused),
+`parts/` (a file per model and measurement, written when it is done, so that an interrupted suite continues),
+`results.json`, `results.csv`, `results.html` and `suite_answers.jsonl`.
 """
 
 import json
@@ -22,25 +25,26 @@ import pandas as pd
 from rich.console import Console
 
 from safesteer._errors import SafeSteerError
-from safesteer._files import json_lines, locked, read_json, write_json, write_text
+from safesteer._files import locked, read_json, write_json, write_text
 from safesteer._intervals import bootstrap, wilson
 from safesteer.directions.inspection import representation_shift
-from safesteer.evaluation.capability import capability, command_line
-from safesteer.evaluation.humaneval import humaneval, problems
-from safesteer.evaluation.scores import kl_on_answers
+from safesteer.evaluation.capability import measure_capability
+from safesteer.evaluation.humaneval import problems, run_humaneval
 from safesteer.judges.judge import Judge, judge_all, judge_name, outcomes
 from safesteer.judges.wording import refuses, refuses_anywhere
-from safesteer.models.chat_model import ChatModel, hf_model
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.drift import kl_on_answers
 from safesteer.models.generation import generate
 from safesteer.models.loading import load_model
-from safesteer.models.text_loss import general_text, perplexity
+from safesteer.models.text_loss import WIKITEXT, general_text, perplexity, wikitext
 from safesteer.prompts.benchmarks import benchmark_named, load_benchmark
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.report.page import suite_page
 from safesteer.settings import EvaluateConfig
 
-HUMANEVAL, WIKITEXT = "humaneval", "wikitext2_test.jsonl"
+HUMANEVAL = "humaneval"
 OWN = {"own-harmful": "harmful", "own-harmless": "over-refusal"}  # the project's held-out pairs
+COLUMNS = ["model", "kind", "name", "metric", "value", "low", "high", "n"]
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,22 @@ SUITES = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """A suite on some models: what its measurements share."""
+
+    suite: Suite
+    models: dict[str, ChatModel]
+    folder: Path
+    data: Path | None
+    judge: Judge
+
+
+Measure = Callable[[ChatModel], dict[str, Any]]
+
+
 def run_suite(
-    target: str | Path,
+    target: str | Path | ModelLike,
     suite: str | Suite = "quick",
     out: str | Path | None = None,
     *,
@@ -90,104 +108,127 @@ def run_suite(
     allow_code: bool = False,
     console: Console | None = None,
 ) -> pd.DataFrame:
-    """Measure a model (Hub id, folder) or a run folder's base and student; returns the table.
+    """Measure a model, or base and student of a run.
 
-    Columns: model, kind, name, metric, value, low, high (95 %), n. OUT (default: a folder in the run,
-    or `suite-NAME` here) receives evaluation.json, evaluation.csv, evaluation.html and answers.jsonl.
-    `data` is a folder of local rows. HumanEval is left out unless `allow_code`, because it runs what the
-    model wrote. Raises SafeSteerError for an unknown suite or a folder of another.
+    Args:
+        target: A run folder, a model's Hub id or folder, or an open model.
+        suite: "quick", "small", "paper", or one of your own.
+        out: The folder to write or to continue; None: `suite-NAME`, in the run folder if there is one.
+        data: A folder of local benchmark rows; None: the Hub's.
+        judge: Says which answers refuse, or are harmful.
+        allow_code: Measure HumanEval, which runs what the model wrote, confined.
+        console: Where to print what is measured; None: the terminal.
+
+    Returns:
+        A row per number: model, kind, name, metric, value, low, high (95 %), n.
+
+    Raises:
+        SafeSteerError: For an unknown suite, a run without a trained model, or a folder of another suite.
+
+    Example:
+        >>> ss.run_suite("runs/demo")[["model", "name", "metric", "value"]].head(3)  # doctest: +SKIP
+             model          name                   metric    value
+        0     base   own-harmful                  refused  0.09375
+        1     base   own-harmful  refusal phrase anywhere  0.15625
+        2     base  own-harmless                  refused  0.06250
     """
     if isinstance(suite, str) and suite not in SUITES:
         raise SafeSteerError(f"Unknown suite '{suite}': use one of {', '.join(SUITES)}.")
-    name = suite if isinstance(suite, str) else "custom"
-    chosen = SUITES[suite] if isinstance(suite, str) else suite
-    sources = _sources(target)
-    at_run = "student" in sources
-    folder = Path(out) if out else (Path(target) / f"suite-{name}" if at_run else Path(f"suite-{name}"))
+    name, selected = (suite, SUITES[suite]) if isinstance(suite, str) else ("custom", suite)
+    run = _run_folder(target)
+    folder = Path(out) if out else (run or Path()) / f"suite-{name}"
     console = console or Console()
-    if HUMANEVAL in chosen.tasks and not allow_code:
+    if HUMANEVAL in selected.tasks and not allow_code:
         console.print("HumanEval runs what the model writes, and is left out unless you allow it.")
-        chosen = replace(chosen, tasks=tuple(t for t in chosen.tasks if t != HUMANEVAL))
-    models = {label: load_model(source) for label, source in sources.items()}
+        selected = replace(selected, tasks=tuple(t for t in selected.tasks if t != HUMANEVAL))
+    models = _load(target, run)
+    job = _Job(selected, models, folder, None if data is None else Path(data), judge)
     with locked(folder):
-        _identify(folder, chosen, judge, data, models)
-        rows: list[dict] = []
-        for label, chat in models.items():
-            for item, measure in _measures(chosen, label, models, folder, data, judge):
-                part = folder / "parts" / f"{label}--{item}.json"
-                if not part.exists():
-                    console.print(f"{label}: {item}", highlight=False)
-                    write_json(part, measure(chat))
-                rows += [{"model": label, **row} for row in read_json(part)["rows"]]
-        table = pd.DataFrame(rows, columns=["model", "kind", "name", "metric", "value", "low", "high", "n"])
-        write_json(folder / "evaluation.json", {"suite": asdict(chosen), "rows": rows})
-        write_text(folder / "evaluation.csv", table.to_csv(index=False))
-        write_text(folder / "evaluation.html", suite_page(table, f"{target}: suite {name}"))
-        answers = [
-            a for p in sorted((folder / "parts").glob("*.json")) for a in read_json(p).get("answers", [])
-        ]
-        write_text(folder / "answers.jsonl", "".join(json.dumps(a) + "\n" for a in answers))
-        for task in (t for t in chosen.tasks if t != HUMANEVAL and data is not None):
-            for label, chat in models.items():  # where the weights lie: the harness knows no short names
-                text = command_line(
-                    str(hf_model(chat.model).name_or_path), folder / "tasks", task, chosen.n_rows
-                )
-                console.print(f"the same by the harness ({label}): {text}", highlight=False, soft_wrap=True)
+        _check_folder(job)
+        rows = _measure(job, console)
+        title = target if isinstance(target, str | Path) else models["model"].name
+        return _write(job, rows, f"{title}: suite {name}")
+
+
+def _run_folder(target: str | Path | ModelLike) -> Path | None:
+    """Return the target if it is a run folder with a trained model, None for a model."""
+    if not isinstance(target, str | Path) or not (Path(target) / "manifest.json").is_file():
+        return None
+    if not (Path(target) / "model" / "config.json").is_file():
+        raise SafeSteerError(f"{target} has no exported model yet: finish the run with safesteer align.")
+    return Path(target)
+
+
+def _load(target: str | Path | ModelLike, run: Path | None) -> dict[str, ChatModel]:
+    """Load the models that are measured, by the names of the table."""
+    if run is not None:
+        base = read_json(run / "manifest.json")["model"]
+        return {"base": load_model(base), "student": load_model(str(run / "model"))}
+    return {"model": load_model(str(target)) if isinstance(target, str | Path) else as_chat(target)}
+
+
+def _check_folder(job: _Job) -> None:
+    """Write what is measured into a new folder, or compare it with what the folder holds."""
+    ours = {
+        "suite": json.loads(json.dumps(asdict(job.suite))),
+        "judge": judge_name(job.judge),
+        "data": None if job.data is None else str(job.data.resolve()),
+        "models": {label: chat.fingerprint for label, chat in job.models.items()},
+    }
+    path = job.folder / "suite.json"
+    if not path.exists():
+        write_json(path, ours)
+        return
+    different = [k for k, v in ours.items() if read_json(path).get(k) != v]
+    if different:
+        raise SafeSteerError(
+            f"{job.folder} holds an evaluation with another {', '.join(different)}: choose another folder,"
+            " or delete it to start again."
+        )
+
+
+def _measure(job: _Job, console: Console) -> list[dict[str, Any]]:
+    """Make the parts that are missing; return the rows of all."""
+    rows = []
+    for label, chat in job.models.items():
+        for item, measure in _measurements(job, label):
+            part = job.folder / "parts" / f"{label}--{item}.json"
+            if not part.exists():
+                console.print(f"{label}: {item}", highlight=False)
+                write_json(part, measure(chat))
+            rows += [{"model": label, **row} for row in read_json(part)["rows"]]
+    return rows
+
+
+def _write(job: _Job, rows: list[dict[str, Any]], title: str) -> pd.DataFrame:
+    """Write the results in every form; return the table."""
+    table, parts = pd.DataFrame(rows, columns=COLUMNS), sorted((job.folder / "parts").glob("*.json"))
+    write_json(job.folder / "results.json", {"suite": asdict(job.suite), "rows": rows})
+    write_text(job.folder / "results.csv", table.to_csv(index=False))
+    write_text(job.folder / "results.html", suite_page(table, title))
+    answers = [answer for part in parts for answer in read_json(part).get("answers", [])]
+    write_text(job.folder / "suite_answers.jsonl", "".join(json.dumps(a) + "\n" for a in answers))
     return table
 
 
-def _sources(target: str | Path) -> dict[str, str]:
-    """Names of models and where to load them from."""
-    manifest = Path(target) / "manifest.json"
-    if not manifest.is_file():
-        return {"model": str(target)}
-    student = Path(target) / "model"
-    if not (student / "config.json").is_file():
-        raise SafeSteerError(f"{target} has no exported model yet: finish the run with safesteer align.")
-    return {"base": read_json(manifest)["model"], "student": str(student)}
-
-
-def _identify(folder: Path, suite: Suite, judge: Judge, data, models: dict[str, ChatModel]) -> None:
-    ours = {
-        "suite": json.loads(json.dumps(asdict(suite))),
-        "judge": judge_name(judge),
-        "data": str(Path(data).resolve()) if data is not None else None,
-        "models": {label: chat.fingerprint for label, chat in models.items()},
-    }
-    path = folder / "suite.json"
-    if path.exists():
-        different = [k for k, v in ours.items() if read_json(path).get(k) != v]
-        if different:
-            raise SafeSteerError(
-                f"{folder} holds an evaluation with another {', '.join(different)}: choose another folder,"
-                " or delete it to start again."
-            )
-    else:
-        write_json(path, ours)
-
-
-Measure = Callable[[ChatModel], dict[str, Any]]
-
-
-def _measures(
-    suite: Suite, label: str, models: dict[str, ChatModel], folder: Path, data, judge: Judge
-) -> Iterator[tuple[str, Measure]]:
-    """(name of the part, what makes it), for one model."""
+def _measurements(job: _Job, label: str) -> Iterator[tuple[str, Measure]]:
+    """Yield (name of the part, function that makes it) for one model."""
+    suite, data = job.suite, job.data
     for name in suite.sets:
-        texts = partial(_texts, name, data, suite.n_prompts)
-        yield name, partial(_refusals, label, name, texts, suite, judge)
+        yield name, partial(_refusals, job, label, name)
     for task in suite.tasks:
         if task == HUMANEVAL:
             yield task, partial(_humaneval, data, suite.n_rows)
         else:
-            yield task, partial(_capability, task, folder / "tasks", data, suite.n_rows)
+            yield task, partial(_capability, task, job.folder / "tasks", data, suite.n_rows)
     yield "perplexity", partial(_perplexity, suite, data)
     if label == "student":
-        few = load_prompts().split("test").first(suite.n_prompts).harmless
-        yield "drift", partial(_drift, models["base"], few)
+        prompts = load_prompts().split("test").first(suite.n_prompts).harmless
+        yield "drift", partial(_drift, job.models["base"], prompts)
 
 
-def _texts(name: str, data, limit: int | None) -> list[str]:
+def _texts(name: str, data: Path | None, limit: int | None) -> list[str]:
+    """Load the prompts of a set."""
     if name in OWN:
         test = load_prompts().split("test").first(limit)
         return test.harmful if name == "own-harmful" else test.harmless
@@ -199,58 +240,61 @@ def _row(kind: str, name: str, metric: str, value: float, limits: tuple[float, f
     return {"kind": kind, "name": name, "metric": metric, "value": value, "low": low, "high": high, "n": n}
 
 
-def _refusals(
-    label: str, name: str, texts: Callable[[], list[str]], suite: Suite, judge: Judge, chat: ChatModel
-) -> dict:
-    prompts = texts()
-    said = generate(chat, prompts, max_new_tokens=suite.max_new_tokens, batch_size=50)
-    counts, values = outcomes(judge_all(judge, prompts, said))
+def _refusals(job: _Job, label: str, name: str, chat: ChatModel) -> dict[str, Any]:
+    """Judge greedy answers to a set of prompts."""
+    prompts = _texts(name, job.data, job.suite.n_prompts)
+    answers = generate(chat, prompts, max_new_tokens=job.suite.max_new_tokens, batch_size=50)
+    counts, values = outcomes(judge_all(job.judge, prompts, answers))
     kind = OWN.get(name) or benchmark_named(name).kind
     rows = [_rate(kind, name, counts, [value is True for value in values])]
-    if judge is refuses:  # the lenient form is reported apart
-        anywhere = [refuses_anywhere(p, a) for p, a in zip(prompts, said, strict=True)]
+    if job.judge is refuses:  # the lenient form is reported apart
+        anywhere = [refuses_anywhere(p, a) for p, a in zip(prompts, answers, strict=True)]
         rows.append(_rate(kind, name, "refusal phrase anywhere", anywhere))
-    names = {"model": label, "set": name, "judge": judge_name(judge), "counts": counts}
-    answers = [
+    names = {"model": label, "set": name, "judge": judge_name(job.judge), "counts": counts}
+    judged = [
         {**names, "prompt": p, "answer": a, "verdict": value}
-        for p, a, value in zip(prompts, said, values, strict=True)
+        for p, a, value in zip(prompts, answers, values, strict=True)
     ]
-    return {"rows": rows, "answers": answers}
+    return {"rows": rows, "answers": judged}
 
 
-def _rate(kind: str, name: str, metric: str, found: Sequence[bool]) -> dict:
-    n, k = len(found), sum(found)
+def _rate(kind: str, name: str, metric: str, holds: Sequence[bool]) -> dict:
+    """Make the row of a rate, with its Wilson interval."""
+    n, k = len(holds), sum(holds)
     return _row(kind, name, metric, k / n, wilson(k, n), n)
 
 
-def _capability(task: str, folder: Path, data, limit: int | None, chat: ChatModel) -> dict:
-    found = capability(chat, (task,), folder, data=data, limit=limit).iloc[0]
-    value, n = float(found.value), int(found.n)
-    return {"rows": [_row("capability", task, found.metric, value, wilson(round(value * n), n), n)]}
+def _capability(
+    task: str, folder: Path, data: Path | None, limit: int | None, chat: ChatModel
+) -> dict[str, Any]:
+    """Measure a task of the harness."""
+    result = measure_capability(chat, (task,), folder, data=data, limit=limit).iloc[0]
+    value, n = float(result.value), int(result.n)
+    return {"rows": [_row("capability", task, result.metric, value, wilson(round(value * n), n), n)]}
 
 
-def _humaneval(data, limit: int | None, chat: ChatModel) -> dict:
-    rows = problems(Path(data) / "humaneval.jsonl" if data is not None else None, limit)
-    return {"rows": [_rate("capability", HUMANEVAL, "pass@1", humaneval(chat, rows, allow_code=True))]}
+def _humaneval(data: Path | None, limit: int | None, chat: ChatModel) -> dict[str, Any]:
+    """Measure HumanEval; the caller has allowed it."""
+    rows = problems(None if data is None else data / "humaneval.jsonl", limit)
+    return {"rows": [_rate("capability", HUMANEVAL, "pass@1", run_humaneval(chat, rows, allow_code=True))]}
 
 
-def wikitext(path: Path) -> str:
-    """WikiText-2 as one text again, from its articles in JSON Lines."""
-    return "".join(row["prompt"] for row in json_lines(path))
-
-
-def _perplexity(suite: Suite, data, chat: ChatModel) -> dict:
+def _perplexity(suite: Suite, data: Path | None, chat: ChatModel) -> dict[str, Any]:
+    """Measure the perplexity of WikiText-2 where it is at hand, else of the project's own prose."""
     name, text = "general text", general_text()
-    if data is not None and (path := Path(data) / WIKITEXT).is_file():
-        name, text = "WikiText-2", wikitext(path)
+    if data is not None and (data / WIKITEXT).is_file():
+        name, text = "WikiText-2", wikitext(data)
     value = perplexity(chat, text, max_tokens=suite.perplexity_tokens)
     return {"rows": [_row("perplexity", name, "perplexity", value, None, suite.perplexity_tokens)]}
 
 
-def _drift(base: ChatModel, prompts: list[str], chat: ChatModel) -> dict:
+def _drift(base: ChatModel, prompts: list[str], chat: ChatModel) -> dict[str, Any]:
+    """Measure how far the student is from the base on harmless prompts."""
     config = EvaluateConfig()
-    said = generate(base, prompts, max_new_tokens=config.max_new_tokens, batch_size=50)
-    kls = kl_on_answers(base, chat, prompts, said, config)
+    answers = generate(base, prompts, max_new_tokens=config.max_new_tokens, batch_size=50)
+    kls = kl_on_answers(
+        base, chat, prompts, answers, n_tokens=config.n_kl_tokens, batch_size=config.batch_size
+    )
     mean, n = sum(kls) / len(kls), len(kls)
     points = representation_shift({"base": base, "student": chat}, prompts)
     shift = float(points[points.model == "student"]["shift"].iloc[0])

@@ -6,14 +6,28 @@ window, and exp of the mean negative log-likelihood is returned.
 
 import math
 from importlib import resources
+from pathlib import Path
 
 import torch
 
 from safesteer._errors import SafeSteerError
+from safesteer._files import json_lines
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ModelLike, as_chat, context_length, output_head
 from safesteer.models.forward import final_hidden
 from safesteer.models.logits import logps_on
+
+WIKITEXT = "wikitext2_test.jsonl"  # its articles as JSON Lines, in a folder of local rows
+
+
+def wikitext(path: str | Path) -> str:
+    """Read WikiText-2 as one text again, from its articles in JSON Lines.
+
+    Args:
+        path: The file, or the folder of local rows that holds it.
+    """
+    path = Path(path)
+    return "".join(row["prompt"] for row in json_lines(path / WIKITEXT if path.is_dir() else path))
 
 
 def general_text() -> str:

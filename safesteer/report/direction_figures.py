@@ -90,10 +90,10 @@ def _sweep_heatmap(
         ygap=1,
         colorbar={"title": {"text": label, "side": "right"}, "thickness": 10, "outlinewidth": 0},
     )
-    kept = table[table.kept]
+    passing = table[table.kept]
     dots = go.Scatter(
-        x=kept.layer.tolist(),
-        y=[safe(p) for p in kept["at"]],
+        x=passing.layer.tolist(),
+        y=[safe(p) for p in passing["at"]],
         mode="markers",
         marker={"size": 4, "color": "#1f2933"},
         hoverinfo="skip",
@@ -230,7 +230,7 @@ def plane_figure(table: pd.DataFrame, theme: Theme = "light", *, layer: int | No
 
 
 def _plane_marks(rows: pd.DataFrame, visible: bool) -> list[go.Scatter]:
-    """The points and the arrow of one layer."""
+    """Return the points and the arrow of one layer."""
     colours = {"harmful": COLOURS["random"], "harmless": COLOURS["student"]}
     marks = []
     for label, colour in colours.items():

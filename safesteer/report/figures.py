@@ -127,7 +127,7 @@ def _blend(a: str, b: str, share: float) -> str:
 
 
 def _lines(name: str, xs: Sequence[Any], values: Range, **style: Any) -> list[go.Scatter]:
-    """A line of means with a band from the lowest to the highest value."""
+    """Draw a line of means with a band from the lowest to the highest value."""
     colour: str = style.pop("colour", None) or COLOURS.get(name, SEQUENCE[0])
     shown = []
     if values.low != values.mean or values.high != values.mean:
@@ -199,7 +199,8 @@ def stability_figure(stability: Stability, theme: Theme = "light") -> go.Figure:
     for i, curve in enumerate(stability.curves):
         name, style = names.get(curve.name, curve.name), {"colour": SEQUENCE[i % len(SEQUENCE)]}
         if curve.name in horizons:  # one hue, stronger with the horizon
-            name = f"first {curve.name.removeprefix('horizon ')} steps only"
+            h = curve.name.removeprefix("horizon ")
+            name = "first step only" if h == "1" else f"first {h} steps only"
             share = (horizons.index(curve.name) + 1) / len(horizons)
             style = {"colour": _blend("#d9d2ee", "#6d3fd1", share), "width": 1.2}
         traces += _lines(name, stability.ks, curve.jaccard, **style)
@@ -246,7 +247,7 @@ def training_figure(history: Sequence[Mapping[str, Any]], theme: Theme = "light"
 
 
 def _shares(bars: Sequence[go.Bar], y: str, theme: Theme) -> go.Figure:
-    """Bars of shares side by side, from 0 to 100 %."""
+    """Draw bars of shares side by side, from 0 to 100 %."""
     figure = figure_of(bars, "", y, theme, barmode="group", bargroupgap=0.08)
     return figure.update_yaxes(tickformat=".0%", range=[0, 1.04])
 

@@ -1,6 +1,6 @@
 """Write report.html: one self-contained page that opens from disk, offline.
 
-1. `page_data` reads the run folder into one JSON value.
+1. `load_page_data` reads the run folder into one JSON value.
 2. The shell (`report.html`), style, script, plotly and data are put together, each exactly once.
    Data sits in <script type="application/json"> with <, > and & escaped; the script builds every
    element with textContent, so no text from a model or a prompt is ever parsed as markup.
@@ -23,7 +23,7 @@ from plotly.offline import get_plotlyjs
 from safesteer._files import write_text
 from safesteer._version import __version__
 from safesteer.report.figures import suite_figure
-from safesteer.report.page_data import page_data
+from safesteer.report.page_data import load_page_data
 
 NAME = "report.html"
 
@@ -41,22 +41,19 @@ def write_report(run: str | Path) -> Path:
         SafeSteerError: Where the folder holds no readable manifest.json.
 
     Example:
-        >>> import tempfile
-        >>> from pathlib import Path
         >>> from safesteer.report.page import write_report
-        >>> run = Path(tempfile.mkdtemp())
-        >>> _ = (run / "manifest.json").write_text('{"model": "my-model"}')
-        >>> tokens.save(run / "tokens.json")
-        >>> write_report(run).name
+        >>> _ = (folder / "manifest.json").write_text('{"model": "my-model"}')
+        >>> tokens.save(folder / "tokens.json")
+        >>> write_report(folder).name
         'report.html'
     """
     run = Path(run)
-    write_text(run / NAME, build_page(page_data(run)))
+    write_text(run / NAME, build_page(load_page_data(run)))
     return run / NAME
 
 
 def build_page(data: dict[str, Any]) -> str:
-    """Return the whole page as text, from what `page_data` returns."""
+    """Return the whole page as text, from what `load_page_data` returns."""
     script = _file("report.js") + _file("report_tokens.js")
     plotly = _lines(get_plotlyjs())
     if "</script" in plotly.lower() or "<!--" in plotly:

@@ -37,7 +37,7 @@ SECTIONS = {  # section -> its file, and what the page says without it
 }
 
 
-def page_data(run: Path) -> dict[str, Any]:
+def load_page_data(run: Path) -> dict[str, Any]:
     """Return everything the page needs. Only manifest.json must exist."""
     manifest = read_json(run / "manifest.json")
     readers: dict[str, Callable[[Path], Any]] = {
@@ -198,7 +198,7 @@ def _story(story: TokenStory) -> dict[str, Any]:
 
 
 def _traces(traces: tuple[Trace, ...]) -> dict[str, Any]:
-    """Traces as rows of numbers; token texts once, in `vocabulary`. See `unpack` in report_tokens.js."""
+    """Return traces as rows of numbers; token texts once, in `vocabulary`. See `unpack` in the script."""
     vocabulary: dict[str, str] = {}
 
     def know(token: TraceToken | Alternative) -> None:
@@ -229,7 +229,7 @@ def _short(value: float) -> float:
 
 
 def _coverage(attribution: Attribution) -> dict[str, Any]:
-    """The table beside the curves: shares at the size of S."""
+    """Return the table beside the curves: shares at the size of S."""
     texts = [
         {
             "name": text.name,
@@ -255,7 +255,7 @@ def _coverage(attribution: Attribution) -> dict[str, Any]:
 
 
 def _figures(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures by name, without their template: the page adds the one of its theme."""
+    """Draw figures by name, without their template: the page adds the one of its theme."""
     made: dict[str, go.Figure] = {}
     if values["evaluation"]:
         made["evaluation"] = figures.evaluation_figure(values["evaluation"])

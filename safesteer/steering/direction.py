@@ -89,7 +89,7 @@ class Direction:
 
         Example:
             >>> direction.save(folder / "direction.safetensors")
-            >>> again = ss.Direction.load(folder / "direction.safetensors", chat)
+            >>> again = ss.Direction.load(folder / "direction.safetensors")
             >>> bool((again.vector == direction.vector).all())
             True
         """

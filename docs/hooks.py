@@ -1,0 +1,103 @@
+"""What the site adds while it is built: notebooks, the changelog, the table of settings.
+
+mkdocs loads the functions `on_*` (mkdocs.yml: hooks), mkdocstrings the class `Examples` (extensions).
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import griffe
+import plotly.io
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+from plotly.offline import get_plotlyjs
+
+ROOT = Path(__file__).parent.parent
+PREPARED = ROOT / ".cache" / "site"  # notebooks with their figures as HTML
+PLOTLY, PLOTLY_JSON = "assets/plotly.min.js", "application/vnd.plotly.v1+json"
+SETTINGS = "<!-- settings: the table is made when the site is built -->"
+
+
+@event_priority(100)  # before the plugin that turns notebooks into pages
+def on_files(files: Files, config: Any) -> Files:
+    """Add the files of the site that lie outside docs/."""
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        prepared = PREPARED / "notebooks" / path.name
+        prepared.parent.mkdir(parents=True, exist_ok=True)
+        prepared.write_text(with_figures(path.read_text(encoding="utf-8")), encoding="utf-8")
+        files.append(
+            File(f"notebooks/{path.name}", str(PREPARED), config.site_dir, config.use_directory_urls)
+        )
+    files.append(File.generated(config, "changelog.md", abs_src_path=str(ROOT / "CHANGELOG.md")))
+    return files
+
+
+def with_figures(notebook: str) -> str:
+    """Return the notebook with its plotly outputs as HTML, which needs no network and no kernel."""
+    content = json.loads(notebook)
+    for cell in content["cells"]:
+        for output in cell.get("outputs", []):
+            figure = output.get("data", {}).get(PLOTLY_JSON)
+            if figure is not None:
+                drawn = plotly.io.to_html(
+                    {key: figure[key] for key in ("data", "layout")},
+                    include_plotlyjs=f"../../{PLOTLY}",
+                    full_html=False,
+                    default_width="100%",
+                    config={"displayModeBar": False, "responsive": True},
+                )
+                output["data"] = {"text/html": [f'<div class="figure-card">{drawn}</div>']}
+    return json.dumps(content)
+
+
+def on_post_build(config: Any) -> None:
+    """Put plotly's script beside the pages."""
+    path = Path(config.site_dir) / PLOTLY
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(get_plotlyjs(), encoding="utf-8")
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the table of settings where a page asks for it."""
+    return markdown.replace(SETTINGS, settings_tables()) if SETTINGS in markdown else markdown
+
+
+def settings_tables() -> str:
+    """Return one table per section of a recipe, with the value of both presets."""
+    from safesteer.recipes import SECTIONS, recipe
+
+    quick, paper = (list(recipe(preset).rows()) for preset in ("quick", "paper"))
+    tables: dict[str, list[str]] = {"": [], **{name: [] for name in SECTIONS}}
+    for (name, value, unit, text), (_, published, _, _) in zip(quick, paper, strict=True):
+        section, _, key = name.rpartition(".")
+        shown, other = _shown(value), _shown(published)
+        if other != shown:
+            other = f"**{other}**"
+        meaning = text.replace("|", "\\|") + (f" ({unit})" if unit else "")
+        tables[section].append(f"| `{key}` | {shown or '-'} | {other or '-'} | {meaning} |")
+    head = "| setting | quick | paper | meaning |\n|---|---|---|---|\n"
+    titles = {"": "## Of the whole run", **{name: f"## {name}" for name in SECTIONS}}
+    parts = (
+        f'{titles[name]}\n\n<div class="settings" markdown>\n\n{head}' + "\n".join(rows) + "\n\n</div>"
+        for name, rows in tables.items()
+    )
+    return "\n\n".join(parts)
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class Examples(griffe.Extension):
+    """Read "Example:" in a docstring as "Examples:", the one word that griffe knows for code."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """Change the docstring before it is parsed."""
+        if obj.docstring is not None:
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.M)

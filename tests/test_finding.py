@@ -1,0 +1,95 @@
+"""Stage 1 as one call, with each form of a model that people have at hand."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from conftest import assert_near
+from safesteer._errors import SafeSteerError
+from safesteer.directions.candidates import Candidates
+from safesteer.directions.extraction import prefill_contrast
+from safesteer.directions.finding import find_direction
+from safesteer.directions.inspection import component_contributions
+from safesteer.directions.sweeping import sweep
+from safesteer.settings import DirectionConfig
+from safesteer.steering.direction import Direction
+
+CONFIG = DirectionConfig(n_train=4, n_val=3, n_compare_prompts=2, n_compared=1, extraction="prefill")
+REFUSAL_IDS = torch.tensor([7, 40, 90])
+
+
+def refuses_nothing(prompt: str, answer: str) -> bool:
+    return False
+
+
+@pytest.fixture(params=["chat", "bridge", "pair"])
+def model(request, tiny_llama, bridges):
+    """The same model as a ChatModel, a TransformerBridge and (model, tokenizer)."""
+    pair = (tiny_llama.model, tiny_llama.tokenizer)
+    return {"chat": tiny_llama, "bridge": bridges["tiny-llama"].model, "pair": pair}[request.param]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama):
+    return find_direction(tiny_llama, config=CONFIG, judge=refuses_nothing)
+
+
+def test_a_direction_is_read_from_every_form_of_a_model(model, expected, tiny_llama):
+    direction = find_direction(model, config=CONFIG, judge=refuses_nothing)
+    direction.check(tiny_llama)
+    assert (direction.layer, direction.coeff) == (expected.layer, expected.coeff)
+    assert_near(direction.vector, expected.vector)
+    assert direction.native_share == expected.native_share
+
+
+def test_every_form_of_a_model_is_swept(model, tiny_llama, few):
+    candidates = prefill_contrast(model, few)
+    table = sweep(model, candidates, few, REFUSAL_IDS, CONFIG).table
+    want = sweep(tiny_llama, prefill_contrast(tiny_llama, few), few, REFUSAL_IDS, CONFIG).table
+    for name in ("ablation_refusal", "steering_refusal", "kl_harmless"):
+        assert table[name].to_numpy() == pytest.approx(want[name].to_numpy(), abs=1e-3, nan_ok=True)
+    assert table.kept.tolist() == want.kept.tolist()
+
+
+def test_contributions_are_read_from_every_form_of_a_model(model, tiny_llama, direction, few):
+    table = component_contributions(model, direction, few.first(2))
+    want = component_contributions(tiny_llama, direction, few.first(2))
+    assert table.component.tolist() == want.component.tolist()
+    assert table.difference.tolist() == pytest.approx(want.difference.tolist(), abs=1e-4)
+
+
+def test_a_found_direction_carries_what_it_was_chosen_from(expected, tmp_path):
+    """It saves as a plain direction, and shows the sweep."""
+    assert isinstance(expected.sweep.candidates, Candidates)
+    assert expected.rates.layer.tolist() == [expected.layer] * 4  # nothing refuses: all coefficients
+    assert expected.coeff == expected.rates["coeff"].min()
+    assert not expected.refusal_tokens.learnt
+    assert "prefill contrast" in expected.story()[1]
+    assert "<table" in expected._repr_html_()
+    expected.save(tmp_path / "d.safetensors")
+    again = Direction.load(tmp_path / "d.safetensors")
+    assert type(again) is Direction
+    assert again.metadata == {
+        f.name: getattr(expected, f.name) for f in fields(Direction) if f.name != "vector"
+    }
+    stronger = expected.with_coeff(3.0)
+    assert (stronger.coeff, stronger.sweep) == (3.0, expected.sweep)
+
+
+def test_a_given_coefficient_needs_no_answers(tiny_llama, expected):
+    shares = []
+    config = DirectionConfig(n_train=4, n_val=3, extraction="prefill", coeff=0.7)
+    direction = find_direction(tiny_llama, config=config, judge=refuses_nothing, progress=shares.append)
+    assert (direction.coeff, direction.rates) == (0.7, None)
+    assert direction.layer == int(direction.sweep.best.layer)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+
+
+def test_a_model_that_does_not_refuse_is_read_by_prefill(tiny_llama):
+    config = DirectionConfig(n_train=4, n_val=3, n_compare_prompts=2, native_share=2.0)
+    assert find_direction(tiny_llama, config=config, judge=refuses_nothing).extraction == "prefill"
+    never = DirectionConfig(n_train=4, n_val=3, extraction="instruction")
+    with pytest.raises(SafeSteerError, match="difference of means needs both"):
+        find_direction(tiny_llama, config=never, judge=refuses_nothing)
