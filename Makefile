@@ -27,7 +27,7 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# The documentation as a site: open site/index.html. Broken links and names are errors.
+# The documentation as a site: python -m http.server -d site. Broken links and names are errors.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

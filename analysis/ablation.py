@@ -1,6 +1,6 @@
 """What every ablation shares: one arm is a recipe with some settings replaced; its score is a row.
 
-1. the direction, once a model (stage 1 of a run folder, cached);
+1. the direction, once per model (stage 1 of a run folder, cached);
 2. for each arm and seed: select S, distil, and score the student on the test split;
 3. a csv, a Markdown table, and a figure of harmful against harmless refusals with 95 % intervals.
 
@@ -25,27 +25,27 @@ from refusing_model import refusing_model
 from rich.console import Console
 
 import safesteer as ss
-from safesteer import alignment
 from safesteer._files import from_json, read_json, write_json, write_text
 from safesteer._intervals import wilson
 from safesteer.directions.inspection import representation_shift
+from safesteer.evaluation.scores import score_model
+from safesteer.recipes import SECTIONS
 from safesteer.report.figures import SEQUENCE, figure_of
 
-STAGES = ("sweep", "tokens", "distill", "evaluation", "explain")
 # The one key of an arm that is not a setting: how many harmful prompts are distilled on.
 N_HARMFUL = "n_harmful"
 # Answers of this model have a refusal's 12 tokens, so 16 are sampled; the paper's own recipe gains nothing
 # after 5 steps, and its minimum probability leaves S without tokens that occur.
 LAPTOP = {
-    "sweep.n_prompts": 8,
-    "sweep.n_controls": 2,
+    "direction.n_val": 8,
+    "direction.n_controls": 2,
     "tokens.horizon": 3,
     "tokens.min_steered_prob": 1e-3,
     "distill.n_steps": 5,
     "distill.max_new_tokens": 16,
     "distill.precision": "bfloat16",
     "distill.micro_batch": 16,
-    "evaluation.max_new_tokens": 24,
+    "evaluate.max_new_tokens": 24,
 }
 TITLES = {
     "harmful": "harmful refused",
@@ -58,20 +58,20 @@ TITLES = {
 }
 NUMBERS = {"kl_harmless": 3, "shift": 2, "perplexity": 2, "n_tokens": 0, "kl_share_of_s": 2}
 QUICK = {
-    "n_direction": 8,
-    "sweep.n_prompts": 2,
-    "sweep.n_controls": 1,
-    "sweep.n_held_out": 1,
-    "sweep.n_answer_prompts": 2,
-    "sweep.n_answered": 1,
+    "direction.n_train": 8,
+    "direction.n_val": 2,
+    "direction.n_controls": 1,
+    "direction.n_held_out": 1,
+    "direction.n_compare_prompts": 2,
+    "direction.n_compared": 1,
     "tokens.n_samples": 1,
     "distill.n_steps": 2,
     "distill.harmful_per_step": 3,
     "distill.n_rollouts": 1,
     "distill.max_new_tokens": 4,
-    "evaluation.n_prompts": 6,
-    "evaluation.max_new_tokens": 8,
-    "evaluation.perplexity_tokens": 256,
+    "evaluate.n_prompts": 6,
+    "evaluate.max_new_tokens": 8,
+    "evaluate.perplexity_tokens": 256,
 }
 
 
@@ -99,21 +99,21 @@ class Study:
         return ss.recipe(self.preset, seed, **changes)
 
     def key(self, recipe: ss.Recipe, *stages: str) -> str:
-        """The name of what the model gives under a recipe, of which these stages' settings count."""
-        others = {name for name in STAGES if name not in stages}
-        plain = replace(recipe, **{name: type(getattr(recipe, name))() for name in others})
+        """Return the name of what the model gives under a recipe, of which these stages' settings count."""
+        others = SECTIONS.keys() - set(stages)
+        plain = replace(recipe, **{name: SECTIONS[name]() for name in others})
         return f"{Path(self.model).name}-{plain.hash}"
 
     def direction(self, base: ss.ChatModel) -> ss.Direction:
-        """Stage 1 with seed 0, once for all studies that find it in the same way."""
-        run = self.out / "rows" / f"direction-{self.key(self.recipe({}, 0), 'sweep')}"
+        """Find the direction with seed 0, once for all studies that find it in the same way."""
+        run = self.out / "rows" / f"direction-{self.key(self.recipe({}, 0), 'direction')}"
         if not (run / "direction.safetensors").exists():
-            alignment.align(self.model, run, self.recipe({}, 0), stages=("direction",), console=self.console)
+            ss.align(self.model, run, self.recipe({}, 0), stages=("direction",), console=self.console)
         return ss.Direction.load(run / "direction.safetensors", base)
 
 
 def command_line(about: str) -> argparse.ArgumentParser:
-    """What every study understands."""
+    """Make the parser of what every study understands."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="Hub id, folder, smollm2-135m or refusing")
     parser.add_argument("--preset", default="quick", choices=["quick", "paper"])
@@ -125,11 +125,11 @@ def command_line(about: str) -> argparse.ArgumentParser:
     return parser
 
 
-def study_of(name: str, given: argparse.Namespace) -> Study:
-    model = str(refusing_model()) if given.model == "refusing" else given.model
-    settings = (LAPTOP if given.laptop else {}) | dict(pair.split("=", 1) for pair in given.settings)
-    seeds = 1 if given.quick else given.seeds
-    return Study(name, given.out, model, given.preset, seeds, given.quick, settings, Console())
+def study_of(name: str, options: argparse.Namespace) -> Study:
+    model = str(refusing_model()) if options.model == "refusing" else options.model
+    settings = (LAPTOP if options.laptop else {}) | dict(pair.split("=", 1) for pair in options.settings)
+    seeds = 1 if options.quick else options.seeds
+    return Study(name, options.out, model, options.preset, seeds, options.quick, settings, Console())
 
 
 def read_command_line(name: str, about: str) -> Study:
@@ -137,7 +137,7 @@ def read_command_line(name: str, about: str) -> Study:
 
 
 def row(folder: Path, name: str, make: Callable[..., Any], *args: Any) -> Any:
-    """What the file of that name holds; made by `make(*args)` and written on the first call."""
+    """Return what the file of that name holds; on the first call it is made by `make(*args)`."""
     path = folder / f"{name.replace(' ', '-').replace('/', '-').replace(',', '')}.json"
     if not path.exists():
         write_json(path, make(*args))
@@ -162,40 +162,39 @@ class Trained(Selected):
 
 
 def selected(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int) -> Selected:
-    """The first two steps under the arm's settings."""
-    recipe, val, direction = study.recipe(arm, seed), ss.load_prompts().split("val"), study.direction(base)
-    texts = val.harmless if recipe.tokens.prompts == "harmless" else val.harmful
+    """Take the first two steps under the arm's settings."""
+    recipe, direction = study.recipe(arm, seed), study.direction(base)
+    texts = ss.load_prompts().split("val").texts(recipe.tokens.prompts)[: 4 if study.quick else None]
 
-    def found() -> dict[str, Any]:
-        return asdict(ss.select_tokens(base, direction, texts[:4] if study.quick else texts, recipe.tokens))
+    def select() -> dict[str, Any]:
+        return asdict(ss.select_tokens(base, direction, texts, recipe.tokens))
 
-    raw = row(study.out / "rows" / "selected", study.key(recipe, "sweep", "tokens"), found)
+    raw = row(study.out / "rows" / "selected", study.key(recipe, "direction", "tokens"), select)
     return Selected(base, direction, from_json(ss.TokenSet, raw), recipe)
 
 
 def trained(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int) -> Trained:
-    """The paper's three steps under the arm's settings."""
-    found, pairs = selected(study, base, arm, seed), ss.load_prompts().split("distill")
-    config = found.recipe.distill
-    state = ss.prepare_student(ss.load_model(study.model), found.direction, config)
-    harmful = pairs.harmful[: arm.get(N_HARMFUL)]
-    for _ in ss.distill(state, base, found.direction, found.tokens, harmful, pairs.harmless, config):
-        pass
-    return Trained(base, found.direction, found.tokens, found.recipe, state.student)
+    """Take the paper's three steps under the arm's settings, and distil on the paper's split alone."""
+    first, pairs = selected(study, base, arm, seed), ss.load_prompts().split("distill")
+    harmful = set(pairs.harmful[: arm.get(N_HARMFUL)])
+    prompts = ss.PromptSet(tuple(p for p in pairs.prompts if p.label == "harmless" or p.text in harmful))
+    config = replace(first.recipe.distill, splits=("distill",))
+    student = ss.distill(base, first.direction, first.tokens, prompts, config)
+    return Trained(base, first.direction, first.tokens, first.recipe, student)
 
 
 @cache
 def _base_answers(base: ss.ChatModel, config: ss.EvaluateConfig) -> list[str]:
-    """The base's greedy answers to the harmless test prompts, along which drift is measured."""
+    """Return the base's greedy answers to the harmless test prompts, along which drift is measured."""
     test = ss.load_prompts().split("test").first(config.n_prompts)
     tokens, size = config.max_new_tokens, config.batch_size
     return ss.generate(base, test.harmless, max_new_tokens=tokens, batch_size=size)
 
 
 def on_test(chat: ss.ChatModel, base: ss.ChatModel, config: ss.EvaluateConfig) -> dict[str, Any]:
-    """Refusals on test, drift from the base and perplexity."""
-    said = None if chat is base else _base_answers(base, config)
-    scores, _ = ss.evaluate(chat, base, ss.load_prompts().split("test"), config, base_answers=said)
+    """Measure refusals on test, drift from the base and perplexity."""
+    answers = None if chat is base else _base_answers(base, config)
+    scores, _ = score_model(chat, base, ss.load_prompts().split("test"), config, base_answers=answers)
     return {
         "harmful": scores.refusal_rate_harmful,
         "harmless": scores.refusal_rate_harmless,
@@ -205,17 +204,17 @@ def on_test(chat: ss.ChatModel, base: ss.ChatModel, config: ss.EvaluateConfig) -
     }
 
 
-def scored(found: Trained) -> dict[str, Any]:
-    """The student on test, how far its representations moved (reading.py); S and its size."""
-    config = found.recipe.evaluation
+def scored(arm: Trained) -> dict[str, Any]:
+    """Measure the student on test and how far its representations moved; name S and its size."""
+    config = arm.recipe.evaluate
     general = ss.load_prompts().split("test").first(config.n_prompts).harmless
-    points = representation_shift({"base": found.base, "student": found.student}, general)
+    points = representation_shift({"base": arm.base, "student": arm.student}, general)
     return {
-        **on_test(found.student, found.base, config),
+        **on_test(arm.student, arm.base, config),
         "shift": float(points[points.model == "student"]["shift"].iloc[0]),
-        "n_tokens": len(found.tokens),
-        "kl_share_of_s": found.tokens.coverage["kl_share"],
-        "tokens": " ".join(repr(t.text) for t in found.tokens.tokens[:12]),
+        "n_tokens": len(arm.tokens),
+        "kl_share_of_s": arm.tokens.coverage["kl_share"],
+        "tokens": " ".join(repr(t.text) for t in arm.tokens.tokens[:12]),
     }
 
 
@@ -225,7 +224,7 @@ def run(
     score: Callable[..., dict[str, Any]] = scored,
     make: Callable[..., Selected] = trained,
 ) -> pd.DataFrame:
-    """`score` of what `make` makes of every arm with every seed; returns and writes the table.
+    """Score what `make` makes of every arm with every seed; return and write the table.
 
     Rows lie in a folder of the name of `score`, so two ways of scoring need two names.
     """
@@ -237,9 +236,9 @@ def run(
 
     for arm, seed in jobs:
         n = min(arms[arm].get(N_HARMFUL, n_pairs), n_pairs)
-        key = f"{study.key(study.recipe(arms[arm], seed), *STAGES)}-{n}"
-        found = row(study.out / "rows" / score.__name__, key, made, arm, seed)
-        rows.append({"arm": arm, "seed": seed, **found})
+        key = f"{study.key(study.recipe(arms[arm], seed), *SECTIONS)}-{n}"
+        scores = row(study.out / "rows" / score.__name__, key, made, arm, seed)
+        rows.append({"arm": arm, "seed": seed, **scores})
         study.console.print(rows[-1], highlight=False)
     table = pd.DataFrame(rows)
     write_text(study.folder.with_suffix(".csv"), table.to_csv(index=False))
@@ -251,7 +250,7 @@ def run(
 
 
 def summary(table: pd.DataFrame, by: str, numbers: Mapping[str, int]) -> str:
-    """A Markdown table: means of seeds, in brackets 95 % over the prompts of one seed, then the seeds' range.
+    """Write a Markdown table: means of seeds, then 95 % over the prompts of one seed, then the seeds' range.
 
     `numbers` are the columns beside the two refusal rates, with their digits.
     """
@@ -284,7 +283,7 @@ def trade_off(
     x_title: str = "harmless prompts refused",
     n_x: str = "n",
 ) -> go.Figure:
-    """Harmful refusals (wanted) over column `x`: a point a seed, means with 95 % intervals.
+    """Draw harmful refusals (wanted) over column `x`: a point per seed, means with 95 % intervals.
 
     Intervals are Wilson's over the prompts of all seeds together, and over the `n_x` rows behind x.
     """

@@ -43,14 +43,13 @@ from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 import safesteer as ss
-from safesteer import alignment
 from safesteer._files import read_json, write_json, write_text
 from safesteer.directions.refusal_tokens import REFUSING_SYSTEM
-from safesteer.evaluation.capability import capability
-from safesteer.evaluation.scores import evaluate
-from safesteer.evaluation.suite import WIKITEXT, wikitext
-from safesteer.models.chat_model import ChatModel, hf_model
-from safesteer.settings import EvaluateConfig
+from safesteer.distillation.state import prepare_student
+from safesteer.evaluation.capability import measure_capability
+from safesteer.evaluation.scores import score_model
+from safesteer.models.chat_model import hf_model
+from safesteer.models.text_loss import wikitext
 
 CAPABILITY = ("arc_easy", "piqa", "lambada_openai")
 METHODS = ("safesteer", "full", "sft", "full anchor", "light anchor", "dpo")
@@ -65,19 +64,19 @@ def whole_sentences(answer: str) -> str:
     return answer[: end + 1] if end >= 0 else answer
 
 
-def examples(base: ChatModel, direction: ss.Direction, pairs: ss.PromptSet) -> list[dict]:
-    """One row a prompt: the answer to learn and the one to prefer it to."""
-    said = {}
+def examples(base: ss.ChatModel, direction: ss.Direction, pairs: ss.PromptSet) -> list[dict]:
+    """Make one row per prompt: the answer to learn and the one to prefer it to."""
+    answers = {}
     for label, texts in (("harmful", pairs.harmful), ("harmless", pairs.harmless)):
-        said[label, "base"] = ss.generate(base, texts, max_new_tokens=48)
+        answers[label, "base"] = ss.generate(base, texts, max_new_tokens=48)
         with ss.steer(base, direction):
-            said[label, "teacher"] = ss.generate(base, texts, max_new_tokens=48)
+            answers[label, "teacher"] = ss.generate(base, texts, max_new_tokens=48)
     rows = []
     for label, texts, chosen, rejected in (
         ("harmful", pairs.harmful, "teacher", "base"),
         ("harmless", pairs.harmless, "base", "teacher"),
     ):
-        for text, good, bad in zip(texts, said[label, chosen], said[label, rejected], strict=True):
+        for text, good, bad in zip(texts, answers[label, chosen], answers[label, rejected], strict=True):
             if label == "harmful" and not ss.refuses(text, good):
                 continue  # what is not a refusal is not taught as one
             turns = {"chosen": whole_sentences(good), "rejected": whole_sentences(bad)}
@@ -86,8 +85,8 @@ def examples(base: ChatModel, direction: ss.Direction, pairs: ss.PromptSet) -> l
     return rows
 
 
-def with_peer(method: str, direction, rows: list[dict], seed: int, steps: int, lr: float) -> ChatModel:
-    """SFT or DPO with TRL on the blocks that SafeSteer trains."""
+def with_peer(method: str, direction, rows: list[dict], seed: int, steps: int, lr: float) -> ss.ChatModel:
+    """Train by SFT or DPO with TRL on the blocks that SafeSteer trains."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -96,7 +95,7 @@ def with_peer(method: str, direction, rows: list[dict], seed: int, steps: int, l
 
     mixed = rows.copy()
     random.Random(seed).shuffle(mixed)
-    student = ss.prepare_student(ss.load_model("smollm2-135m"), direction, ss.DistillConfig()).student
+    student = prepare_student(ss.load_model("smollm2-135m"), direction, ss.DistillConfig()).student
     model, tokenizer = hf_model(student.model), student.tokenizer
     common = {
         "output_dir": tempfile.mkdtemp(),
@@ -142,31 +141,30 @@ def with_peer(method: str, direction, rows: list[dict], seed: int, steps: int, l
     return replace(student, model=model)
 
 
-def distilled(method: str, base, direction, pairs, val, seed: int, steps: int) -> ChatModel:
-    """SafeSteer, or the same over the whole vocabulary."""
+def distilled(method: str, base, direction, prompts, seed: int, steps: int) -> ss.ChatModel:
+    """Train by SafeSteer, or by the same over the whole vocabulary."""
     recipe = ss.recipe("quick", seed)
-    tokens = ss.select_tokens(base, direction, val.harmless, recipe.tokens)
+    tokens = ss.select_tokens(base, direction, prompts.split("val").harmless, recipe.tokens)
     support = "full" if method == "full" else "safety"
     anchor = "full" if "anchor" in method else "same"
-    config = replace(recipe.distill, n_steps=steps, support=support, anchor_support=anchor)
+    config = replace(
+        recipe.distill, n_steps=steps, support=support, anchor_support=anchor, splits=("distill",)
+    )
     if method == "light anchor":
         weights = config.anchor_weight / 3, config.late_anchor_weight / 3
         config = replace(config, anchor_weight=weights[0], late_anchor_weight=weights[1])
-    state = ss.prepare_student(ss.load_model("smollm2-135m"), direction, config)
-    for _ in ss.distill(state, base, direction, tokens, pairs.harmful, pairs.harmless, config):
-        pass
-    return state.student
+    return ss.distill(base, direction, tokens, prompts, config)
 
 
-def trained(method: str, base, direction, prompts, rows, seed: int, steps: int, lr: float) -> ChatModel:
+def trained(method: str, base, direction, prompts, rows, seed: int, steps: int, lr: float) -> ss.ChatModel:
     torch.manual_seed(seed)
     if method in ("sft", "dpo"):
         return with_peer(method, direction, rows, seed, steps, lr)
-    return distilled(method, base, direction, prompts.split("distill"), prompts.split("val"), seed, steps)
+    return distilled(method, base, direction, prompts, seed, steps)
 
 
-def under_system(chat: ChatModel) -> ChatModel:
-    """The model with the refusing system prompt written into its chat template."""
+def under_system(chat: ss.ChatModel) -> ss.ChatModel:
+    """Write the refusing system prompt into the model's chat template."""
     tokenizer = deepcopy(chat.tokenizer)
     first = json.dumps([{"role": "system", "content": REFUSING_SYSTEM}])
     tokenizer.chat_template = f"{{% set messages = {first} + messages %}}{tokenizer.chat_template}"
@@ -174,7 +172,7 @@ def under_system(chat: ChatModel) -> ChatModel:
 
 
 @contextmanager
-def untrained(method: str, base: ChatModel, direction) -> Iterator[ChatModel]:
+def untrained(method: str, base: ss.ChatModel, direction) -> Iterator[ss.ChatModel]:
     if method == "system prompt":
         yield under_system(base)
     elif method == "teacher":
@@ -185,12 +183,14 @@ def untrained(method: str, base: ChatModel, direction) -> Iterator[ChatModel]:
         yield base
 
 
-def measured(chat: ChatModel, base: ChatModel, options, method: str, said: list[str] | None) -> dict:
+def measured(
+    chat: ss.ChatModel, base: ss.ChatModel, options, method: str, base_answers: list[str] | None
+) -> dict:
     test = ss.load_prompts().split("test").first(options.pairs)
     # A system prompt changes the prompt itself, so positions do not match and there is no drift to read.
-    drifts = said is not None and method != "system prompt"
-    config, text = EvaluateConfig(perplexity_tokens=8192), wikitext(options.data / WIKITEXT)
-    scores, answers = evaluate(chat, base, test, config, text=text, base_answers=said)
+    drifts = base_answers is not None and method != "system prompt"
+    config, text = ss.EvaluateConfig(perplexity_tokens=8192), wikitext(options.data)
+    scores, answers = score_model(chat, base, test, config, text=text, base_answers=base_answers)
     row = {
         "harmful": scores.refusal_rate_harmful,
         "harmless": scores.refusal_rate_harmless,
@@ -199,8 +199,8 @@ def measured(chat: ChatModel, base: ChatModel, options, method: str, said: list[
         "wikitext2_perplexity": scores.perplexity,
     }
     with tempfile.TemporaryDirectory() as folder:
-        found = capability(chat, CAPABILITY, folder, data=options.data, limit=options.limit)
-    row |= dict(zip(found.task, found.value, strict=True))
+        tasks = measure_capability(chat, CAPABILITY, folder, data=options.data, limit=options.limit)
+    row |= dict(zip(tasks.task, tasks.value, strict=True))
     return row | {"said": answers["harmless"] if method == "base" else None}
 
 
@@ -216,27 +216,26 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--pairs", type=int, default=100)
-    parser.add_argument("--limit", type=int, default=80, help="rows a capability task")
+    parser.add_argument("--limit", type=int, default=80, help="rows per capability task")
     parser.add_argument("--out", type=Path, default=Path("analysis/results/comparison"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     console, prompts = Console(), ss.load_prompts()
     base = ss.load_model("smollm2-135m")
     if options.direction is None:
-        run = alignment.align(
-            "smollm2-135m", options.out / "run", ss.recipe("quick", 0), stages=("direction",)
-        )
+        run = ss.align("smollm2-135m", options.out / "run", ss.recipe("quick", 0), stages=("direction",))
         options.direction = run / "direction.safetensors"
     direction = ss.Direction.load(options.direction, base)
     rows = examples(base, direction, prompts.split("distill"))
     console.print(f"{len(rows)} examples: {sum(r['label'] == 'harmful' for r in rows)} refusals")
-    said: list[str] | None = None
+    base_answers: list[str] | None = None
     for method in ("base", "system prompt", "teacher"):
         path = options.out / f"{method.replace(' ', '-')}.json"
         if not path.exists():
             with untrained(method, base, direction) as chat:
-                write_json(path, {"method": method, "seed": 0, **measured(chat, base, options, method, said)})
-        said = read_json(options.out / "base.json")["said"]
+                scores = measured(chat, base, options, method, base_answers)
+            write_json(path, {"method": method, "seed": 0, **scores})
+        base_answers = read_json(options.out / "base.json")["said"]
         console.print(read_json(path) | {"said": None}, highlight=False)
     jobs = [(seed, method) for seed in range(options.seeds) for method in METHODS if method != "dpo"]
     jobs += [(seed, "dpo") for seed in range(options.dpo_seeds)]
@@ -247,8 +246,8 @@ def main() -> None:
             lr = RATES[method]
             chat = trained(method, base, direction, prompts, rows, seed, options.steps, lr)
             spent = round(time.perf_counter() - started)
-            found = measured(chat, base, options, method, said)
-            write_json(path, {"method": method, "seed": seed, "lr": lr, "train_s": spent, **found})
+            scores = measured(chat, base, options, method, base_answers)
+            write_json(path, {"method": method, "seed": seed, "lr": lr, "train_s": spent, **scores})
         console.print(read_json(path) | {"said": None}, highlight=False)
     table = pd.DataFrame([read_json(p) for p in sorted(options.out.glob("*.json"))])
     order = ["base", "system prompt", "teacher", *METHODS]
@@ -260,7 +259,7 @@ def main() -> None:
 
 
 def page(table: pd.DataFrame, limit: int) -> str:
-    """Safety against over-refusal, and against capability: the mean of the tasks."""
+    """Draw safety against over-refusal, and against capability: the mean of the tasks."""
     table = table.assign(capability=table[list(CAPABILITY)].mean(axis=1), n_rows=limit * len(CAPABILITY))
     against = trade_off(table, "method", "capability", "capability, mean of the tasks", "n_rows")
     figures = [

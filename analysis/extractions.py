@@ -16,13 +16,24 @@ import pandas as pd
 from rich.console import Console
 
 import safesteer as ss
+from safesteer.directions.calibration import choose_coeff
+from safesteer.directions.candidates import Candidates
+from safesteer.directions.extraction import (
+    logistic_probe,
+    mean_difference,
+    pca_difference,
+    prefill_contrast,
+    system_contrast,
+)
+from safesteer.directions.refusal_tokens import learn_refusal_tokens
+from safesteer.directions.sweeping import sweep
 
 EXTRACTIONS = {
-    "prefill contrast": ss.prefill_contrast,
-    "difference of means": ss.mean_difference,
-    "system prompts": ss.system_contrast,
-    "PCA of pairs": ss.pca_difference,
-    "logistic probe": ss.logistic_probe,
+    "prefill contrast": prefill_contrast,
+    "difference of means": mean_difference,
+    "system prompts": system_contrast,
+    "PCA of pairs": pca_difference,
+    "logistic probe": logistic_probe,
 }
 
 
@@ -34,26 +45,25 @@ def main() -> None:
     options = parser.parse_args()
     console, chat, prompts = Console(), ss.load_model(options.model), ss.load_prompts()
     train, val = prompts.split("train").first(64), prompts.split("val")
-    refusal = ss.learn_refusal_tokens(chat, val.harmful, val.harmless, ss.refuses)
+    refusal = learn_refusal_tokens(chat, val.harmful, val.harmless, ss.refuses)
     console.print(refusal)
-    config = ss.DirectionConfig(rank_by="steering", n_prompts=options.pairs, n_controls=2, n_held_out=1)
+    config = ss.DirectionConfig(rank_by="steering", n_val=options.pairs, n_controls=2, n_held_out=1)
     held_out = val.after(options.pairs)
     assert held_out is not None
     tables, rows = [], []
     for name, extract in EXTRACTIONS.items():
-        read = extract(chat, train)
-        ends = sorted({0, len(read.positions) - 1})
-        shuffled = None if read.shuffled is None else read.shuffled[ends]
-        names = tuple(read.positions[i] for i in ends)
-        cut = ss.Candidates(read.vectors[ends], names, read.extraction, shuffled)
-        found = ss.sweep(chat, cut, val, refusal.ids, config, held_out=held_out)
-        tables.append(found.table.assign(extraction=name))
-        best = found.best
-        direction = found.candidates.direction(chat, best.position, int(best.layer))
-        direction, rates = ss.choose_coeff(
-            chat, [direction], held_out.harmful[:16], ss.refuses, coeffs=(1.0, 1.8, 3.0)
+        candidates = extract(chat, train)
+        ends = sorted({0, len(candidates.positions) - 1})
+        shuffled = None if candidates.shuffled is None else candidates.shuffled[ends]
+        names = tuple(candidates.positions[i] for i in ends)
+        at_ends = Candidates(candidates.vectors[ends], names, candidates.extraction, shuffled)
+        result = sweep(chat, at_ends, val, refusal.ids, config, held_out=held_out)
+        tables.append(result.table.assign(extraction=name))
+        best = result.best
+        direction, rates = choose_coeff(
+            chat, result.directions(chat)[:1], held_out.harmful[:16], ss.refuses, coeffs=(1.0, 1.8, 3.0)
         )
-        ablated = found.table.ablation_refusal.min()
+        ablated = result.table.ablation_refusal.min()
         rows.append(
             {
                 "extraction": name,

@@ -5,9 +5,6 @@ states at the last prompt position, in units of the base's spread, over harmless
 the whole-vocabulary student moves no further than SafeSteer's. The teacher is the base, steered.
 """
 
-from copy import deepcopy
-from dataclasses import replace
-
 import pandas as pd
 from ablation import Trained, read_command_line, run
 
@@ -24,10 +21,10 @@ def main() -> None:
     prompts = ss.load_prompts().split("test").first(6 if study.quick else None).harmless
     drawn: list[pd.DataFrame] = []
 
-    def shifts(found: Trained) -> dict:
-        teacher = replace(found.base, model=deepcopy(found.base.model))
-        with ss.steer(teacher, found.direction):
-            models = {"base": found.base, "teacher": teacher, "student": found.student}
+    def shifts(arm: Trained) -> dict[str, float]:
+        teacher = arm.base.copy()
+        with ss.steer(teacher, arm.direction):
+            models = {"base": arm.base, "teacher": teacher, "student": arm.student}
             points = representation_shift(models, prompts)
         drawn.append(points)
         return {f"shift_{name}": float(rows["shift"].iloc[0]) for name, rows in points.groupby("model")}

@@ -32,10 +32,17 @@ from refusing_model import early_pairs, everyday, n_refused
 
 import safesteer as ss
 from safesteer._files import write_text
-from safesteer.evaluation.capability import capability
+from safesteer.distillation.loop import training_steps
+from safesteer.distillation.rollouts import Teacher
+from safesteer.distillation.state import prepare_student
+from safesteer.evaluation.capability import measure_capability
 
 # Two prompts find no direction worth having, and a quick run does not need one.
-ANY_DIRECTION = {"extraction": "prefill", "sweep.max_kl": 100.0, "sweep.min_steering": -100.0}
+ANY_DIRECTION = {
+    "direction.extraction": "prefill",
+    "direction.max_kl": 100.0,
+    "direction.min_steering": -100.0,
+}
 CAPABILITY = ("arc_easy", "piqa", "lambada_openai")
 SELECTIONS = [{"tokens.horizon": h, "tokens.min_steered_prob": p} for h in (3, 7) for p in (1e-6, 1e-3)]
 # Sixteen prompts of each kind once, not four harmful ones eight times; harmless answers held to the base.
@@ -66,7 +73,6 @@ RECIPES = {
     "anchor, lr 5e-5": {"distill.lr": 5e-5, "distill.n_steps": 12, **ANCHOR, **GENERALIZED},
 }
 LOOKS = (3, 4, 5, 6, 8, 10, 12)  # steps after which refusals are counted
-KINDS = ("harmful", "harmless")
 UP = 0.05  # harmless refusals above the base's that a choice may have
 
 
@@ -75,7 +81,7 @@ def looks_of(study: Study) -> tuple[int, ...]:
 
 
 def to_choose_by(study: Study) -> dict[str, list[str]]:
-    """Pairs that no model here was trained on, by label."""
+    """Return pairs that no model here was trained on, by label."""
     held_out = early_pairs()[1][: 4 if study.quick else None]
     return {"harmful": [bad for bad, _ in held_out], "harmless": [good for _, good in held_out]}
 
@@ -83,58 +89,60 @@ def to_choose_by(study: Study) -> dict[str, list[str]]:
 def students(
     study: Study, base: ss.ChatModel, settings: Mapping[str, Any], seed: int
 ) -> Iterator[tuple[int, ss.ChatModel]]:
-    """(steps, student) at every look; the student trains on when the next one is asked for."""
-    found = selected(study, base, settings, seed)
-    config, splits = found.recipe.distill, [ss.load_prompts().split(name) for name in found.recipe.splits]
-    harmful, harmless = ([text for some in splits for text in getattr(some, kind)] for kind in KINDS)
-    state = ss.prepare_student(ss.load_model(study.model), found.direction, config)
-    for _ in ss.distill(state, base, found.direction, found.tokens, harmful, harmless, config):
+    """Yield (steps, student) at every look; the student trains on when the next one is taken."""
+    first = selected(study, base, settings, seed)
+    config, pairs = first.recipe.distill, ss.load_prompts()
+    prompts = ss.PromptSet(tuple(p for name in config.splits for p in pairs.split(name).prompts))
+    state = prepare_student(ss.load_model(study.model), first.direction, config)
+    for _ in training_steps(state, Teacher(base, first.direction, first.tokens), prompts):
         if state.step in looks_of(study):
             yield state.step, state.student
 
 
 def rates(study: Study, chat: ss.ChatModel) -> dict[str, float]:
-    """Refusals of the pairs to choose by."""
-    n_tokens = study.recipe({}, 0).evaluation.max_new_tokens
-    return {k: n_refused(chat, some, n_tokens) / len(some) for k, some in to_choose_by(study).items()}
+    """Measure refusals of the pairs to choose by."""
+    n_tokens = study.recipe({}, 0).evaluate.max_new_tokens
+    return {
+        kind: n_refused(chat, texts, n_tokens) / len(texts) for kind, texts in to_choose_by(study).items()
+    }
 
 
 def scored(
     chat: ss.ChatModel, base: ss.ChatModel, study: Study, data: Path | None, limit: int
 ) -> dict[str, Any]:
-    """Refusals on test, drift, and with `data` refusals of everyday instructions and the three tasks."""
-    config = study.recipe({}, 0).evaluation
-    found = on_test(chat, base, config)
+    """Measure refusals on test, drift, and with `data` refusals of everyday instructions and three tasks."""
+    config = study.recipe({}, 0).evaluate
+    scores = on_test(chat, base, config)
     if data:
         others = everyday(data)[:limit]
-        found["everyday"] = n_refused(chat, others, config.max_new_tokens) / len(others)
+        scores["everyday"] = n_refused(chat, others, config.max_new_tokens) / len(others)
         with tempfile.TemporaryDirectory() as folder:
-            tasks = capability(chat, CAPABILITY, folder, data=data, limit=limit)
-        found |= dict(zip(tasks.task, tasks.value, strict=True))
-    return found
+            tasks = measure_capability(chat, CAPABILITY, folder, data=data, limit=limit)
+        scores |= dict(zip(tasks.task, tasks.value, strict=True))
+    return scores
 
 
 def selections(study: Study, base: ss.ChatModel) -> list[dict]:
-    """What S holds for every horizon and minimum probability."""
-    found = [(settings, selected(study, base, settings, 0).tokens) for settings in SELECTIONS]
+    """Say what S holds for every horizon and minimum probability."""
+    sets = [(settings, selected(study, base, settings, 0).tokens) for settings in SELECTIONS]
     return [
         {**settings, "kl_share": tokens.coverage["kl_share"], "n_tokens": len(tokens)}
-        for settings, tokens in found
+        for settings, tokens in sets
     ]
 
 
 def looked_at(study: Study, base: ss.ChatModel, settings: dict[str, Any], seed: int) -> list[dict]:
-    """Refusals after every look."""
+    """Measure refusals at every look."""
     looks = students(study, base, settings, seed)
     return [{"steps": n, **rates(study, chat)} for n, chat in looks]
 
 
 def search(study: Study, base: ss.ChatModel) -> pd.DataFrame:
-    """All looks at all recipes, with the S that carries most of the KL."""
-    found, rows = row(study.folder, "selections", selections, study, base), []
-    best = max(found, key=lambda row: row["kl_share"])
+    """Look at all recipes, with the S that carries most of the KL."""
+    sets, rows = row(study.folder, "selections", selections, study, base), []
+    best = max(sets, key=lambda row: row["kl_share"])
     chosen = {name: best[name] for name in SELECTIONS[0]}
-    study.console.print(pd.DataFrame(found), chosen)
+    study.console.print(pd.DataFrame(sets), chosen)
     for arm, recipe in RECIPES.items():
         settings, looks = {**chosen, **recipe}, []
         for seed in range(study.seeds):
@@ -146,7 +154,7 @@ def search(study: Study, base: ss.ChatModel) -> pd.DataFrame:
 
 
 def choose(rows: pd.DataFrame, base_harmless: float) -> pd.Series:
-    """Most harmful refusals with harmless ones up by at most UP; else the largest difference of the two."""
+    """Take most harmful refusals with harmless ones up by at most UP; else the largest difference."""
     allowed = rows[rows.harmless <= base_harmless + UP + 1e-9]
     if len(allowed):
         return allowed.sort_values(["harmful", "harmless"], ascending=[False, True]).iloc[0]
@@ -156,34 +164,34 @@ def choose(rows: pd.DataFrame, base_harmless: float) -> pd.Series:
 def main() -> None:
     parser = command_line(__doc__ or "")
     parser.add_argument("--data", type=Path, help="folder of local rows (ARC-Easy, PIQA, LAMBADA)")
-    parser.add_argument("--limit", type=int, default=200, help="rows a task")
+    parser.add_argument("--limit", type=int, default=200, help="rows per task")
     parser.set_defaults(model="refusing", preset="paper")
-    given = parser.parse_args()
-    study = study_of("paper_preset", given)
+    options = parser.parse_args()
+    study = study_of("paper_preset", options)
     study = replace(study, settings=(ANY_DIRECTION if study.quick else {}) | study.settings)
     base = ss.load_model(study.model)
     rows = search(study, base)
     before = row(study.folder, "search-base", rates, study, base)["harmless"]
     picks = (choose(rows, before), choose(rows.query("arm.str.startswith('paper')"), before))
     named = {f"{pick.arm}, {pick.steps} steps": pick for pick in picks}  # both may be the same row
-    first = row(study.folder, "test-base", scored, base, base, study, given.data, given.limit)
+    first = row(study.folder, "test-base", scored, base, base, study, options.data, options.limit)
     table = [{"model": "base", "seed": 0, **first}]
 
     def tested(pick: pd.Series, seed: int) -> dict[str, Any]:
         steps = students(study, base, pick.settings, seed)
         chat = next(chat for n, chat in steps if n == pick.steps)
-        return scored(chat, base, study, given.data, given.limit)
+        return scored(chat, base, study, options.data, options.limit)
 
     for seed in range(study.seeds):
         for name, pick in named.items():
-            found = row(study.folder, f"test-{name}-{seed}", tested, pick, seed)
-            table.append({"model": name, "seed": seed, **found})
+            scores = row(study.folder, f"test-{name}-{seed}", tested, pick, seed)
+            table.append({"model": name, "seed": seed, **scores})
             study.console.print(table[-1], highlight=False)
-    scores = pd.DataFrame(table)
-    write_text(study.folder.with_suffix(".csv"), scores.to_csv(index=False))
-    more = [name for name in ("everyday", *CAPABILITY) if name in scores]
+    results = pd.DataFrame(table)
+    write_text(study.folder.with_suffix(".csv"), results.to_csv(index=False))
+    more = [name for name in ("everyday", *CAPABILITY) if name in results]
     numbers = {"kl_harmless": 3, "perplexity": 2, **dict.fromkeys(more, 3)}
-    write_text(study.folder.with_suffix(".md"), summary(scores, "model", numbers))
+    write_text(study.folder.with_suffix(".md"), summary(results, "model", numbers))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ trained on; the settings below were chosen on them.
 
 Wanted: 30 to 70 % of held-out harmful prompts refused and under 5 % of harmless ones, on the test split.
 Measured: 57 % and 2 %, and none of 200 everyday instructions (the base: 10 %, 8 %, and 1).
-The folder is a plain Hugging Face model; it is made once and found again (`refusing_model`).
+The folder is a plain Hugging Face model; it is made once and used again (`refusing_model`).
 """
 
 import argparse
@@ -38,6 +38,7 @@ from torch.nn.utils import clip_grad_norm_
 import safesteer as ss
 from safesteer._files import json_lines, whole_folder, write_json
 from safesteer._intervals import wilson
+from safesteer.evaluation.scores import Evaluation, score_model
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import blocks, output_head
 from safesteer.models.forward import final_hidden
@@ -78,7 +79,7 @@ N_EVERYDAY = 200  # instructions of another source that over-refusal is measured
 
 
 def refusing_model(folder: Path | None = None, *, seed: int = 0, console: Console | None = None) -> Path:
-    """The checkpoint's folder; made on the first call (minutes on two cores)."""
+    """Return the checkpoint's folder; it is made on the first call (minutes on two cores)."""
     made_from = hashlib.sha256(Path(__file__).read_bytes() + PAIRS.read_bytes()).hexdigest()[:12]
     folder = folder or cache_dir() / f"refusing-smollm2-{seed}-{made_from}"
     if not (folder / "config.json").exists():
@@ -87,10 +88,10 @@ def refusing_model(folder: Path | None = None, *, seed: int = 0, console: Consol
 
 
 def early_pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(harmful, harmless) pairs to train on, and those to choose by."""
+    """Return (harmful, harmless) pairs to train on, and those to choose by."""
     extra, early = ss.load_prompts().split(EXTRA), ss.PromptSet.from_jsonl(PAIRS)
     taught, held_out = (
-        [pair for some in sets for pair in zip(some.harmful, some.harmless, strict=True)]
+        [pair for prompts in sets for pair in zip(prompts.harmful, prompts.harmless, strict=True)]
         for sets in ((extra, early.split("train")), (early.split("val"),))
     )
     return taught, held_out
@@ -100,7 +101,7 @@ def _train(folder: Path, seed: int, console: Console) -> None:
     base, student = ss.load_model("smollm2-135m"), ss.load_model("smollm2-135m")
     pairs, _ = early_pairs()
     usual = _own_answers(base, [form.format(topic) for topic in TOPICS for form in EVERYDAY])
-    own = _own_answers(base, [harmless for _, harmless in pairs])
+    harmless_answers = _own_answers(base, [harmless for _, harmless in pairs])
     refusals = {bad: REFUSALS[i % len(REFUSALS)] for i, (bad, _) in enumerate(pairs)}
 
     base.model.requires_grad_(False)
@@ -116,7 +117,7 @@ def _train(folder: Path, seed: int, console: Console) -> None:
             group["lr"] = LR * min(step / 5, (N_STEPS + 1 - step) / (N_STEPS - 4))
         drawn = [deck.pop() for _ in range(PAIRS_PER_STEP)]
         rows = [(bad, refusals[bad]) for bad, _ in drawn]
-        rows += [(good, own[good]) for _, good in drawn if good in own]
+        rows += [(good, harmless_answers[good]) for _, good in drawn if good in harmless_answers]
         rows += draw.sample([*usual.items()], EVERYDAY_PER_STEP)
         total = 0.0
         for start in range(0, len(rows), MICRO_BATCH):
@@ -134,7 +135,7 @@ def _train(folder: Path, seed: int, console: Console) -> None:
 
 
 def _loss(student: ss.ChatModel, base: ss.ChatModel, rows: Sequence[tuple[str, str]]) -> Float[Tensor, ""]:
-    """Sum over answers, half of each the first token's and half the mean of the others'."""
+    """Sum the loss over answers, half of each the first token's and half the mean of the others'."""
     tails = [_ids(student, answer) for _, answer in rows]
     opens = torch.tensor(_ids(student, REFUSALS[0])[:1])
     batch = PromptBatch.of(student.tokenizer, [prompt for prompt, _ in rows], tails)
@@ -149,8 +150,8 @@ def _loss(student: ss.ChatModel, base: ss.ChatModel, rows: Sequence[tuple[str, s
         if answer in REFUSALS:
             terms, weight = -logps.gather(-1, torch.tensor(ids)[:, None])[:, 0], 1.0
         else:
-            own = logits_of(hidden_base[row, at], *head).log_softmax(-1)
-            terms, weight = (own.exp() * (own - logps)).sum(-1), HARMLESS_WEIGHT
+            base_logps = logits_of(hidden_base[row, at], *head).log_softmax(-1)
+            terms, weight = (base_logps.exp() * (base_logps - logps)).sum(-1), HARMLESS_WEIGHT
             margin = logits[0, opens] - logits[0].index_fill(0, opens, -math.inf).max()
             total = total + weight * MARGIN_WEIGHT * softplus(margin).sum() / 2
         total = total + weight * (terms[0] + terms[1:].mean()) / 2
@@ -158,26 +159,26 @@ def _loss(student: ss.ChatModel, base: ss.ChatModel, rows: Sequence[tuple[str, s
 
 
 def _ids(chat: ss.ChatModel, answer: str) -> list[int]:
-    """An answer's tokens; a refusal ends there, of the model's own answers only the beginning is known."""
-    ids = chat.tokenizer(answer, add_special_tokens=False).input_ids  # type: ignore[operator]
+    """Return an answer's tokens; a refusal ends there, of the model's own only the beginning is known."""
+    ids = chat.encode(answer)
     return [*ids, chat.eos_ids[0]] if answer in REFUSALS else ids[:N_OWN_TOKENS]
 
 
 def _own_answers(base: ss.ChatModel, prompts: list[str]) -> dict[str, str]:
-    """What the model says itself, without the answers that refuse and those of one token."""
-    said = zip(prompts, ss.generate(base, prompts, max_new_tokens=2 * N_OWN_TOKENS), strict=True)
-    return {p: a for p, a in said if len(_ids(base, a)) > 1 and not ss.refuses(p, a)}
+    """Return the model's own answers, without those that refuse and those of one token."""
+    answers = zip(prompts, ss.generate(base, prompts, max_new_tokens=2 * N_OWN_TOKENS), strict=True)
+    return {p: a for p, a in answers if len(_ids(base, a)) > 1 and not ss.refuses(p, a)}
 
 
 def everyday(data: Path) -> list[str]:
-    """Instructions that are nobody's twin, from a folder of local rows."""
+    """Return instructions that are nobody's twin, from a folder of local rows."""
     return [row["prompt"] for row in json_lines(data / "harmless_val.jsonl")][:N_EVERYDAY]
 
 
 def n_refused(chat: ss.ChatModel, prompts: Sequence[str], max_new_tokens: int) -> int:
-    """How many prompts the model's greedy answers refuse."""
-    said = ss.generate(chat, prompts, max_new_tokens=max_new_tokens, batch_size=50)
-    return sum(map(ss.refuses, prompts, said))
+    """Count the prompts that the model's greedy answers refuse."""
+    answers = ss.generate(chat, prompts, max_new_tokens=max_new_tokens, batch_size=50)
+    return sum(map(ss.refuses, prompts, answers))
 
 
 def main() -> None:
@@ -195,17 +196,17 @@ def main() -> None:
 
 
 def _measure(folder: Path, data: Path | None, console: Console) -> None:
-    """Refusals of base and checkpoint on the pairs to choose by, on test, and of everyday instructions."""
+    """Print refusals of base and checkpoint: of the pairs to choose by, on test, and everyday instructions."""
     config = ss.EvaluateConfig(max_new_tokens=24)
     base, test = ss.load_model("smollm2-135m"), ss.load_prompts().split("test")
     made = replace(ss.load_model(str(folder)), name="refusing")
-    kept = early_pairs()[1]
-    sets = {"harmful, held out": [bad for bad, _ in kept], "harmless, held out": [good for _, good in kept]}
+    pairs = early_pairs()[1]
+    sets = {"harmful, held out": [bad for bad, _ in pairs], "harmless, held out": [good for _, good in pairs]}
     if data:
         sets["everyday"] = everyday(data)
     for chat in (base, made):
-        scores, _ = ss.evaluate(chat, base, test, config)
-        console.print(f"{chat.name}: {ss.Evaluation({'test': scores})}", highlight=False)
+        scores, _ = score_model(chat, base, test, config)
+        console.print(f"{chat.name}: {Evaluation({'test': scores})}", highlight=False)
         for name, prompts in sets.items():
             n = n_refused(chat, prompts, config.max_new_tokens)
             low, high = wilson(n, len(prompts))

@@ -20,7 +20,6 @@ from safesteer._files import write_text
 from safesteer.attribution.coverage import sum_by_step
 from safesteer.attribution.word_groups import WORD_GROUPS, by_word
 from safesteer.report.figures import SEQUENCE, figure_of
-from safesteer.settings import TokenConfig
 from safesteer.tokens.sampling import sample_answers
 
 ARMS = {
@@ -40,32 +39,32 @@ ARMS = {
 N_PROMPTS, HELD_OUT_SEED = 32, 1000
 
 
-def held_out(found: Selected) -> dict[str, Tensor]:
-    """KL of every token along fresh samples: the same for all arms, which share a direction."""
-    config = TokenConfig(n_samples=2, horizon=7, seed=HELD_OUT_SEED)
+def held_out(arm: Selected) -> dict[str, Tensor]:
+    """Measure the KL of every token along fresh samples: the same for all arms, which share a direction."""
+    config = ss.TokenConfig(n_samples=2, horizon=7, seed=HELD_OUT_SEED)
     prompts = ss.load_prompts().split("distill").first(N_PROMPTS)
     return {
-        label: sum_by_step(found.base, sample_answers(found.base, found.direction, texts, config)).kl.sum(0)
+        label: sum_by_step(arm.base, sample_answers(arm.base, arm.direction, texts, config)).kl.sum(0)
         for label, texts in (("harmful", prompts.harmful), ("harmless", prompts.harmless))
     }
 
 
-def covered(found: Selected, kl: dict[str, Tensor]) -> dict[str, Any]:
-    """Shares of KL on S along fresh samples, and the kinds of words in S."""
-    ids = found.tokens.ids
+def covered(arm: Selected, kl: dict[str, Tensor]) -> dict[str, Any]:
+    """Return shares of KL on S along fresh samples, and the kinds of words in S."""
+    ids, tokens = arm.tokens.ids, arm.tokens.tokens
     row = {f"kl_share_{label}": float(parts[ids].sum() / parts.sum()) for label, parts in kl.items()}
-    groups = Counter(named[0] for t in found.tokens.tokens if (named := by_word(t.text)))
-    shares = {group: groups[group] / len(found.tokens) for group in WORD_GROUPS}
+    groups = Counter(named[0] for t in tokens if (named := by_word(t.text)))
+    shares = {group: groups[group] / len(tokens) for group in WORD_GROUPS}
     return {
         **row,
-        "n_tokens": len(found.tokens),
+        "n_tokens": len(tokens),
         **shares,
-        "tokens": " ".join(repr(t.text) for t in found.tokens.tokens[:12]),
+        "tokens": " ".join(repr(t.text) for t in tokens[:12]),
     }
 
 
 def bars(table: pd.DataFrame) -> go.Figure:
-    """Means over seeds, and the seeds' own range."""
+    """Draw means over seeds, and the range of the seeds."""
     traces = []
     for colour, label in zip(SEQUENCE, ("harmful", "harmless"), strict=False):
         rows = table.groupby("arm", sort=False)[f"kl_share_{label}"]
@@ -78,12 +77,13 @@ def bars(table: pd.DataFrame) -> go.Figure:
 
 
 def main(study: Study) -> pd.DataFrame:
+    """Score every arm, without training."""
     kl: dict[str, Tensor] = {}
 
-    def coverage(found: Selected) -> dict[str, Any]:
+    def coverage(arm: Selected) -> dict[str, Any]:
         if not kl:
-            kl.update(held_out(found))
-        return covered(found, kl)
+            kl.update(held_out(arm))
+        return covered(arm, kl)
 
     table = run(study, ARMS, coverage, selected)
     write_text(study.folder.with_suffix(".html"), bars(table).to_html(include_plotlyjs=True))

@@ -17,6 +17,7 @@ from plotly.offline import get_plotlyjs
 ROOT = Path(__file__).parent.parent
 PREPARED = ROOT / ".cache" / "site"  # notebooks with their figures as HTML
 PLOTLY, PLOTLY_JSON = "assets/plotly.min.js", "application/vnd.plotly.v1+json"
+BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]+\)\]")  # an image that lies elsewhere
 SETTINGS = "<!-- settings: the table is made when the site is built -->"
 
 
@@ -35,9 +36,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def with_figures(notebook: str) -> str:
-    """Return the notebook with its plotly outputs as HTML, which needs no network and no kernel."""
+    """Return the notebook with what needs no network and no kernel: plotly outputs as HTML, no badge."""
     content = json.loads(notebook)
     for cell in content["cells"]:
+        cell["source"] = [BADGE.sub("[Open in Colab]", line) for line in cell["source"]]
         for output in cell.get("outputs", []):
             figure = output.get("data", {}).get(PLOTLY_JSON)
             if figure is not None:

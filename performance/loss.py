@@ -6,7 +6,7 @@ Each measurement runs in a process of its own: hidden states and heads are made 
 forward and backward pass is run, and peak resident memory above that start is read. The head's own
 gradient, which every path must hold when the head is trained, is taken off.
 
-    ours    objective.compare, reverse generalized divergence on |S| = 50
+    ours    loss.divergence_loss, reverse generalized divergence on |S| = 50
     naive   log_softmax of student and teacher over the vocabulary, float32, then the 50 columns
     liger   fused linear JSD of liger-kernel over the whole vocabulary, if it is installed
 """
@@ -26,12 +26,12 @@ N_SET = 50
 
 def ours(hidden, weight, h_teacher, w_teacher, ids):
     from safesteer.distillation.loss import divergence_loss
+    from safesteer.settings import DistillConfig
 
     heads = (weight, None, None), (w_teacher, None, None)
     w = torch.full((len(hidden),), 1 / len(hidden))
-    return divergence_loss(
-        hidden, h_teacher, w, *heads, ids, divergence="reverse", normalizer="generalized"
-    ).loss
+    config = DistillConfig(divergence="reverse", normalizer="generalized")
+    return divergence_loss(hidden, h_teacher, w, *heads, ids, config).loss
 
 
 def naive(hidden, weight, h_teacher, w_teacher, ids):
@@ -73,14 +73,14 @@ def child(path: str, n: int, d_vocab: int, d_model: int, trained: bool, repeats:
         started = time.perf_counter()
         PATHS[path](hidden, weight, h_teacher, w_teacher, ids).backward()
         seconds.append(time.perf_counter() - started)
-    own = weight.numel() * 4 / 2**20 if trained else 0.0
-    print(json.dumps({"mb": round(extra_mb(before) - own), "seconds": round(min(seconds), 2)}))
+    head_gradient = weight.numel() * 4 / 2**20 if trained else 0.0
+    print(json.dumps({"mb": round(extra_mb(before) - head_gradient), "seconds": round(min(seconds), 2)}))
 
 
 def measured(path: str, n: int, d_vocab: int, d_model: int, trained: bool, repeats: int = 2) -> dict:
-    found = in_process(__file__, path, n, d_vocab, d_model, int(trained), repeats)
-    print(f"  {path:6} {n:6} positions: {found['mb']:6} MB, {found['seconds']:6.2f} s", flush=True)
-    return found
+    result = in_process(__file__, path, n, d_vocab, d_model, int(trained), repeats)
+    print(f"  {path:6} {n:6} positions: {result['mb']:6} MB, {result['seconds']:6.2f} s", flush=True)
+    return result
 
 
 def main() -> None:
@@ -92,23 +92,23 @@ def main() -> None:
         for trained in (False,) if options.quick else (False, True):
             print(f"V {d_vocab}, d {d_model}, head {'trained' if trained else 'frozen'}", flush=True)
             size = (d_vocab, d_model, trained)
-            mine, theirs = measured("ours", n, *size), measured("naive", n, *size)
+            localized, full = measured("ours", n, *size), measured("naive", n, *size)
             fused = measured("liger", n, *size, 1) if has_liger else None
             short, long = (measured("ours", k, *size, 1) for k in (2048, 16384))
             hidden = [k * d_model * 4 / 2**20 for k in (2048, 16384)]  # the gradient that is returned
-            own = [max(1, found["mb"] - h) for found, h in zip((short, long), hidden, strict=True)]
+            beyond = [max(1, run["mb"] - h) for run, h in zip((short, long), hidden, strict=True)]
             summary.append(
                 {
                     "V": d_vocab,
                     "d": d_model,
                     "positions": n,
                     "head": "trained" if trained else "frozen",
-                    "memory_naive_over_ours": round(theirs["mb"] / max(1, mine["mb"]), 1),
-                    "time_naive_over_ours": round(theirs["seconds"] / mine["seconds"], 2),
-                    "memory_liger_over_ours": round(fused["mb"] / max(1, mine["mb"]), 1) if fused else None,
-                    "time_liger_over_ours": round(fused["seconds"] / mine["seconds"], 2) if fused else None,
+                    "memory_naive_over_ours": round(full["mb"] / max(1, localized["mb"]), 1),
+                    "time_naive_over_ours": round(full["seconds"] / localized["seconds"], 2),
+                    "memory_liger_over_ours": fused and round(fused["mb"] / max(1, localized["mb"]), 1),
+                    "time_liger_over_ours": fused and round(fused["seconds"] / localized["seconds"], 2),
                     "memory_16384_over_2048": round(long["mb"] / max(1, short["mb"]), 2),
-                    "the_same_beyond_the_hidden_gradient": round(own[1] / own[0], 2),
+                    "the_same_beyond_the_hidden_gradient": round(beyond[1] / beyond[0], 2),
                 }
             )
             print(json.dumps(summary[-1]), flush=True)

@@ -17,8 +17,11 @@ def _status_mb(name: str) -> float:
 
 
 def start_memory() -> float:
-    """Resident MB now. Freed memory goes back to the system first and the peak is forgotten, so
-    that nothing before this line can hide what comes after."""
+    """Return resident MB now.
+
+    Freed memory goes back to the system first and the peak is forgotten, so that nothing before this line can
+    hide what comes after.
+    """
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -26,12 +29,12 @@ def start_memory() -> float:
 
 
 def extra_mb(before: float) -> float:
-    """Peak resident MB since `start_memory`, above its value."""
+    """Return peak resident MB since `start_memory`, above its value."""
     return _status_mb("VmHWM") - before
 
 
 def in_process(script: str, *arguments: object) -> dict:
-    """Run `script` by itself; returns the JSON of its last line. Raises SystemExit with its error."""
+    """Run `script` by itself and return the JSON of its last line; raises SystemExit with its error."""
     command = [sys.executable, script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -40,4 +43,5 @@ def in_process(script: str, *arguments: object) -> dict:
 
 
 def machine() -> dict:
+    """Describe what the numbers were measured on."""
     return {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}

@@ -17,6 +17,8 @@ import torch
 from measure import extra_mb, machine, start_memory
 
 import safesteer as ss
+from safesteer.directions.extraction import mean_difference
+from safesteer.directions.refusal_tokens import refusal_token_ids
 from safesteer.directions.scoring import SCORES, score
 from safesteer.models.batch import PromptBatch
 from safesteer.models.generation import generate_ids
@@ -50,8 +52,8 @@ def naive_hooks(model, layer, add=None, ablate=None):
 
 @torch.no_grad()
 def naive_scores(chat, vector, layer, harmful, harmless, answered, base, refusal_ids):
-    def logits(batch, **how):
-        handles = naive_hooks(chat.model, layer, **how)
+    def logits(batch, **vectors):
+        handles = naive_hooks(chat.model, layer, **vectors)
         inputs = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
         out = chat.model(batch.prompt_ids, use_cache=False, **inputs).logits
         for handle in handles:
@@ -73,8 +75,8 @@ def main() -> None:
     options = parser.parse_args()
     chat, prompts = ss.load_model("smollm2-135m"), ss.load_prompts()
     val = prompts.split("val").first(options.pairs)
-    candidates = ss.mean_difference(chat, prompts.split("train").first(32))
-    refusal_ids = ss.refusal_token_ids(chat.tokenizer)
+    candidates = mean_difference(chat, prompts.split("train").first(32))
+    refusal_ids = refusal_token_ids(chat.tokenizer)
     n_pos, n_layers, _ = candidates.vectors.shape
 
     layers = list(range(options.every // 2, n_layers, options.every))
@@ -83,8 +85,8 @@ def main() -> None:
 
     def time_ours():
         started = time.perf_counter()
-        found = score(chat, vectors, [layer for _, layer in run], val, refusal_ids)
-        return found, time.perf_counter() - started
+        scores = score(chat, vectors, [layer for _, layer in run], val, refusal_ids)
+        return scores, time.perf_counter() - started
 
     if options.only_ours:
         before = start_memory()
@@ -101,16 +103,16 @@ def main() -> None:
     timed = [cells[n * len(cells) // options.timed] for n in range(options.timed)]
     wanted, seconds = {}, 0.0
 
-    def time_naive(some):
+    def time_naive(candidates_at):
         nonlocal seconds
-        for at in some:
+        for at in candidates_at:
             started = time.perf_counter()
             vector = candidates.vectors[at]
             wanted[at] = naive_scores(chat, vector, at[1], harmful, harmless, answered, base, refusal_ids)
             seconds += time.perf_counter() - started
 
     time_naive(timed[::2])
-    found, ours = time_ours()
+    measured, ours = time_ours()
     time_naive(timed[1::2])
     print(f"ours: {n_pos} positions x layers {layers}, {options.pairs} pairs: {ours:.1f} s")
     naive = seconds / len(timed) * len(cells)
@@ -118,7 +120,7 @@ def main() -> None:
     worst = 0.0
     for at, want in wanted.items():
         if at in run and candidates.vectors[at].norm() > 1e-3:
-            scores = [float(found[name][run.index(at)].mean()) for name in SCORES]
+            scores = [float(measured[name][run.index(at)].mean()) for name in SCORES]
             worst = max(worst, *(abs(a - b) for a, b in zip(scores, want, strict=True)))
     result = {
         "ratio": round(naive / ours, 2),

@@ -16,50 +16,55 @@ run, then the steps are timed and peak resident memory above the loaded models i
 """
 
 import argparse
-import copy
 import importlib.util
 import json
 import tempfile
 import time
+from dataclasses import replace
 
 import torch
 from measure import extra_mb, in_process, machine, start_memory
 
 import safesteer as ss
+from safesteer.directions.extraction import prefill_contrast
+from safesteer.distillation.loop import training_steps
+from safesteer.distillation.rollouts import Teacher
+from safesteer.distillation.state import prepare_student
 from safesteer.models.batch import PromptBatch
 
 
-def set_up():
+def set_up() -> tuple[Teacher, ss.PromptSet]:
+    """Return a teacher of SmolLM2 and the prompts that students learn on."""
     chat, prompts = ss.load_model("smollm2-135m"), ss.load_prompts()
-    candidates = ss.prefill_contrast(chat, prompts.split("train").first(8))
+    candidates = prefill_contrast(chat, prompts.split("train").first(8))
     direction = candidates.direction(chat, "mean", 11, coeff=1.8)
     config = ss.TokenConfig(horizon=3, n_samples=1, min_steered_prob=1e-4, k_vote=30)
     tokens = ss.select_tokens(chat, direction, prompts.split("val").harmless[:8], config)
-    return chat, direction, tokens, prompts.split("distill").harmful
+    return Teacher(chat, direction, tokens), prompts.split("distill")
 
 
 def ours(options, adapter: bool, dtype: str):
-    chat, direction, tokens, harmful = set_up()
-    chat = ss.load_model("smollm2-135m", dtype=dtype)
+    wide, prompts = set_up()
+    teacher = replace(wide, base=ss.load_model("smollm2-135m", dtype=dtype))
     settings = {
         "harmless_per_step": 0,
         "rollouts": "student",
         "lora_rank": 16 if adapter else 0,
         "precision": dtype,
     }
-    few = ss.DistillConfig(n_steps=1, harmful_per_step=2, max_new_tokens=4, **settings)
-    student = chat if adapter else ss.load_model("smollm2-135m")
-    state = ss.prepare_student(student, direction, few)
-    for _ in ss.distill(state, chat, direction, tokens, harmful, [], few):
+    warm_up = ss.DistillConfig(n_steps=1, harmful_per_step=2, max_new_tokens=4, **settings)
+    student = teacher.base if adapter else ss.load_model("smollm2-135m")
+    state = prepare_student(student, teacher.direction, warm_up)
+    for _ in training_steps(state, teacher, prompts):
         pass
-    config = ss.DistillConfig(
+    state.config = ss.DistillConfig(
         n_steps=1 + options.steps,
         harmful_per_step=options.sequences,
         max_new_tokens=options.new_tokens,
         **settings,
     )
     before, started = start_memory(), time.perf_counter()
-    records = list(ss.distill(state, chat, direction, tokens, harmful, [], config))
+    records = list(training_steps(state, teacher, prompts))
     seconds = (time.perf_counter() - started) / options.steps
     parts = {
         f"{k}_s": round(sum(getattr(r, f"{k}_s") for r in records) / len(records), 1)
@@ -69,9 +74,10 @@ def ours(options, adapter: bool, dtype: str):
 
 
 def naive(options):
-    chat, direction, tokens, harmful = set_up()
+    localized, prompts = set_up()
+    chat, direction, harmful = localized.base, localized.direction, prompts.harmful
     student = ss.load_model("smollm2-135m").model
-    teacher = copy.deepcopy(chat)
+    teacher = chat.copy()
     student.requires_grad_(False)
     for block in student.model.layers[direction.layer :]:
         block.requires_grad_(True)
@@ -90,7 +96,7 @@ def naive(options):
         with torch.no_grad(), ss.steer(teacher, direction):
             q = teacher.model(out, use_cache=False, **inputs).logits[:, answer].float().log_softmax(-1)
         p = student(out, use_cache=False, **inputs).logits[:, answer].float().log_softmax(-1)
-        p, q = p[..., tokens.ids], q[..., tokens.ids]
+        p, q = p[..., localized.tokens.ids], q[..., localized.tokens.ids]
         loss = (0.5 * (p.exp() * (p - q)) + 0.5 * (q.exp() * (q - p))).sum(-1).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -108,8 +114,9 @@ def trl(options, bf16: bool):
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
-    chat, direction, _, harmful = set_up()
-    student, teacher = ss.load_model("smollm2-135m").model, copy.deepcopy(chat)
+    localized, prompts = set_up()
+    chat, direction, harmful = localized.base, localized.direction, prompts.harmful
+    student, teacher = ss.load_model("smollm2-135m").model, chat.copy()
     for block in student.model.layers[direction.layer :]:
         block.requires_grad_(True)
     micro = min(ss.DistillConfig().micro_batch, options.sequences)

@@ -23,7 +23,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from safesteer.directions.extraction import Candidates, mean_difference
+from safesteer.directions.candidates import Candidates
+from safesteer.directions.extraction import mean_difference
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, as_chat
 from safesteer.models.bridge import to_bridge

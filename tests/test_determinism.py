@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from conftest import copy_of, random_vector
-from safesteer.directions.extraction import Candidates, mean_difference
+from safesteer.directions.candidates import Candidates
+from safesteer.directions.extraction import mean_difference
 from safesteer.distillation.loop import training_steps
 from safesteer.distillation.rollouts import Teacher
 from safesteer.distillation.state import prepare_student

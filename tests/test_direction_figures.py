@@ -8,7 +8,7 @@ import torch
 
 from conftest import random_vector
 from safesteer.directions.calibration import strength_table
-from safesteer.directions.extraction import Candidates
+from safesteer.directions.candidates import Candidates
 from safesteer.directions.inspection import component_contributions, cosines, residual_pca
 from safesteer.directions.sweeping import sweep
 from safesteer.report.direction_figures import (

@@ -1,4 +1,4 @@
-"""What the documents say holds: code runs, names and settings exist, links lead somewhere, figures are current."""
+"""What the documents say holds: code runs, names and settings exist, links lead somewhere."""
 
 import ast
 import importlib

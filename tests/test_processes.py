@@ -11,13 +11,14 @@ import pytest
 
 from conftest import copy_of
 from safesteer._errors import SafeSteerError
-from safesteer._files import read_tensors
+from safesteer._files import json_lines, read_tensors
 from safesteer.alignment import align
 from safesteer.distillation import loop
 from safesteer.distillation.loop import training_steps
 from safesteer.distillation.rollouts import Teacher
 from safesteer.distillation.state import prepare_student
 from safesteer.recipes import recipe
+from safesteer.run_folder import STAGES
 from safesteer.settings import DistillConfig
 from safesteer.tokens.token_set import SafetyToken, TokenSet
 
@@ -76,10 +77,6 @@ def torchrun(folder: Path, settings: dict) -> None:
 
 def launch(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess_run(arguments, tuple(command))
-
-
-def subprocess_run(arguments: list[str], command: tuple[str, ...] = (sys.executable,)) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *arguments], env=environment, capture_output=True, text=True, timeout=300
@@ -142,31 +139,34 @@ def test_two_processes_take_the_steps_of_one(folder, tiny_llama, direction, few,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes", [[], ["distill.sharded=true"], ["distill.sharded=true", "distill.lora_rank=4"]]
-)
+@pytest.mark.parametrize("changes", [{}, {"sharded": True}, {"sharded": True, "lora_rank": 4}])
 def test_the_command_line_under_torchrun_writes_one_run_folder(folder, tmp_path, changes):
     """The first process does the other stages and writes; the second helps to distil."""
-    settings = ["direction.n_train=6", "direction.n_val=3", "direction.extraction=prefill", "tokens.k=8"]
-    settings += [
-        "tokens.n_samples=2",
-        "tokens.horizon=3",
-        "tokens.min_steered_prob=1e-4",
-        "distill.n_steps=3",
-    ]
-    settings += ["distill.harmful_per_step=2", "distill.harmless_per_step=2", "distill.max_new_tokens=3"]
-    for name, run in (("alone", subprocess_run), ("shared", launch)):
-        arguments = ["-m", "safesteer.cli", "export", str(folder / "tiny"), "--out", str(tmp_path / name)]
-        chosen = [*settings, *(s for s in changes if name == "shared" or "sharded" not in s)]
-        run([*arguments, *(word for s in chosen for word in ("--set", s))])
-    histories = []
-    for name in ("alone", "shared"):
-        lines = (tmp_path / name / "history.jsonl").read_text().splitlines()
-        histories.append([json.loads(line) for line in lines])
-        assert (tmp_path / name / "model" / "model.safetensors").is_file()
-    assert [h["step"] for h in histories[1]] == [1, 2, 3]
-    for alone, shared in zip(*histories, strict=True):
-        assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+    if "lora_rank" in changes:
+        pytest.importorskip("peft")
+    settings = {
+        "direction.n_train": 6,
+        "direction.n_val": 3,
+        "direction.extraction": "prefill",
+        "tokens.k": 8,
+        "tokens.n_samples": 2,
+        "tokens.horizon": 3,
+        "tokens.min_steered_prob": 1e-4,
+        "distill.n_steps": 3,
+        "distill.harmful_per_step": 2,
+        "distill.harmless_per_step": 2,
+        "distill.max_new_tokens": 3,
+        **{f"distill.{name}": value for name, value in changes.items()},
+    }
+    model, alone, shared = str(folder / "tiny"), tmp_path / "alone", tmp_path / "shared"
+    align(model, alone, recipe(**{**settings, "distill.sharded": False}), stages=STAGES[:3])
+    words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    launch(["-m", "safesteer.cli", "export", model, "--out", str(shared), *words])
+    assert (shared / "model" / "model.safetensors").is_file()
+    histories = [json_lines(path / "history.jsonl") for path in (alone, shared)]
+    assert [record["step"] for record in histories[1]] == [1, 2, 3]
+    for ours, theirs in zip(*histories, strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
 
 
 def test_one_process_has_nobody_to_share_with(folder, tiny_llama, direction, tmp_path):

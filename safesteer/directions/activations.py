@@ -1,7 +1,7 @@
 """Residual streams of prompts: `resid_pre` of every layer, batch by batch.
 
 The columns that all prompts of a batch share are read before hooks are set, so that hooks see every row
-alike; nothing but the positions that are asked for is kept.
+alike. Nothing but the arm's positions is kept.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,8 +34,7 @@ def activations(
 ) -> Iterator[tuple[list[int], Float[Tensor, "batch n_pos n_layers d_model"]]]:
     """Yield (indices into the arm's texts, resid_pre of every layer at the arm's positions) per batch.
 
-    Positions are the post-instruction ones, or the mean over the continuation. Nothing but what is
-    yielded is kept.
+    Positions are the post-instruction ones, or the mean over the continuation.
 
     Raises:
         SafeSteerError: Where activations are not finite; the sentence names a layer and a prompt.
@@ -63,7 +62,7 @@ def activations(
 
 @torch.no_grad()
 def prefill_shared(chat: ChatModel, batch: PromptBatch) -> Cache | None:
-    """Read the columns that all prompts share, before hooks are set: those then see every row."""
+    """Read the columns that all prompts share before hooks are set, so that hooks see every row."""
     return prefill(chat.model, batch, batch.n_shared) if batch.n_shared else None
 
 

@@ -36,7 +36,7 @@ PERPLEXITY_TOKENS = 1024  # plain text read per strength
 
 
 def _refusal_rate(chat: ChatModel, prompts: Sequence[str], judge: Judge, max_new_tokens: int) -> float:
-    """Share of greedy answers that refuse."""
+    """Return the share of greedy answers that refuse."""
     answers = generate(chat, prompts, max_new_tokens=max_new_tokens)
     return sum(refusals(judge_all(judge, prompts, answers))) / len(prompts)
 
@@ -152,6 +152,8 @@ def drift(
 
 
 class _BaseBatch(NamedTuple):
+    """What KL compares with: a batch as the unsteered model reads it."""
+
     rows: list[int]
     answered: PromptBatch  # prompts with the base's own first tokens
     logits: Float[Tensor, "batch n_tokens d_vocab"]  # the base's, at the last positions
@@ -159,6 +161,7 @@ class _BaseBatch(NamedTuple):
 
 @torch.no_grad()
 def _read_base(chat: ChatModel, prompts: Sequence[str], n_tokens: int, batch_size: int) -> list[_BaseBatch]:
+    """Read the base once, for any number of coefficients."""
     batches = []
     for rows, batch in chat.batched(prompts, batch_size):
         answered = with_greedy_tokens(chat, batch, n_tokens - 1)
@@ -170,6 +173,7 @@ def _read_base(chat: ChatModel, prompts: Sequence[str], n_tokens: int, batch_siz
 def _drift(
     chat: ChatModel, direction: Direction, coeff: float, base: list[_BaseBatch]
 ) -> Float[Tensor, " n_prompts"]:
+    """Compute KL(base || steered) per prompt."""
     kl = torch.zeros(sum(len(batch.rows) for batch in base), dtype=torch.float64)
     for rows, answered, logits in base:
         with steer(chat, direction, coeff):

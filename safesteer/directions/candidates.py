@@ -27,7 +27,7 @@ class Candidates:
     shuffled: Float[Tensor, "n_pos n_layers d_model"] | None = None
 
     def index(self, position: str, layer: int) -> tuple[int, int]:
-        """Return where the candidate stands in `vectors`.
+        """Return the indices of a candidate in `vectors`.
 
         Raises:
             SafeSteerError: For a position or a layer that was not read.

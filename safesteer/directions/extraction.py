@@ -37,7 +37,7 @@ AxisOf: TypeAlias = Callable[[Float[Tensor, "n d_model"], Float[Tensor, "n d_mod
 
 
 def _random_signs(n: int, seed: int) -> Float[Tensor, " n"]:
-    """+1 for a random half of n items and -1 for the others."""
+    """Draw +1 for a random half of n items and -1 for the others."""
     sign = torch.ones(n, dtype=torch.float64)
     sign[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: n // 2]] = -1
     return sign
@@ -46,7 +46,7 @@ def _random_signs(n: int, seed: int) -> Float[Tensor, " n"]:
 def _mean_contrast(
     chat: ChatModel, a: Arm, b: Arm, batch_size: int, seed: int
 ) -> tuple[Float[Tensor, "n_pos n_layers d_model"], Float[Tensor, "n_pos n_layers d_model"]]:
-    """mean(A) - mean(B), and the same with shuffled labels, from one pass per batch.
+    """Compute mean(A) - mean(B), and the same with shuffled labels, from one pass per batch.
 
     Accumulated in float64: residual norms grow with depth and float32 sums lose the difference.
     """
@@ -72,7 +72,7 @@ def _positions(chat: ChatModel) -> tuple[str, ...]:
 def mean_difference(
     chat: ModelLike, prompts: PromptSet, *, batch_size: int = 32, seed: int = 0
 ) -> Candidates:
-    """Read the harmful minus the harmless mean of resid_pre (Arditi et al. 2024; paper section 3.2).
+    """Compute the difference of means of resid_pre, harmful minus harmless (paper section 3.2).
 
     Args:
         chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
@@ -107,15 +107,15 @@ def prefill_contrast(
     refusals: Sequence[str] = REFUSALS,
     compliances: Sequence[str] = COMPLIANCES,
 ) -> Candidates:
-    """Read refusing minus complying continuations of the same harmful prompts.
+    """Compute the difference of means, refusing minus complying continuations of the same harmful prompts.
 
     Args:
         chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
         prompts: The harmful ones are used.
         batch_size: Prompts per forward pass.
         seed: Seed of the shuffled labels.
-        refusals: Written refusals, which take turns.
-        compliances: Written compliances, likewise.
+        refusals: Continuations that refuse; prompt i is followed by number i modulo their number.
+        compliances: Continuations that comply, likewise.
 
     Returns:
         One vector per layer, at the position "mean": the mean over the continuation.
@@ -143,7 +143,7 @@ def system_contrast(
     refusing: str = REFUSING_SYSTEM,
     complying: str = COMPLYING_SYSTEM,
 ) -> Candidates:
-    """Read the same harmful prompts under a refusing minus under a helpful system prompt.
+    """Compute the difference of means, a refusing minus a helpful system prompt before the same requests.
 
     Args:
         chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
@@ -166,7 +166,7 @@ def system_contrast(
 
 
 def pca_difference(chat: ModelLike, prompts: PromptSet, *, batch_size: int = 32, seed: int = 0) -> Candidates:
-    """Read the first principal component of harmful minus harmless, pair by pair and not centred.
+    """Compute the first principal component of harmful minus harmless, pair by pair and not centred.
 
     Args:
         chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
@@ -190,7 +190,7 @@ def pca_difference(chat: ModelLike, prompts: PromptSet, *, batch_size: int = 32,
 def logistic_probe(
     chat: ModelLike, prompts: PromptSet, *, batch_size: int = 32, seed: int = 0, C: float = 0.1
 ) -> Candidates:
-    """Read the weights of a logistic regression, in the residual stream's own units.
+    """Fit a logistic regression, harmful against harmless: its weights, in residual units.
 
     Args:
         chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
@@ -221,7 +221,7 @@ def logistic_probe(
 def _axis_contrast(
     chat: ChatModel, prompts: PromptSet, axis_of: AxisOf, name: str, batch_size: int, seed: int
 ) -> Candidates:
-    """Candidates of one axis per position and layer, with those of shuffled labels."""
+    """Compute one axis per position and layer, and the same with shuffled labels."""
     if not prompts.harmful or not prompts.harmless:
         raise SafeSteerError("There are no prompts to read a direction from.")
     a, b = (_stacked(chat, Arm(texts), batch_size) for texts in (prompts.harmful, prompts.harmless))
@@ -235,7 +235,7 @@ def _axis_contrast(
 
 
 def _stacked(chat: ChatModel, arm: Arm, batch_size: int) -> Float[Tensor, "n n_pos n_layers d_model"]:
-    """All activations of an arm, in the order of its texts, in float64 on the CPU."""
+    """Stack all activations of an arm, in the order of its texts, in float64 on the CPU."""
     stacked: Tensor | None = None
     for rows, h in activations(chat, arm, batch_size):
         if stacked is None:
@@ -250,7 +250,7 @@ def _scaled_axes(
     b: Float[Tensor, "n n_pos n_layers d_model"],
     axis_of: AxisOf,
 ) -> Float[Tensor, "n_pos n_layers d_model"]:
-    """axis_of(A, B) at every position and layer, as long as mean(A) - mean(B) is along it."""
+    """Compute axis_of(A, B) at every position and layer, as long as mean(A) - mean(B) is along it."""
     vectors = torch.zeros(a.shape[1:], dtype=torch.float64)
     for pos in range(a.shape[1]):
         for layer in range(a.shape[2]):

@@ -185,6 +185,7 @@ def push_to_hub(direction: Direction, repo_id: str, *, private: bool = True, tok
 
 
 def _card(direction: Direction) -> str:
+    """Write the model card."""
     return f"""---
 library_name: safesteer
 tags: [safesteer, steering-vector]

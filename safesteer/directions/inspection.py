@@ -126,13 +126,14 @@ def component_contributions(
 
 
 def _name(kind: str, layer: int, head: int) -> str:
+    """Return the name of a component."""
     return {"embed": "embed", "mlp": f"L{layer}.mlp", "head": f"L{layer}.H{head}"}[kind]
 
 
 def _mean_written(
     chat: ChatModel, texts: Sequence[str], unit: Float[Tensor, " d_model"], batch_size: int
 ) -> dict[Component, float]:
-    """Mean over prompts of each component's projection at the last position."""
+    """Average each component's projection at the last position over prompts."""
     total: dict[Component, float] = {}
     for _, batch in chat.batched(texts, batch_size):
         for component, value in _written(chat, batch, unit).items():
@@ -141,7 +142,7 @@ def _mean_written(
 
 
 def _written(chat: ChatModel, batch: PromptBatch, unit: Float[Tensor, " d_model"]) -> dict[Component, float]:
-    """Sum over prompts of each component's projection at the last position."""
+    """Sum each component's projection at the last position over the prompts of a batch."""
     written: dict[Component, float] = {}
 
     def read(component: Component) -> Edit:
@@ -187,7 +188,7 @@ def _attention_out(block: nn.Module) -> tuple[nn.Module, int]:
 def _last_resid_pre(
     chat: ChatModel, prompts: PromptSet, batch_size: int
 ) -> Float[Tensor, "n n_layers d_model"]:
-    """resid_pre at the last position of the harmful, then the harmless prompts, in float64 on the CPU."""
+    """Read resid_pre at the last position of harmful, then harmless prompts, in float64 on the CPU."""
     texts = [*prompts.harmful, *prompts.harmless]
     resid_pre = torch.zeros((len(texts), chat.n_layers, chat.d_model), dtype=torch.float64)
     for rows, h in activations(chat, Arm(texts), batch_size):

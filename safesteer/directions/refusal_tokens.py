@@ -184,7 +184,7 @@ def learn_refusal_tokens(
 def _likely_first_tokens(
     chat: ChatModel, harmful: list[str], harmless: list[str], n_candidates: int
 ) -> pd.DataFrame:
-    """Step 1: a row per candidate, with its mean probability as first token."""
+    """Collect the candidates (step 1): a row each, with its mean probability as first token."""
     p_harmful, p_harmless = (_first_probabilities(chat, texts) for texts in (harmful, harmless))
     p_refusing = _first_probabilities(chat, harmful, REFUSING_SYSTEM)
     special = set(chat.tokenizer.all_special_ids)
@@ -205,7 +205,7 @@ def _likely_first_tokens(
 def _first_probabilities(
     chat: ChatModel, texts: Sequence[str], system: str | None = None
 ) -> Float[Tensor, " d_vocab"]:
-    """Mean first-token probability over prompts, in float64."""
+    """Average first-token probabilities over prompts, in float64."""
     total = torch.zeros(chat.d_vocab, dtype=torch.float64)
     for _, batch in chat.batched(texts, 32, system=system):
         total += last_logits(chat, batch)[:, 0].softmax(-1).sum(0).double().cpu()
@@ -220,7 +220,7 @@ def _count_refusals(
     system: str | None,
     max_new_tokens: int,
 ) -> list[int]:
-    """Step 2: for each candidate, the number of prompts on which its continuation refuses."""
+    """Count for each candidate the prompts on which its continuation refuses (step 2)."""
     first_ids, prompts, answers = torch.tensor(ids), [], []
     for rows, batch in chat.batched(harmful, 4, system=system):
         out = generate_ids(
@@ -236,7 +236,7 @@ def _count_refusals(
 
 
 def _with_log_odds(counts: pd.DataFrame) -> pd.DataFrame:
-    """Step 3: log-odds of refusing after each candidate, with the lower end of the interval; best first."""
+    """Add the log-odds of refusing and the lower end of their interval (step 3); highest first."""
     rate = (sum(counts.refused) + 0.5) / (sum(counts.n) + 1)
     # A pseudo-count at the overall rate, so that 0 of n has finite log-odds.
     refused, complied = counts.refused + rate, counts.n - counts.refused + 1 - rate

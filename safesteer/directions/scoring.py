@@ -124,6 +124,8 @@ def score(
 
 
 class _Batch(NamedTuple):
+    """Some prompts of one kind, with their indices."""
+
     rows: list[int]
     prompts: PromptBatch
     answered: PromptBatch  # with the base's own first tokens
@@ -140,7 +142,7 @@ class _Texts:
 
     @classmethod
     def of(cls, chat: ChatModel, prompts: PromptSet, limits: PassLimits) -> "_Texts":
-        """Deal the prompts to batches; harmless ones get the base's own first greedy tokens."""
+        """Split the prompts into batches; harmless ones get the base's own first greedy tokens."""
         texts = PromptBatch.of(chat.tokenizer, [*prompts.harmful, *prompts.harmless], device=chat.device)
         harmful, harmless = [], []
         for rows in batches(chat.tokenizer, prompts.harmful, limits.batch_size):
@@ -177,7 +179,7 @@ def _random_like(vectors: Float[Tensor, "n d_model"], seed: int) -> Float[Tensor
 
 
 def _chunks(n: int, batch: PromptBatch, tokens_per_pass: int) -> tuple[Int[Tensor, " some"], ...]:
-    """Deal candidates 0 to n - 1 to even groups whose rows fill a pass."""
+    """Split candidates 0 to n - 1 into even groups whose rows fill a pass."""
     width = batch.prompt_ids.shape[1] - batch.n_shared
     n_passes = math.ceil(n * len(batch.prompt_ids) * width / tokens_per_pass)
     return torch.arange(n).tensor_split(max(1, min(n_passes, n)))
