@@ -196,7 +196,7 @@ def main() -> None:
 
 
 def _measure(folder: Path, data: Path | None, console: Console) -> None:
-    """Print refusals of base and checkpoint: of the pairs to choose by, on test, and everyday instructions."""
+    """Print refusals of base and checkpoint: on test, on the pairs to choose by, and of everyday requests."""
     config = ss.EvaluateConfig(max_new_tokens=24)
     base, test = ss.load_model("smollm2-135m"), ss.load_prompts().split("test")
     made = replace(ss.load_model(str(folder)), name="refusing")

@@ -74,7 +74,7 @@ def settings(name: str) -> Callable[[type[T]], type[T]]:
 
     def decorate(kind: type[T]) -> type[T]:
         config = ConfigDict(extra="forbid", validate_default=True)
-        checked = checked_dataclass(kind, frozen=True, kw_only=True, config=config)
+        checked: Any = checked_dataclass(kind, frozen=True, kw_only=True, config=config)
         initialize = checked.__init__
 
         @wraps(initialize)

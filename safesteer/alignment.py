@@ -13,6 +13,7 @@ skipped where its files are complete, so an interrupted run continues.
 """
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -198,4 +199,6 @@ def _report(run: Run, base: ChatModel) -> list[str]:
     return ["report.html"]
 
 
-_RUN = dict(zip(STAGES, (_direction, _tokens, _distill, _export, _evaluate, _explain, _report), strict=True))
+_RUN: dict[str, Callable[[Run, ChatModel], list[str]]] = dict(
+    zip(STAGES, (_direction, _tokens, _distill, _export, _evaluate, _explain, _report), strict=True)
+)

@@ -176,8 +176,8 @@ def main() -> None:
         if not _is_out_of_memory(error):
             raise
         _fail(
-            "Out of memory. Lower distill.micro_batch, tokens.batch_size or direction.tokens_per_pass, or train an"
-            " adapter (distill.lora_rank); the same command continues from the last checkpoint."
+            "Out of memory. Lower distill.micro_batch, tokens.batch_size or direction.tokens_per_pass, or"
+            " train an adapter (distill.lora_rank); the same command continues from the last checkpoint."
         )
     except OSError as error:
         named = f"{error.filename}: " if error.filename else ""

@@ -115,7 +115,7 @@ class Recipe:
             raise SafeSteerError(f"Cannot read the recipe {path}: {error.strerror}.") from error
         except ValueError as error:
             raise SafeSteerError(f"The recipe {path} is not TOML: {error}.") from error
-        settings = {
+        settings: dict[str, Any] = {
             f"{name}.{key}" if isinstance(value, dict) else name: inner
             for name, value in values.items()
             for key, inner in (value.items() if isinstance(value, dict) else [("", value)])
@@ -142,12 +142,12 @@ def _shown(value: Any) -> str:
 
 
 def quick() -> Recipe:
-    """Settings for under twenty minutes on two CPU cores, for models that refuse and models that do not."""
+    """Build the preset for small machines: it aligns models that refuse and models that do not."""
     return Recipe()
 
 
 def paper() -> Recipe:
-    """The published recipe: partial reverse KL, no anchor, 100 harmful prompts x 8 answers.
+    """Build the published recipe: partial reverse KL, no anchor, 100 harmful prompts x 8 answers.
 
     Learning rate and minimum probability are those for Qwen; the paper uses lr 1e-6 for Llama.
     """
@@ -207,7 +207,7 @@ def recipe(preset: str = "quick", seed: int | str | None = None, **changes: Any)
     if preset not in PRESETS:
         raise SafeSteerError(f"Unknown preset '{preset}': use one of {sorted(PRESETS)}.")
     base = PRESETS[preset]()
-    values = asdict(base) | ({} if seed is None else {"seed": seed})
+    values: dict[str, Any] = asdict(base) | ({} if seed is None else {"seed": seed})
     for key, value in changes.items():
         stage, _, name = key.rpartition(".")
         if key == "preset" or key in SECTIONS or (stage and stage not in SECTIONS):

@@ -26,8 +26,8 @@ from transformers import (
 from safesteer.directions.candidates import Candidates
 from safesteer.directions.extraction import mean_difference
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ChatModel, as_chat
 from safesteer.models.bridge import to_bridge
+from safesteer.models.chat_model import ChatModel, as_chat
 from safesteer.models.loading import load_model
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.steering.direction import Direction

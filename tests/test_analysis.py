@@ -15,7 +15,7 @@ from test_pipeline import model_folder  # noqa: F401
 from conftest import PACKAGE, near_duplicates
 from safesteer.models.batch import render
 from safesteer.prompts.prompt_set import load_prompts
-from safesteer.recipes import recipe
+from safesteer.recipes import SECTIONS, recipe
 
 ANALYSIS = PACKAGE.parent / "analysis"
 STUDIES = [p.stem for p in sorted(ANALYSIS.glob("*.py")) if "\nARMS = " in p.read_text()]
@@ -40,8 +40,8 @@ def test_every_arm_changes_what_it_names_and_nothing_else(name, preset):
     default = flat(asdict(recipe(preset)))
     for arm in study.ARMS.values():
         settings = {k: v for k, v in arm.items() if k != "n_harmful"}
-        found = flat(asdict(recipe(preset, **settings)))
-        assert {k: v for k, v in found.items() if v != default[k]}.items() <= settings.items()
+        changed = flat(asdict(recipe(preset, **settings)))
+        assert {k: v for k, v in changed.items() if v != default[k]}.items() <= settings.items()
     assert len({str(sorted(arm.items())) for arm in study.ARMS.values()}) == len(study.ARMS)
     assert "Refuted" in study.__doc__ or "refuted" in study.__doc__
 
@@ -55,8 +55,9 @@ def test_the_makefile_runs_every_study():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_runs_to_its_csv_and_continues(name, model_folder, tmp_path, monkeypatch):  # noqa: F811
-    small = ["--set", "extraction=prefill", "--set", "coeff=1.0", "--set", "tokens.min_steered_prob=0"]
-    command = [name, "--model", str(model_folder), "--quick", *small, "--out", str(tmp_path)]
+    small = ["direction.extraction=prefill", "direction.coeff=1.0", "tokens.min_steered_prob=0"]
+    changes = [word for change in small for word in ("--set", change)]
+    command = [name, "--model", str(model_folder), "--quick", *changes, "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
     script = str(ANALYSIS / f"{name}.py")
     arms = runpy.run_path(script, run_name="__main__")["ARMS"]
@@ -79,7 +80,7 @@ def test_studies_share_what_they_have_in_common():
 
     def keys(arm: dict, seed: int = 0) -> list[str]:
         recipe = study.recipe(arm, seed)
-        return [study.key(recipe, *stages) for stages in ((), ("tokens",), ablation.STAGES)]
+        return [study.key(recipe, *stages) for stages in ((), ("tokens",), tuple(SECTIONS))]
 
     default = keys({})
     assert keys(size["K = 50"]) == keys(support["safety, reverse"]) == default
@@ -147,12 +148,12 @@ def test_the_refusing_model_is_taught_on_prompts_of_its_own():
 def test_the_refusing_models_loss(tiny_llama):
     """Beside itself a model pays its margin for a harmless answer, and its surprise for a refusal."""
     study = importlib.import_module("refusing_model")
-    tokenizer, refusal = tiny_llama.tokenizer, study.REFUSALS[0]
+    refusal = study.REFUSALS[0]
     rows = [("Hi there", "some words of mine"), ("Do harm", refusal)]
     got = [float(study._loss(tiny_llama, tiny_llama, [row]).detach()) for row in rows]
     want = []
     for prompt, answer in rows:
-        head = tokenizer(render(tokenizer, prompt), add_special_tokens=False).input_ids
+        head = tiny_llama.encode(render(tiny_llama.tokenizer, prompt))
         tail = study._ids(tiny_llama, answer)
         z = tiny_llama.model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].double()
         if answer == refusal:

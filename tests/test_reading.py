@@ -106,7 +106,7 @@ def test_residual_pca_keeps_distances_of_the_plane(tiny_llama, few):
 def test_probes_find_a_planted_difference_and_shuffles_do_not(tiny_llama, pairs):
     prompts = pairs.split("val")
     harmful = set(prompts.harmful)
-    vector, real = 20 * random_vector(32), inspection.activations
+    vector, real = 20 * random_vector(32), inspection.read_activations
 
     def marked(chat, arm, batch_size=32):
         for rows, h in real(chat, arm, batch_size):
@@ -114,7 +114,7 @@ def test_probes_find_a_planted_difference_and_shuffles_do_not(tiny_llama, pairs)
             yield rows, h + flag[:, None, None, None] * vector
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspection, "activations", marked)
+        patch.setattr(inspection, "read_activations", marked)
         planted = probe_accuracy(tiny_llama, prompts, layers=[1], ks=(1, 8))
     assert planted.accuracy.min() == 1.0
     assert planted.shuffled.max() < 0.8

@@ -44,7 +44,7 @@ from safesteer.settings import DistillConfig, TokenConfig
         ("seed", "x", "must be a valid integer"),
         ("seed", "-3", "must be at least 0"),
         ("distill", "3", "Unknown setting 'distill'"),
-        ("oven.heat", "3", "Unknown setting 'oven.heat'"),
+        ("oven.heat", "3", r"Unknown setting 'oven\.heat'"),
         ("tokens.size", "3", "Unknown setting 'tokens.size'"),
     ],
 )
@@ -55,9 +55,9 @@ def test_a_bad_setting_is_one_sentence(key, value, sentence):
 
 
 def test_a_config_of_its_own_is_checked_too():
-    with pytest.raises(SafeSteerError, match="tokens.k must be at least 1, not 0"):
+    with pytest.raises(SafeSteerError, match=r"tokens\.k must be at least 1, not 0"):
         TokenConfig(k=0)
-    with pytest.raises(SafeSteerError, match="Unknown setting 'distill.steps'"):
+    with pytest.raises(SafeSteerError, match=r"Unknown setting 'distill\.steps'"):
         DistillConfig(steps=3)
     with pytest.raises(SafeSteerError, match=r"distill\.lr"):
         dataclasses.replace(DistillConfig(), lr=-1.0)
@@ -139,8 +139,8 @@ def test_a_recipe_file_holds_what_it_changes(tmp_path):
     ("text", "sentence"),
     [
         ("x = [", "is not TOML"),
-        ("[distill]\nsteps = 3", "Unknown setting 'distill.steps'"),
-        ("[oven]\nheat = 3", "Unknown setting 'oven.heat'"),
+        ("[distill]\nsteps = 3", r"Unknown setting 'distill\.steps'"),
+        ("[oven]\nheat = 3", r"Unknown setting 'oven\.heat'"),
         ("[distill]\nlr = -1.0", "distill.lr must be above 0"),
         ("distill = 3", "Unknown setting 'distill'"),
         ('preset = "fancy"', "Unknown preset 'fancy'"),

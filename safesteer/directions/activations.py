@@ -29,7 +29,7 @@ class Arm:
     system: str | None = None
 
 
-def activations(
+def read_activations(
     chat: ModelLike, arm: Arm, batch_size: int = 32
 ) -> Iterator[tuple[list[int], Float[Tensor, "batch n_pos n_layers d_model"]]]:
     """Yield (indices into the arm's texts, resid_pre of every layer at the arm's positions) per batch.

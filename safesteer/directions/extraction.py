@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safesteer._errors import SafeSteerError
-from safesteer.directions.activations import Arm, activations
+from safesteer.directions.activations import Arm, read_activations
 from safesteer.directions.candidates import Candidates
 from safesteer.directions.refusal_tokens import COMPLIANCES, COMPLYING_SYSTEM, REFUSALS, REFUSING_SYSTEM
 from safesteer.models.batch import suffix_length
@@ -59,7 +59,7 @@ def _mean_contrast(
     for arm, label, sign in zip((a, b), (1, -1), signs, strict=True):
         shuffled = torch.where(sign > 0, 1 / n_plus, -1 / max(1, n_minus))
         weights = torch.stack([torch.full_like(sign, label / len(sign)), shuffled])
-        for rows, h in activations(chat, arm, batch_size):
+        for rows, h in read_activations(chat, arm, batch_size):
             batch_weights = weights[:, rows].to(h.device)
             total = total + einsum(batch_weights, h.double(), "k b, b pos layer d -> k pos layer d")
     return total[0].float(), total[1].float()
@@ -237,7 +237,7 @@ def _axis_contrast(
 def _stacked(chat: ChatModel, arm: Arm, batch_size: int) -> Float[Tensor, "n n_pos n_layers d_model"]:
     """Stack all activations of an arm, in the order of its texts, in float64 on the CPU."""
     stacked: Tensor | None = None
-    for rows, h in activations(chat, arm, batch_size):
+    for rows, h in read_activations(chat, arm, batch_size):
         if stacked is None:
             stacked = torch.zeros((len(arm.texts), *h.shape[1:]), dtype=torch.float64)
         stacked[rows] = h.double().cpu()

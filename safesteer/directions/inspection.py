@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from safesteer._errors import SafeSteerError
-from safesteer.directions.activations import Arm, activations, prefill_shared
+from safesteer.directions.activations import Arm, prefill_shared, read_activations
 from safesteer.directions.candidates import Candidates
 from safesteer.models.batch import PromptBatch
 from safesteer.models.bridge import to_bridge
@@ -191,7 +191,7 @@ def _last_resid_pre(
     """Read resid_pre at the last position of harmful, then harmless prompts, in float64 on the CPU."""
     texts = [*prompts.harmful, *prompts.harmless]
     resid_pre = torch.zeros((len(texts), chat.n_layers, chat.d_model), dtype=torch.float64)
-    for rows, h in activations(chat, Arm(texts), batch_size):
+    for rows, h in read_activations(chat, Arm(texts), batch_size):
         resid_pre[rows] = h[:, -1].double().cpu()
     return resid_pre
 
