@@ -176,9 +176,9 @@ def untrained(method: str, base: ss.ChatModel, direction) -> Iterator[ss.ChatMod
     if method == "system prompt":
         yield under_system(base)
     elif method == "teacher":
-        copy = replace(base, model=deepcopy(base.model))
-        with ss.steer(copy, direction):
-            yield copy
+        steered = base.copy()
+        with ss.steer(steered, direction):
+            yield steered
     else:
         yield base
 
