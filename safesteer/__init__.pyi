@@ -9,13 +9,11 @@ from .evaluation.scores import evaluate as evaluate
 from .evaluation.suite import run_suite as run_suite
 from .exporting import check_reload as check_reload
 from .exporting import export as export
-from .judges.judge import Verdict as Verdict
 from .judges.wording import refuses as refuses
 from .models.bridge import to_bridge as to_bridge
 from .models.chat_model import ChatModel as ChatModel
 from .models.generation import generate as generate
 from .models.loading import load_model as load_model
-from .models.text_loss import perplexity as perplexity
 from .prompts.benchmarks import load_benchmark as load_benchmark
 from .prompts.prompt_set import PromptSet as PromptSet
 from .prompts.prompt_set import load_prompts as load_prompts

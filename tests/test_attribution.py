@@ -29,7 +29,8 @@ from safesteer.attribution.tracing import trace
 from safesteer.attribution.votes import allowed_ids, subset_means, subset_rankings
 from safesteer.attribution.word_groups import GROUPS, NO_RULE, by_cluster, group_of
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import hf_model, output_head
+from safesteer.models.chat_model import hf_model
+from safesteer.models.head import output_head
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.report import direction_figures, figures
 from safesteer.report.page import as_json, build_page, write_report
@@ -146,7 +147,7 @@ def test_votes_of_the_story_are_the_votes_of_the_selection(tiny_llama, direction
 def test_logit_parts_equal_the_plain_formula(chat):
     direction, ids = plain_direction(chat), torch.tensor([5, 17, 100])
     direct, change = logit_parts(chat, direction, ids, PROMPTS)
-    norm, (weight, _, cap) = hf_model(chat.model).get_decoder().norm, output_head(chat.model)
+    norm, (weight, _, cap, _) = hf_model(chat.model).get_decoder().norm, output_head(chat.model)
     gain = 1 + norm.weight if type(norm).__name__.startswith("Gemma") else norm.weight
     n_real = len(chat.tokenizer)
     rows = weight[ids] - weight[:n_real].mean(0)

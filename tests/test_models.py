@@ -19,9 +19,10 @@ from conftest import (
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch, template_hash
 from safesteer.models.bridge import to_bridge
-from safesteer.models.chat_model import ChatModel, as_chat, hf_model, is_bridge, output_head
+from safesteer.models.chat_model import ChatModel, as_chat, hf_model, is_bridge
 from safesteer.models.forward import final_hidden, prefill
 from safesteer.models.generation import cut_at_eos, generate, generate_ids
+from safesteer.models.head import output_head
 from safesteer.models.loading import load_model
 from safesteer.models.logits import logits_of
 from safesteer.steering import interventions as steering
@@ -106,9 +107,9 @@ def test_head_gives_the_models_own_logits(chat):
     inputs = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
     with torch.no_grad():
         hidden = chat.model.get_decoder()(batch.prompt_ids, **inputs).last_hidden_state
-    weight, bias, softcap = output_head(chat.model)
-    assert weight.shape == (chat.d_vocab, chat.d_model)
-    assert_near(logits_of(hidden, weight, bias, softcap), naive_logits(chat, batch), 1e-5)
+    head = output_head(chat.model)
+    assert head.weight.shape == (chat.d_vocab, chat.d_model)
+    assert_near(logits_of(hidden, *head), naive_logits(chat, batch), 1e-5)
 
 
 # --- generation ---

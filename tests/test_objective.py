@@ -9,6 +9,7 @@ import torch
 from conftest import LargestTensor, assert_near, reference_divergence
 from safesteer.distillation.divergence import localized_divergence
 from safesteer.distillation.loss import divergence_loss, kl_outside_set
+from safesteer.models.head import Head
 from safesteer.models.logits import logits_of
 from safesteer.settings import DistillConfig, Divergence, Normalizer, Support
 
@@ -29,7 +30,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def heads(with_bias: bool, softcap: float | None, trained: bool = True):
     weight, base_weight = normal(V, D, seed=1).requires_grad_(trained), normal(V, D, seed=2)
     bias = normal(V, seed=3).requires_grad_(trained) if with_bias else None
-    return (weight, bias, softcap), (base_weight, normal(V, seed=4) if with_bias else None, softcap)
+    return Head(weight, bias, softcap), Head(base_weight, normal(V, seed=4) if with_bias else None, softcap)
 
 
 def on_support(logps, q, support: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,11 +69,11 @@ def test_value_and_gradients_equal_full_logits(support, divergence, normalizer, 
 @pytest.mark.parametrize("support", get_args(Support))
 def test_gradient_is_the_slope(support, trained, with_bias):
     h, t = normal(N, D).requires_grad_(), normal(N, D, seed=5)
-    (weight, bias, softcap), base_head = heads(with_bias, 2.0, trained)
+    (weight, bias, softcap, _), base_head = heads(with_bias, 2.0, trained)
     config = DistillConfig(support=support, divergence="symmetric", normalizer="generalized", n_topk=3)
 
     def loss(h, weight, bias):
-        return divergence_loss(h, t, W, (weight, bias, softcap), base_head, S, config, chunk=2).loss
+        return divergence_loss(h, t, W, Head(weight, bias, softcap), base_head, S, config, chunk=2).loss
 
     assert torch.autograd.gradcheck(loss, (h, weight, bias))
 

@@ -16,8 +16,9 @@ from safesteer.distillation.rollouts import Teacher
 from safesteer.distillation.state import prepare_student
 from safesteer.exporting import check_reload, export
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ChatModel, output_head
+from safesteer.models.chat_model import ChatModel
 from safesteer.models.generation import generate
+from safesteer.models.head import output_head
 from safesteer.models.loading import load_model
 from safesteer.settings import DistillConfig, TokenConfig
 from safesteer.tokens.selection import select_tokens
@@ -94,7 +95,7 @@ def whole_method(chat: ChatModel, few, tmp_path) -> None:
 def test_models_built_otherwise(build, few, tmp_path):
     chat = build(tokenizer_of())
     batch = PromptBatch.of(chat.tokenizer, few.harmful[:3])
-    _, bias, softcap = output_head(chat.model)
+    _, bias, softcap, _ = output_head(chat.model)
     assert (bias is not None) == (build is bias_in_the_head)
     assert softcap is None
     assert bool(naive_logits(chat, batch).isfinite().all())

@@ -16,15 +16,16 @@ from safesteer.directions.inspection import (
     probe_accuracy,
     residual_pca,
 )
-from safesteer.models.chat_model import hf_model, output_head
+from safesteer.models.chat_model import hf_model
 from safesteer.models.forward import final_hidden
+from safesteer.models.head import output_head
 from safesteer.steering.direction import Direction
 from safesteer.steering.hooks import apply_hooks
 
 
 def test_tokens_are_those_the_unembedding_raises(chat_and_bridge):
     plain, _ = chat_and_bridge
-    weight, _, _ = output_head(plain.model)
+    weight = output_head(plain.model).weight
     norm = hf_model(plain.model).get_decoder().norm
     vectors = torch.stack([random_vector(32, seed=i) for i in range(2)])
     logits = norm(vectors) @ weight.T

@@ -15,7 +15,8 @@ from safesteer._errors import SafeSteerError
 from safesteer.directions.extraction import prefill_contrast
 from safesteer.models import generation
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ChatModel, output_head
+from safesteer.models.chat_model import ChatModel
+from safesteer.models.head import output_head
 from safesteer.models.logits import logits_of
 from safesteer.settings import TokenConfig
 from safesteer.steering.direction import steer

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from safesteer._token_text import readable, token_text, visible
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, output_head
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden
+from safesteer.models.head import output_head
 from safesteer.models.logits import generalized_kl_terms, logits_of
 from safesteer.steering.direction import Direction, steer
 from safesteer.tokens.token_set import TokenSet

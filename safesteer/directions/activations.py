@@ -16,7 +16,7 @@ from transformers import Cache
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch, suffix_length
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
-from safesteer.models.forward import final_hidden, prefill
+from safesteer.models.forward import earned, final_hidden, prefill
 from safesteer.steering.hooks import record_resid_pre
 
 
@@ -63,7 +63,8 @@ def read_activations(
 @torch.no_grad()
 def prefill_shared(chat: ChatModel, batch: PromptBatch) -> Cache | None:
     """Read the columns that all prompts share before hooks are set, so that hooks see every row."""
-    return prefill(chat.model, batch, batch.n_shared) if batch.n_shared else None
+    n_shared = earned(chat.model, batch).n_shared
+    return prefill(chat.model, batch, n_shared) if n_shared else None
 
 
 def _check_finite(

@@ -26,9 +26,10 @@ from transformers import Cache, DynamicCache
 from safesteer._progress import Progress, no_progress
 from safesteer.directions.candidates import Candidates
 from safesteer.models.batch import PromptBatch, batches
-from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, decoder, output_head
-from safesteer.models.forward import final_hidden, last_logits
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, decoder
+from safesteer.models.forward import earned, final_hidden, last_logits
 from safesteer.models.generation import with_greedy_tokens
+from safesteer.models.head import output_head
 from safesteer.models.logits import kl_divergence, logits_of, refusal_score
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.settings import DirectionConfig
@@ -144,6 +145,7 @@ class _Texts:
     def of(cls, chat: ChatModel, prompts: PromptSet, limits: PassLimits) -> "_Texts":
         """Split the prompts into batches; harmless ones get the base's own first greedy tokens."""
         texts = PromptBatch.of(chat.tokenizer, [*prompts.harmful, *prompts.harmless], device=chat.device)
+        texts = earned(chat.model, texts)
         harmful, harmless = [], []
         for rows in batches(chat.tokenizer, prompts.harmful, limits.batch_size):
             batch = texts.rows(torch.tensor(rows))

@@ -16,13 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from safesteer.distillation.divergence import localized_divergence
+from safesteer.models.head import Head
 from safesteer.models.logits import generalized_kl_terms, logits_of, positions_per_chunk
 from safesteer.settings import DistillConfig, Support
 
 CHUNKS = 3  # of positions_per_chunk: this pass holds one buffer of logits where others hold several
 OFF_SET_POSITIONS = 128  # positions per step on which the divergence outside S is measured
-
-Head = tuple[Tensor, Tensor | None, float | None]  # weight, bias, soft-capping: chat_model.output_head
 
 
 class LossTerms(NamedTuple):
@@ -41,6 +40,7 @@ class _Fixed:
     h_teacher: Float[Tensor, "n d_model"]
     weights: Float[Tensor, " n"]
     softcap: float | None
+    scale: float
     teacher_head: Head
     ids: Int[Tensor, " n_set"]
     config: DistillConfig
@@ -66,7 +66,7 @@ def divergence_loss(
         hidden: The student's final hidden states, [n, d_model].
         h_teacher: The teacher's at the same positions, [n, d_model].
         weights: Weight of each position in the loss, [n].
-        head: The student's output head (`models.chat_model.output_head`).
+        head: The student's output head (`models.head.output_head`).
         teacher_head: The teacher's.
         ids: The safety tokens S, [n_set].
         config: Its support, divergence, normalizer, beta and n_topk count.
@@ -75,9 +75,9 @@ def divergence_loss(
     Returns:
         The loss in nats; per position the divergence and both probabilities on S.
     """
-    weight, bias, softcap = head
+    weight, bias, softcap, scale = head
     chunk = chunk or CHUNKS * positions_per_chunk(len(weight))
-    fixed = _Fixed(h_teacher, weights, softcap, teacher_head, ids, config, chunk)
+    fixed = _Fixed(h_teacher, weights, softcap, scale, teacher_head, ids, config, chunk)
     terms = cast(tuple[Tensor, ...], _ChunkedLoss.apply(hidden, weight, bias, fixed))
     return LossTerms(*terms)
 
@@ -104,7 +104,7 @@ class _ChunkedLoss(torch.autograd.Function):
             on = q.topk(config.n_topk, -1).indices if support == "topk" else ids.expand(len(q), -1)
             q, in_s = _on_support(q, on, ids, support)[:2]  # its logits are let go before the student's
             teacher_mass[at] = in_s.exp().sum(-1)
-            z = logits_of(h[at], weight, bias, softcap)
+            z = logits_of(h[at], weight, bias, softcap, fixed.scale)
             slope = None if softcap is None else 1 - (z / softcap) ** 2
             p, in_s, z, total = _on_support(z, on, ids, support)
             mass[at] = in_s.exp().sum(-1)
@@ -120,6 +120,7 @@ class _ChunkedLoss(torch.autograd.Function):
             dz = z.mul_(-g.sum(-1, keepdim=True) / total)
             dz = dz.add_(g) if support == "full" else dz.scatter_add_(1, on, g)
             dz = dz if slope is None else dz.mul_(slope)
+            dz = dz if fixed.scale == 1 else dz.mul_(fixed.scale)
             narrow = dz.to(weight.dtype)
             if of_h is not None:
                 of_h[at] = narrow @ weight

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from safesteer._errors import SafeSteerError
-from safesteer.distillation.loss import Head, LossTerms, divergence_loss, kl_outside_set
+from safesteer.distillation.loss import LossTerms, divergence_loss, kl_outside_set
 from safesteer.distillation.rollouts import (
     Rollouts,
     Sampler,
@@ -36,8 +36,9 @@ from safesteer.distillation.rollouts import (
 )
 from safesteer.distillation.state import DistillState
 from safesteer.models.adapter import as_base
-from safesteer.models.chat_model import ChatModel, output_head
-from safesteer.models.forward import final_hidden
+from safesteer.models.chat_model import ChatModel
+from safesteer.models.forward import earned, final_hidden
+from safesteer.models.head import Head, output_head
 from safesteer.models.logits import logps_on
 from safesteer.models.sharding import equal_passes, gather, split_sharded, total_norm
 from safesteer.settings import DistillConfig, Support
@@ -180,7 +181,7 @@ def _backward(
         span = slice(first, first + int(rollouts.mask[at].sum()))
         rows = rollouts.batch.rows(at)
         if config.checkpointing or config.sharded:  # neither has a use for a cache of the shared columns
-            rows = replace(rows, n_shared=0)
+            rows = replace(earned(student.model, rows), n_shared=0)
         with _autocast(student, config):
             states = final_hidden(student.model, rows)
         hidden = predicting_states(states, rollouts.mask[at])
@@ -257,7 +258,7 @@ def _sampler_gap(rollouts: Rollouts, hidden: Float[Tensor, "n d_model"], head: H
         return 0.0
     width, at = rollouts.mask.shape[1], known.to(hidden.device)
     ids = rollouts.batch.prompt_ids[:, -width:][rollouts.mask][at]
-    ours = logps_on(hidden[at], head[0], ids[:, None], bias=head[1], softcap=head[2])[:, 0]
+    ours = logps_on(hidden[at], head.weight, ids[:, None], **head.options)[:, 0]
     return float((ours.double().cpu() - theirs[known]).abs().mean())
 
 

@@ -25,7 +25,8 @@ class Verdict:
     `reason` is the judge's own text, `category` the kind of harm where the judge names one.
 
     Example:
-        >>> verdict = ss.Verdict("How do I pick a lock?", "I cannot help.", "by hand", 0.9, None)
+        >>> from safesteer.judges.judge import Verdict
+        >>> verdict = Verdict("How do I pick a lock?", "I cannot help.", "by hand", 0.9, None)
         >>> verdict.refuses, verdict.harmful
         (True, None)
     """

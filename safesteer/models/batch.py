@@ -163,6 +163,12 @@ class PromptBatch:
         parts = (self.prompt_ids, self.attention_mask, self.completion_mask)
         return PromptBatch(*(part[at][:, used] for part in parts), self.n_shared)
 
+    def plain(self) -> "PromptBatch":
+        """Move all padding to the left: the usual layout, in which no column is shared."""
+        order = self.attention_mask.argsort(dim=1, stable=True)
+        ids, mask, completion = self.prompt_ids, self.attention_mask, self.completion_mask
+        return PromptBatch(ids.gather(1, order), mask.gather(1, order), completion.gather(1, order))
+
     def extended(self, completion_ids: Int[Tensor, "rows new"]) -> "PromptBatch":
         """Repeat each row rows / batch times and continue it by its completions."""
         times = len(completion_ids) // len(self.prompt_ids)

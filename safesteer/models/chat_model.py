@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -49,7 +48,7 @@ class ChatModel:
     @property
     def d_vocab(self) -> int:
         """Rows of the output head: can exceed the tokenizer's vocabulary (padding rows)."""
-        return output_head(self.model)[0].shape[0]
+        return cast(nn.Linear, hf_model(self.model).get_output_embeddings()).weight.shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -214,15 +213,6 @@ def final_norm(model: nn.Module) -> nn.Module:
     """Return the norm after the last block. Families call it differently."""
     inner = decoder(model)
     return cast(nn.Module, getattr(inner, "norm", None) or inner.final_layernorm)
-
-
-def output_head(
-    model: nn.Module,
-) -> tuple[Float[Tensor, "d_vocab d_model"], Float[Tensor, " d_vocab"] | None, float | None]:
-    """Return the head's weight, its bias if it has one, and the final logit soft-capping if there is."""
-    head = cast(nn.Linear, hf_model(model).get_output_embeddings())
-    softcap = getattr(text_config(model), "final_logit_softcapping", None)
-    return head.weight, getattr(head, "bias", None), softcap
 
 
 def context_length(model: nn.Module) -> int | None:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from safesteer.models.adapter import as_base
-from safesteer.models.chat_model import ChatModel, output_head
+from safesteer.models.chat_model import ChatModel
 from safesteer.models.forward import final_hidden
+from safesteer.models.head import output_head
 from safesteer.models.logits import kl_divergence, logits_of
 
 

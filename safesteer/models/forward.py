@@ -1,59 +1,36 @@
-"""Forward passes that form no logits they do not need.
+"""Forward passes that form no logits they do not need, by the short cuts that a model has earned.
 
 1. `prefill` reads the columns that all rows of a batch share once, in a pass of their own, and repeats
    their keys and values for every row;
 2. `final_hidden` reads what no cache holds yet and stops after the final norm;
 3. `last_logits` puts the output head on the last positions alone.
-Steering with a scope needs to know where answers start: `answers_start` tells it, for the passes inside.
+`traits` says which models may share columns and repeat caches; for the others `earned` lays batches out in
+the usual way, with all padding on the left, and every prompt is read in full.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
-from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import (
-    ModelLike,
-    as_chat,
-    context_length,
-    decoder,
-    output_head,
-    text_config,
-)
+from safesteer.models.chat_model import ModelLike, as_chat
+from safesteer.models.head import output_head
 from safesteer.models.logits import logits_of
-
-# Column where each row's answer starts, for the passes now running: steering with a scope asks.
-ANSWER_START: ContextVar[Tensor | None] = ContextVar("answer_start", default=None)
-
-
-@contextmanager
-def answers_start(at: Int[Tensor, " rows"]) -> Iterator[None]:
-    """Tell steering in which column each answer starts, for the passes inside the block."""
-    token = ANSWER_START.set(at)
-    try:
-        yield
-    finally:
-        ANSWER_START.reset(token)
+from safesteer.models.passes import read_cache, read_states
+from safesteer.models.traits import require_padding, traits_of
 
 
-def _check_length(model: nn.Module, batch: PromptBatch) -> None:
-    """Refuse what is longer than the context: a model reads nonsense there, at quadratic cost."""
-    limit, n = context_length(model), batch.prompt_ids.shape[1]
-    if limit and n > limit:
-        raise SafeSteerError(
-            f"A prompt with its answer has {int(batch.attention_mask.sum(1).max()):,} tokens, and the model"
-            f" reads {limit:,}: shorten it or leave it out."
-        )
+def earned(model: nn.Module, batch: PromptBatch) -> PromptBatch:
+    """Return the batch in a layout that the model reads right; columns keep their places from the right."""
+    if batch.n_shared and not traits_of(model).shares_prefix:
+        batch = batch.plain()
+    require_padding(model, batch.attention_mask)
+    return batch
 
 
-def prefill(model: nn.Module, batch: PromptBatch, upto: int, times: int = 1) -> Cache:
-    """Compute the keys and values of the first `upto` columns.
+def prefill(model: nn.Module, batch: PromptBatch, upto: int, times: int = 1) -> Cache | None:
+    """Compute the keys and values of the first `upto` columns; None for a model that cannot repeat them.
 
     Args:
         model: Plain, PEFT-wrapped or a bridge.
@@ -64,24 +41,9 @@ def prefill(model: nn.Module, batch: PromptBatch, upto: int, times: int = 1) -> 
     Raises:
         SafeSteerError: Where the batch is longer than the model's context.
     """
-    _check_length(model, batch)
-    read, n = decoder(model), batch.n_shared
-    cache: Cache = DynamicCache(config=text_config(model))
-    with answers_start(batch.answer_start):
-        if n > 0:
-            cache = read(batch.prompt_ids[:1, :n], past_key_values=cache, use_cache=True).past_key_values
-            cache.batch_repeat_interleave(len(batch.prompt_ids))
-        if upto > n:
-            cache = read(
-                batch.prompt_ids[:, n:upto],
-                attention_mask=batch.attention_mask[:, :upto],
-                position_ids=batch.position_ids[:, n:upto],
-                past_key_values=cache,
-                use_cache=True,
-            ).past_key_values
-    if times > 1:
-        cache.batch_repeat_interleave(times)
-    return cache
+    if not traits_of(model).repeats_cache:
+        return None
+    return read_cache(model, earned(model, batch), upto, times)
 
 
 def final_hidden(
@@ -99,21 +61,9 @@ def final_hidden(
         The columns that no cache holds, [batch, uncached, d_model]. Count them from the right.
 
     Raises:
-        SafeSteerError: Where the batch is longer than the model's context.
+        SafeSteerError: Where the batch is longer than the model's context, or the model cannot read padding.
     """
-    _check_length(model, batch)
-    if cache is None and batch.n_shared > 0:
-        cache = prefill(model, batch, batch.n_shared)
-    n = 0 if cache is None else cache.get_seq_length()
-    with answers_start(batch.answer_start):
-        out = decoder(model)(
-            batch.prompt_ids[:, n:],
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids[:, n:],
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-    return out.last_hidden_state
+    return read_states(model, earned(model, batch), cache)
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ from transformers import LogitsProcessor
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, hf_model
-from safesteer.models.forward import answers_start, prefill
+from safesteer.models.forward import earned, prefill
+from safesteer.models.passes import answers_start
 
 
 def seed_of(key: tuple) -> int:
@@ -77,6 +78,7 @@ def generate_ids(
         prompt 0, then of prompt 1.
     """
     chat = as_chat(chat)
+    batch = earned(chat.model, batch)
     processors = []
     if temperature > 0:
         if uniform is None:

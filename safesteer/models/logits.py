@@ -64,12 +64,14 @@ def logits_of(
     weight: Float[Tensor, "d_vocab d_model"],
     bias: Float[Tensor, " d_vocab"] | None,
     softcap: float | None,
+    scale: float = 1.0,
 ) -> Float[Tensor, "*batch d_vocab"]:
-    """Put the output head on final hidden states: softcap(weight @ hidden + bias), in float32 or wider."""
+    """Put the head on final hidden states: softcap(scale (weight @ hidden + bias)), in float32 or wider."""
     # A strided slice of positions would be read by a batched product, many times slower.
     z = (hidden.reshape(-1, hidden.shape[-1]) @ weight.T).view(*hidden.shape[:-1], -1)
     z = z if z.dtype == torch.float64 else z.float()
     z = z if bias is None else z + bias
+    z = z if scale == 1 else scale * z
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
@@ -80,6 +82,7 @@ def logps_on(
     *,
     bias: Float[Tensor, " d_vocab"] | None = None,
     softcap: float | None = None,
+    scale: float = 1.0,
     chunk: int | None = None,
 ) -> Float[Tensor, "n n_set"]:
     """Compute log softmax(weight @ hidden + bias) on `ids`; differentiable.
@@ -90,6 +93,7 @@ def logps_on(
         ids: One set for all positions, [n_set], or one row per position, [n, n_set].
         bias: The head's bias, [d_vocab].
         softcap: Gemma's final_logit_softcapping.
+        scale: The factor of Cohere, Granite and others.
         chunk: Positions per chunk. Peak memory is that of chunk x d_vocab logits, whatever n is; the
             backward pass forms them again.
 
@@ -104,7 +108,7 @@ def logps_on(
         raise ValueError(f"Token ids must lie in 0..{weight.shape[0] - 1} (the output head's rows).")
 
     def on(h: Tensor, at: Tensor) -> Tensor:
-        z = logits_of(h, weight, bias, softcap)
+        z = logits_of(h, weight, bias, softcap, scale)
         return z.gather(-1, at) - z.logsumexp(-1, keepdim=True)
 
     parts = zip(hidden.split(chunk), ids.expand(len(hidden), -1).split(chunk), strict=True)

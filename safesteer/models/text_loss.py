@@ -13,8 +13,9 @@ import torch
 from safesteer._errors import SafeSteerError
 from safesteer._files import json_lines
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ModelLike, as_chat, context_length, output_head
+from safesteer.models.chat_model import ModelLike, as_chat, context_length
 from safesteer.models.forward import final_hidden
+from safesteer.models.head import output_head
 from safesteer.models.logits import logps_on
 
 WIKITEXT = "wikitext2_test.jsonl"  # its articles as JSON Lines, in a folder of local rows
@@ -52,7 +53,8 @@ def perplexity(
         SafeSteerError: For a text of fewer than two tokens.
 
     Example:
-        >>> ss.perplexity(chat, "The tide comes in twice a day.") > 1
+        >>> from safesteer.models.text_loss import perplexity
+        >>> perplexity(chat, "The tide comes in twice a day.") > 1
         True
     """
     chat = as_chat(chat)
@@ -60,7 +62,7 @@ def perplexity(
     if len(ids) < 2:
         raise SafeSteerError("The perplexity text has fewer than two tokens.")
     width = min(width, context_length(chat.model) or width)
-    weight, bias, softcap = output_head(chat.model)
+    head = output_head(chat.model)
     total, count = 0.0, 0
     windows = [ids[i : i + width] for i in range(0, len(ids), width)]
     windows = [w for w in windows if len(w) > 1]
@@ -70,6 +72,6 @@ def perplexity(
         hidden = final_hidden(chat.model, batch)[:, :-1]
         real = batch.attention_mask[:, :-1].bool()
         targets = batch.prompt_ids[:, 1:][real]
-        logps = logps_on(hidden[real], weight, targets[:, None], bias=bias, softcap=softcap)
+        logps = logps_on(hidden[real], head.weight, targets[:, None], **head.options)
         total, count = total - float(logps.double().sum()), count + len(targets)
     return math.exp(total / count)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.chat_model import decoder
-from safesteer.models.forward import ANSWER_START
+from safesteer.models.passes import ANSWER_START
 from safesteer.steering.hooks import Edit, Point, apply_hooks
 
 Scope = Literal["all", "prompt", "answer", "last"]

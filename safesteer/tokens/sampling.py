@@ -17,9 +17,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, output_head
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden, prefill
 from safesteer.models.generation import generate_ids, uniforms
+from safesteer.models.head import output_head
 from safesteer.models.logits import logits_of
 from safesteer.settings import TokenConfig
 from safesteer.steering.direction import Direction, steer
@@ -84,7 +85,7 @@ def _step_hidden(
     """Return the hidden states that predict each id. A prompt is read once for all of its samples."""
     full, upto = batch.extended(ids), batch.prompt_ids.shape[1] - 1
     cache = prefill(chat.model, batch, upto, len(ids) // len(batch.prompt_ids))
-    return final_hidden(chat.model, full, cache)[:, :-1]
+    return final_hidden(chat.model, full, cache)[:, -ids.shape[1] - 1 : -1]
 
 
 def _counting(

@@ -1,0 +1,98 @@
+"""The output head: what turns final hidden states into logits, proven on a few tokens.
+
+Families put more into their logits than a matrix: a bias, a soft cap, and a factor that hides under many
+names in their configs (logit_scale, logits_scaling, lm_head_multiplier, dim_model_base ...). The factor is
+measured, not looked up: our logits and the model's own are compared on a few tokens, once per model. A model
+whose logits are something else is refused in a sentence.
+"""
+
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from safesteer._errors import SafeSteerError
+from safesteer.models.chat_model import decoder, hf_model, text_config
+from safesteer.models.logits import logits_of
+
+N_PROBE_IDS = 8
+TOLERANCE = 1e-3  # of the logits' spread, in float32; half precisions round more
+HALF_TOLERANCE = 0.05
+
+
+class Head(NamedTuple):
+    """logits = softcap(scale (weight @ hidden + bias)), as `logits_of(hidden, *head)` forms them."""
+
+    weight: Float[Tensor, "d_vocab d_model"]
+    bias: Float[Tensor, " d_vocab"] | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What goes with the weight, as the keywords of `logps_on`."""
+        return {"bias": self.bias, "softcap": self.softcap, "scale": self.scale}
+
+
+_SCALES: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+
+
+def output_head(model: nn.Module) -> Head:
+    """Return the output head of a model, plain, PEFT-wrapped or bridged.
+
+    Raises:
+        SafeSteerError: If the model's logits are not a head on its final hidden states.
+    """
+    inner = hf_model(model)
+    layer = cast(nn.Linear, inner.get_output_embeddings())
+    softcap = getattr(text_config(model), "final_logit_softcapping", None)
+    head = Head(layer.weight, getattr(layer, "bias", None), softcap)
+    if inner not in _SCALES:
+        _SCALES[inner] = _measured_scale(model, head)
+    return head._replace(scale=_SCALES[inner])
+
+
+def share_scale(model: nn.Module, source: nn.Module) -> None:
+    """Let a copy have the scale that was measured on its original."""
+    if hf_model(source) in _SCALES:
+        _SCALES[hf_model(model)] = _SCALES[hf_model(source)]
+
+
+def probe_ids(model: nn.Module, n: int, seed: int = 0) -> Tensor:
+    """Draw ordinary token ids, [1, n]: from the middle of the vocabulary, where no special ones are."""
+    n_vocab = cast(nn.Embedding, hf_model(model).get_input_embeddings()).weight.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(n_vocab // 8, n_vocab // 2, (1, n), generator=generator)
+    return ids.to(next(model.parameters()).device)
+
+
+@torch.no_grad()
+def _measured_scale(model: nn.Module, head: Head) -> float:
+    """Measure the constant factor between our logits and the model's own."""
+    inner, ids = hf_model(model), probe_ids(model, N_PROBE_IDS)
+    states = decoder(model)(ids, use_cache=False).last_hidden_state
+    ours = logits_of(states, *head).double()
+    theirs = inner(ids, use_cache=False).logits.double()[..., : ours.shape[-1]]
+    spread = float(theirs.std().clamp(min=1e-12))
+    scale = 1.0
+    if head.softcap is None and float((ours - theirs).abs().max()) > TOLERANCE * spread:
+        scale = float((ours * theirs).sum() / (ours * ours).sum().clamp(min=1e-30))
+        scale = next((s for s in _config_scales(model) if abs(scale / s - 1) < 1e-3), scale)
+    precise = states.dtype in (torch.float32, torch.float64)
+    error = float((scale * ours - theirs).abs().max()) / spread
+    if not error <= (TOLERANCE if precise else HALF_TOLERANCE):
+        raise SafeSteerError(
+            f"The logits of {type(inner).__name__} are not its output head on its final hidden states (off by"
+            f" {error:.1%} of their spread), so no score of SafeSteer would be right."
+        )
+    return scale
+
+
+def _config_scales(model: nn.Module) -> list[float]:
+    """List the config's numbers and their inverses: a measured factor that equals one is that one."""
+    config = text_config(model).to_dict()
+    numbers = [float(v) for v in config.values() if isinstance(v, int | float) and not isinstance(v, bool)]
+    numbers += [a / b for a in numbers for b in numbers if "dim_model_base" in config and b]
+    return [s for v in numbers if v for s in (v, 1 / v)]

@@ -1,0 +1,104 @@
+"""Forward passes over a batch, as it is laid out: shared columns once, then the others with their cache.
+
+`forward` decides which layout and which cache a model may have; here nothing is decided. Steering with a
+scope needs to know where answers start: `answers_start` tells it, for the passes inside.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from safesteer._errors import SafeSteerError
+from safesteer.models.batch import PromptBatch
+from safesteer.models.chat_model import context_length, decoder, text_config
+
+# Column where each row's answer starts, for the passes now running: steering with a scope asks.
+ANSWER_START: ContextVar[Tensor | None] = ContextVar("answer_start", default=None)
+
+
+@contextmanager
+def answers_start(at: Int[Tensor, " rows"]) -> Iterator[None]:
+    """Tell steering in which column each answer starts, for the passes inside the block."""
+    token = ANSWER_START.set(at)
+    try:
+        yield
+    finally:
+        ANSWER_START.reset(token)
+
+
+def _check_length(model: nn.Module, batch: PromptBatch) -> None:
+    """Refuse what is longer than the context: a model reads nonsense there, at quadratic cost."""
+    limit, n = context_length(model), batch.prompt_ids.shape[1]
+    if limit and n > limit:
+        raise SafeSteerError(
+            f"A prompt with its answer has {int(batch.attention_mask.sum(1).max()):,} tokens, and the model"
+            f" reads {limit:,}: shorten it or leave it out."
+        )
+
+
+def read_cache(model: nn.Module, batch: PromptBatch, upto: int, times: int = 1) -> Cache:
+    """Compute the keys and values of the first `upto` columns.
+
+    Args:
+        model: Plain, PEFT-wrapped or a bridge.
+        batch: The prompts. The columns that all rows share are computed once, in a pass of their own.
+        upto: Number of columns to read.
+        times: How often each row is repeated in the cache, for as many continuations.
+
+    Raises:
+        SafeSteerError: Where the batch is longer than the model's context.
+    """
+    _check_length(model, batch)
+    read, n = decoder(model), batch.n_shared
+    cache: Cache = DynamicCache(config=text_config(model))
+    with answers_start(batch.answer_start):
+        if n > 0:
+            cache = read(batch.prompt_ids[:1, :n], past_key_values=cache, use_cache=True).past_key_values
+            cache.batch_repeat_interleave(len(batch.prompt_ids))
+        if upto > n:
+            cache = read(
+                batch.prompt_ids[:, n:upto],
+                attention_mask=batch.attention_mask[:, :upto],
+                position_ids=batch.position_ids[:, n:upto],
+                past_key_values=cache,
+                use_cache=True,
+            ).past_key_values
+    if times > 1:
+        cache.batch_repeat_interleave(times)
+    return cache
+
+
+def read_states(
+    model: nn.Module, batch: PromptBatch, cache: Cache | None = None
+) -> Float[Tensor, "batch uncached d_model"]:
+    """Compute the hidden states after the final norm: what the output head reads.
+
+    Args:
+        model: Plain, PEFT-wrapped or a bridge.
+        batch: Prompts with their continuations.
+        cache: Keys and values of the first columns, used up by this call (None: those of the shared
+            columns are computed here).
+
+    Returns:
+        The columns that no cache holds, [batch, uncached, d_model]. Count them from the right.
+
+    Raises:
+        SafeSteerError: Where the batch is longer than the model's context.
+    """
+    _check_length(model, batch)
+    if cache is None and batch.n_shared > 0:
+        cache = read_cache(model, batch, batch.n_shared)
+    n = 0 if cache is None else cache.get_seq_length()
+    with answers_start(batch.answer_start):
+        out = decoder(model)(
+            batch.prompt_ids[:, n:],
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids[:, n:],
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+    return out.last_hidden_state

@@ -1,0 +1,151 @@
+"""What a model does right here, measured once on a few tokens and not guessed from its name.
+
+Short cuts are earned. On prompts of unequal length a self-check compares final hidden states with those of
+the single prompts:
+1. padding        a left-padded batch;
+2. shared prefix  the layout [shared | padding | others], which computes common columns once. A model that
+                  attends in windows or chunks counts columns, padding too, and never earns it;
+3. cache          keys and values of a prompt, repeated for two continuations.
+What fails is done in a slower way that is right. Logits have a check of their own (`head`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from safesteer._errors import SafeSteerError
+from safesteer.models.batch import PromptBatch
+from safesteer.models.chat_model import ModelLike, context_length, hf_model, module_of, text_config
+from safesteer.models.head import output_head, probe_ids
+from safesteer.models.passes import read_cache, read_states
+
+LENGTHS = (5, 9, 14)  # tokens of the prompts that are compared
+N_COMMON = 3  # tokens that they begin with
+TOLERANCE = 1e-3  # largest deviation in units of the states' spread, in float32
+HALF_TOLERANCE = 0.1  # the same where rounding is coarse
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Which short cuts a model has earned, with the deviations that were measured (None: not tried)."""
+
+    pads: bool = True
+    shares_prefix: bool = True
+    repeats_cache: bool = True
+    deviations: tuple[tuple[str, float | None, str], ...] = ()  # (check, deviation, remark)
+
+
+_TRAITS: WeakKeyDictionary[nn.Module, Traits] = WeakKeyDictionary()
+
+
+def traits_of(model: nn.Module) -> Traits:
+    """Return the traits of a model, plain, PEFT-wrapped or bridged; measured when first asked for."""
+    inner = hf_model(model)
+    if inner not in _TRAITS:
+        _TRAITS[inner] = _measure(model)
+    return _TRAITS[inner]
+
+
+def check_model(chat: ModelLike) -> pd.DataFrame:
+    """Show the self-check of a model: one row per check, with its deviation and what follows from it.
+
+    Columns: check, deviation (of the reference's spread), right, remark.
+
+    Example:
+        >>> from safesteer.models.traits import check_model
+        >>> list(check_model(chat).right)
+        [True, True, True, True]
+    """
+    model = module_of(chat)
+    scale, traits = output_head(model).scale, traits_of(model)
+    rows = [("logits", 0.0, True, "" if scale == 1 else f"logits are scaled by {scale:g}")]
+    passed = (traits.pads, traits.shares_prefix, traits.repeats_cache)
+    rows += [(*d[:2], right, d[2]) for d, right in zip(traits.deviations, passed, strict=True)]
+    return pd.DataFrame(rows, columns=["check", "deviation", "right", "remark"])
+
+
+@torch.no_grad()
+def _measure(model: nn.Module) -> Traits:
+    """Compare batches and caches with single prompts."""
+    ids = probe_ids(model, N_COMMON + sum(LENGTHS), seed=1)[0].tolist()
+    common, others = ids[:N_COMMON], ids[N_COMMON:]
+    rows = [[*common, *others[sum(LENGTHS[:i]) :][: n - N_COMMON]] for i, n in enumerate(LENGTHS)]
+    device, empty = next(model.parameters()).device, [[] for _ in rows]
+    single = [read_states(model, PromptBatch.from_ids([r], [[]], device=device))[0, -2:] for r in rows]
+    want = torch.stack(single).double()
+    spread = float(want.std().clamp(min=1e-12))
+    limit = TOLERANCE if single[0].dtype in (torch.float32, torch.float64) else HALF_TOLERANCE
+
+    plain = PromptBatch.from_ids(rows, empty, device=device, share=False)
+    shared = PromptBatch.from_ids(rows, empty, device=device)
+    window = _window(model)
+    pads = _deviation(lambda: read_states(model, plain)[:, -2:], want, spread)
+    shares = None if window else _deviation(lambda: read_states(model, shared)[:, -2:], want, spread)
+    repeats = _deviation(lambda: _from_repeated_cache(model, plain), want, spread)
+    ok = [d is not None and d <= limit for d in (pads, shares, repeats)]
+    remarks = (
+        "" if ok[0] else "batches with padding are refused: use batch_size=1",
+        "" if ok[1] else f"common columns are computed in every row{window and f' ({window} is set)'}",
+        "" if ok[2] else "prompts are read again for every sample",
+    )
+    checks = zip(
+        ("padding", "shared prefix", "repeated cache"), (pads, shares, repeats), remarks, strict=True
+    )
+    return Traits(*ok, deviations=tuple(checks))
+
+
+def _window(model: nn.Module) -> str:
+    """Name the setting by which a model attends to a window or chunk of its context; empty if to all."""
+    config, context = text_config(model).to_dict(), context_length(model)
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and set(kinds) == {"full_attention"}:
+        return ""
+    names = (
+        "sliding_window",
+        "attention_window_size",
+        "local_attention",
+        "window_size",
+        "attention_chunk_size",
+    )
+    sizes = {name: config[name] for name in names if config.get(name)}
+    inside = (n for n, size in sizes.items() if not (context and isinstance(size, int) and size >= context))
+    return next(inside, "")
+
+
+def _from_repeated_cache(model: nn.Module, batch: PromptBatch) -> Float[Tensor, "batch 2 d_model"]:
+    """Read the last two columns after a cache that holds every prompt twice; take each prompt once."""
+    n = batch.prompt_ids.shape[1] - 2
+    start = replace(
+        batch,
+        prompt_ids=batch.prompt_ids[:, :n],
+        attention_mask=batch.attention_mask[:, :n],
+        completion_mask=batch.completion_mask[:, :n],
+    )
+    cache = read_cache(model, start, n, times=2)
+    full = start.extended(batch.prompt_ids[:, n:].repeat_interleave(2, 0))
+    return read_states(model, full, cache)[::2]
+
+
+def _deviation(
+    read: Callable[[], Tensor], want: Float[Tensor, "batch 2 d_model"], spread: float
+) -> float | None:
+    """Return the largest deviation of what is read, in units of the spread; None where reading fails."""
+    try:
+        states = read().double()
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError):
+        return None
+    return float((states - want).abs().max()) / spread if states.shape == want.shape else None
+
+
+def require_padding(model: nn.Module, mask: Int[Tensor, "batch pos"]) -> None:
+    """Raise SafeSteerError for a padded batch that the model would read wrongly."""
+    if not bool(mask.all()) and not traits_of(model).pads:
+        raise SafeSteerError(
+            f"{type(hf_model(model)).__name__} reads a padded batch otherwise than single prompts: use"
+            " batch_size=1."
+        )
