@@ -6,6 +6,9 @@ measured, not looked up: our logits and the model's own are compared on a few to
 whose logits are something else is refused in a sentence.
 """
 
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -54,12 +57,6 @@ def output_head(model: nn.Module) -> Head:
     return head._replace(scale=_SCALES[inner])
 
 
-def share_scale(model: nn.Module, source: nn.Module) -> None:
-    """Let a copy have the scale that was measured on its original."""
-    if hf_model(source) in _SCALES:
-        _SCALES[hf_model(model)] = _SCALES[hf_model(source)]
-
-
 def probe_ids(model: nn.Module, n: int, seed: int = 0) -> Tensor:
     """Draw ordinary token ids, [1, n]: from the middle of the vocabulary, where no special ones are."""
     n_vocab = cast(nn.Embedding, hf_model(model).get_input_embeddings()).weight.shape[0]
@@ -68,13 +65,28 @@ def probe_ids(model: nn.Module, n: int, seed: int = 0) -> Tensor:
     return ids.to(next(model.parameters()).device)
 
 
-@torch.no_grad()
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Run the model as it is, without gradients: hooks that are on (steering) are put aside for the block."""
+    modules = list(hf_model(model).modules())
+    hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in modules]
+    try:
+        for m in modules:
+            m._forward_pre_hooks, m._forward_hooks = OrderedDict(), OrderedDict()
+        with torch.no_grad():
+            yield
+    finally:
+        for m, (before, after) in zip(modules, hooks, strict=True):
+            m._forward_pre_hooks, m._forward_hooks = before, after
+
+
 def _measured_scale(model: nn.Module, head: Head) -> float:
     """Measure the constant factor between our logits and the model's own."""
     inner, ids = hf_model(model), probe_ids(model, N_PROBE_IDS)
-    states = decoder(model)(ids, use_cache=False).last_hidden_state
-    ours = logits_of(states, *head).double()
-    theirs = inner(ids, use_cache=False).logits.double()[..., : ours.shape[-1]]
+    with measuring(model):
+        states = decoder(model)(ids, use_cache=False).last_hidden_state
+        ours = logits_of(states, *head).double()
+        theirs = inner(ids, use_cache=False).logits.double()[..., : ours.shape[-1]]
     spread = float(theirs.std().clamp(min=1e-12))
     scale = 1.0
     if head.softcap is None and float((ours - theirs).abs().max()) > TOLERANCE * spread:

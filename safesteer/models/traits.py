@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ModelLike, context_length, hf_model, module_of, text_config
-from safesteer.models.head import output_head, probe_ids
+from safesteer.models.head import measuring, output_head, probe_ids
 from safesteer.models.passes import read_cache, read_states
 
 LENGTHS = (5, 9, 14)  # tokens of the prompts that are compared
@@ -47,8 +47,19 @@ def traits_of(model: nn.Module) -> Traits:
     """Return the traits of a model, plain, PEFT-wrapped or bridged; measured when first asked for."""
     inner = hf_model(model)
     if inner not in _TRAITS:
-        _TRAITS[inner] = _measure(model)
+        with measuring(model):
+            _TRAITS[inner] = _measure(model)
     return _TRAITS[inner]
+
+
+def self_check(model: nn.Module) -> None:
+    """Measure head and traits now, so that no later pass has to.
+
+    Raises:
+        SafeSteerError: If the model's logits are not a head on its final hidden states.
+    """
+    output_head(model)
+    traits_of(model)
 
 
 def check_model(chat: ModelLike) -> pd.DataFrame:
@@ -69,7 +80,6 @@ def check_model(chat: ModelLike) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["check", "deviation", "right", "remark"])
 
 
-@torch.no_grad()
 def _measure(model: nn.Module) -> Traits:
     """Compare batches and caches with single prompts."""
     ids = probe_ids(model, N_COMMON + sum(LENGTHS), seed=1)[0].tolist()
