@@ -5,13 +5,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from conftest import PROMPTS, SIZES, _used, assert_near
-from safesteer.models.chat_model import ChatModel
+from conftest import PROMPTS, SIZES, _used, assert_near, random_vector
+from safesteer.models.chat_model import ChatModel, blocks
 from safesteer.models.forward import final_hidden
 from safesteer.models.generation import generate, generate_ids, uniforms
 from safesteer.models.head import output_head
 from safesteer.models.logits import logits_of
 from safesteer.models.traits import check_model, traits_of
+from safesteer.steering.interventions import ablate
 
 SMALL = {**SIZES, "vocab_size": 400, "num_hidden_layers": 3, "head_dim": 8, "bos_token_id": None}
 WINDOW = {**SMALL, "sliding_window": 8}
@@ -134,3 +135,26 @@ def test_samples_do_not_depend_on_the_short_cuts(family):
             cdf = own_logits(chat, [*ids, *row[:step]])[-1].double().softmax(-1).cumsum(-1)
             low = float(cdf[token - 1]) if token else 0.0
             assert low - 1e-4 <= float(drawn[i, step]) <= float(cdf[token]) + 1e-4
+
+
+def test_ablation_leaves_nothing_of_the_direction(family):
+    """Read by hooks of its own: what every block reads and what it returns."""
+    chat, _ = family
+    unit = random_vector(chat.d_model)
+    unit = unit / unit.norm()
+    left, handles = [], []
+
+    def read(module, args, output):
+        for h in (args[0] if args else None, output[0] if isinstance(output, tuple) else output):
+            if isinstance(h, torch.Tensor) and h.shape[-1] == len(unit):
+                left.append(float((h @ unit).abs().max() / h.norm(dim=-1).max()))
+
+    with ablate(chat, unit):
+        handles = [block.register_forward_hook(read) for block in blocks(chat.model)]
+        for _, batch in chat.batched(PROMPTS, 4):
+            with torch.no_grad():
+                final_hidden(chat.model, batch)
+    for handle in handles:
+        handle.remove()
+    assert len(left) >= 3
+    assert max(left[1:]) < 1e-5

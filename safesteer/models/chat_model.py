@@ -201,18 +201,34 @@ def text_config(model: nn.Module) -> PretrainedConfig:
 
 def decoder(model: nn.Module) -> nn.Module:
     """Return the part from token ids to the final norm, without the output head."""
-    return cast(nn.Module, hf_model(model).get_decoder())
+    outer = hf_model(model)
+    inner = cast(nn.Module, outer.get_decoder())
+    # Llama 4's text model names itself: there the decoder is the part that the head's class calls "model".
+    return inner if inner is not outer else cast(nn.Module, outer.get_submodule("model"))
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder blocks; block l reads `resid_pre` of layer l."""
-    return cast(nn.ModuleList, decoder(model).layers)
+    """Return the decoder blocks; block l reads `resid_pre` of layer l.
+
+    Raises:
+        SafeSteerError: If the decoder has no list of as many blocks as its config has layers.
+    """
+    inner, n_layers = decoder(model), text_config(model).num_hidden_layers
+    named = sorted(inner.named_children(), key=lambda item: item[0] != "layers")
+    lists = [child for _, child in named if isinstance(child, nn.ModuleList) and len(child) == n_layers]
+    if not lists:
+        raise SafeSteerError(f"{type(hf_model(model)).__name__} has no list of {n_layers} blocks.")
+    return lists[0]
 
 
 def final_norm(model: nn.Module) -> nn.Module:
     """Return the norm after the last block. Families call it differently."""
-    inner = decoder(model)
-    return cast(nn.Module, getattr(inner, "norm", None) or inner.final_layernorm)
+    children = dict(decoder(model).named_children())
+    names = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f", "norm_f")
+    norm = next((children[name] for name in names if name in children), None)
+    if norm is None:
+        raise SafeSteerError(f"{type(hf_model(model)).__name__} has no norm after its last block.")
+    return norm
 
 
 def context_length(model: nn.Module) -> int | None:

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from safesteer.models.chat_model import ModelLike, blocks, hf_model, is_bridge, module_of
+from safesteer.steering.writes import writes_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-Point = Literal["embed", "resid_pre", "attn_out", "mlp_out"]
+Point = Literal["embed", "resid_pre", "attn_out", "mlp_out", "write"]
 Edit = Callable[[Tensor], Tensor | None]  # an edit that returns None only reads
-Edits = Mapping[tuple[Point, int], Edit]  # by (point, layer); "resid_pre" is the input of block `layer`
+# By (point, layer): "resid_pre" is the input of block `layer`; of "write" the number counts `writes_of`.
+Edits = Mapping[tuple[Point, int], Edit]
 
 
 @contextmanager
@@ -60,6 +62,8 @@ def _module(model: nn.Module, point: Point, layer: int) -> nn.Module:
     """Return the module whose output is written to the residual stream at `point`."""
     if point == "embed":
         return hf_model(model).get_input_embeddings()
+    if point == "write":
+        return writes_of(model).modules[layer]
     block = blocks(model)[layer]
     # Sandwich-norm blocks (Gemma 2 and 3) normalise a sublayer's output before it is written.
     sandwich = hasattr(block, "post_feedforward_layernorm")

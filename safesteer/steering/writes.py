@@ -1,0 +1,132 @@
+"""What writes to the residual stream: found by measurement, so that ablation leaves nothing of a direction.
+
+On a few tokens the change that each block makes, y - x, is compared with the outputs of its parts:
+1. the usual parts first, attention and MLP (or the norms after them), each times one constant;
+2. else the smallest set of the block's parts whose outputs add up to the change.
+A constant factor (Granite's residual multiplier) does not matter: to project a direction out of a part is to
+project it out of any multiple. A block whose change is no such sum is refused in a sentence.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from safesteer._errors import SafeSteerError
+from safesteer.models.chat_model import blocks, decoder, hf_model
+from safesteer.models.head import measuring, probe_ids
+
+N_PROBE_IDS = 12
+MOST_PARTS = 3  # of a block that may write
+DEPTH = 2  # how deep inside a block parts are looked for
+TOLERANCE = 1e-3  # of the spread of the change, in float32
+HALF_TOLERANCE = 0.05
+USUAL = (
+    ("post_attention_layernorm", "post_feedforward_layernorm"),  # sandwich norms: Gemma 2 and 3
+    ("self_attn", "mlp"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Writes:
+    """The modules that write, block by block, and whether the embedding alone makes the first residual."""
+
+    modules: tuple[nn.Module, ...]
+    starts_at_embedding: bool
+
+
+_WRITES: WeakKeyDictionary[nn.Module, Writes] = WeakKeyDictionary()
+
+
+def writes_of(model: nn.Module) -> Writes:
+    """Return what writes to the residual stream of a plain model; measured when first asked for.
+
+    Raises:
+        SafeSteerError: If a block's change is not a sum of outputs of its parts.
+    """
+    inner = hf_model(model)
+    if inner not in _WRITES:
+        with measuring(model):
+            _WRITES[inner] = _measure(model)
+    return _WRITES[inner]
+
+
+def _measure(model: nn.Module) -> Writes:
+    """Run a few tokens and compare, block by block."""
+    seen: dict[tuple[int, str], Tensor] = {}
+    parts = [dict(_parts(block)) for block in blocks(model)]
+    embedding = hf_model(model).get_input_embeddings()
+    handles = [embedding.register_forward_hook(_reader(seen, -1, "embed"), with_kwargs=True)]
+    for layer, (block, inside) in enumerate(zip(blocks(model), parts, strict=True)):
+        handles.append(block.register_forward_pre_hook(_reader(seen, layer, "before"), with_kwargs=True))
+        handles.append(block.register_forward_hook(_reader(seen, layer, "after"), with_kwargs=True))
+        handles += [
+            part.register_forward_hook(_reader(seen, layer, name), with_kwargs=True)
+            for name, part in inside.items()
+        ]
+    try:
+        decoder(model)(probe_ids(model, N_PROBE_IDS, seed=2), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    modules, names = [], ()
+    for layer, inside in enumerate(parts):
+        names = _writers(seen, layer, list(inside), names)
+        if not names:
+            family = type(hf_model(model)).__name__
+            raise SafeSteerError(
+                f"What block {layer} of {family} writes to the residual stream is not a sum of its parts'"
+                " outputs, so no direction can be projected out of it: use add or clamp."
+            )
+        modules += [inside[name] for name in names]
+    first, embedded = seen[0, "before"], seen.get((-1, "embed"))
+    alone = embedded is not None and embedded.shape == first.shape and _fits(first, [embedded])
+    return Writes(tuple(modules), alone)
+
+
+def _parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the parts of a block by name, shallow ones first."""
+    named = [(name, part) for name, part in block.named_modules() if name and name.count(".") < DEPTH]
+    yield from sorted(named, key=lambda item: item[0].count("."))
+
+
+def _reader(seen: dict[tuple[int, str], Tensor], layer: int, name: str) -> Callable[..., None]:
+    """Make a hook that stores what a module reads ("before") or returns."""
+
+    def read(module: nn.Module, args: tuple, kwargs: dict, output: object = None) -> None:
+        value = output if name != "before" else args[0] if args else kwargs.get("hidden_states")
+        value = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(value, Tensor):
+            seen[layer, name] = value
+
+    return read
+
+
+def _writers(
+    seen: dict[tuple[int, str], Tensor], layer: int, names: list[str], like: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the parts whose outputs add up to the change of a block; `like` are those of the one before."""
+    change = seen[layer, "after"].double() - seen[layer, "before"].double()
+    outputs = {
+        n: seen[layer, n] for n in names if (layer, n) in seen and seen[layer, n].shape == change.shape
+    }
+    tries = [tuple(like), *USUAL]
+    tries += [some for n in range(1, MOST_PARTS + 1) for some in combinations(outputs, n)]
+    for some in tries:
+        if some and all(n in outputs for n in some) and _fits(change, [outputs[n] for n in some]):
+            return tuple(some)
+    return ()
+
+
+def _fits(change: Float[Tensor, "1 n d_model"], outputs: Sequence[Float[Tensor, "1 n d_model"]]) -> bool:
+    """Say whether `change` is a sum of the outputs, each times a constant that is not zero."""
+    columns = torch.stack([out.double().flatten() for out in outputs], 1)
+    target = change.double().flatten()
+    factors = torch.linalg.lstsq(columns, target[:, None]).solution[:, 0]
+    error = float((columns @ factors - target).abs().max() / target.std().clamp(min=1e-12))
+    precise = outputs[0].dtype in (torch.float32, torch.float64)
+    return error <= (TOLERANCE if precise else HALF_TOLERANCE) and bool((factors.abs() > 1e-3).all())
