@@ -4,7 +4,6 @@ JSON for values and tables, safetensors for vectors; never pickle. Every reader 
 foreign file into one sentence. `read_value` is the way back from JSON to nested frozen dataclasses.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -76,6 +76,8 @@ def remove_parts(folder: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make a rename inside `folder` survive a power cut."""
+    if os.name == "nt":  # Windows opens no folders, and has no such promise
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -202,15 +204,16 @@ def digest(path: Path) -> str:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Let one process work in a folder: the lock goes with the process, however it ends."""
+    lock = FileLock(path / ".lock", timeout=0)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        handle = (path / ".lock").open("w")
+        lock.acquire()
+    except Timeout as error:
+        raise SafeSteerError(f"Another process is at work in {path}.") from error
     except OSError as error:
         raise SafeSteerError(f"Cannot write to the run folder {path}: {error.strerror}.") from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise SafeSteerError(f"Another process is at work in {path}.") from error
+    try:
         remove_parts(path)
         yield
+    finally:
+        lock.release()

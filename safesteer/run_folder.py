@@ -7,7 +7,7 @@ while its files still have those hashes, so a torn file is made again.
 
 import json
 import platform
-import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import torch
 from rich.console import Console
 from rich.progress import (
@@ -172,7 +173,7 @@ def finished(run: Run, stage: str) -> bool:
 def record_stage(run: Run, stage: str, written: list[str], seconds: float) -> None:
     """Write a finished stage into the manifest; later stages, made from its old files, leave it."""
     manifest = read_json(run.path / MANIFEST)
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak_mb = _peak_memory() / 2**20
     manifest["stages"][stage] = {
         "seconds": round(seconds, 1),
         "peak_mb": round(peak_mb),
@@ -181,3 +182,13 @@ def record_stage(run: Run, stage: str, written: list[str], seconds: float) -> No
     for later in STAGES[STAGES.index(stage) + 1 :]:
         manifest["stages"].pop(later, None)
     write_json(run.path / MANIFEST, manifest)
+
+
+def _peak_memory() -> int:
+    """Return the most memory that this process has held, in bytes."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # POSIX only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

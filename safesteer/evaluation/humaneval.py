@@ -10,7 +10,6 @@ namespace, nothing is run. The prompt is ours; the score is pass@1 of one greedy
 import ctypes
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,8 @@ def _confine(seconds: int, memory_mb: int) -> None:
         cut_off = False
     if not cut_off:
         os._exit(_NOT_ISOLATED)
+    import resource  # POSIX only, as is this function
+
     limits = {
         resource.RLIMIT_CPU: seconds,
         resource.RLIMIT_AS: memory_mb * 2**20,
