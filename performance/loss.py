@@ -26,9 +26,10 @@ N_SET = 50
 
 def ours(hidden, weight, h_teacher, w_teacher, ids):
     from safesteer.distillation.loss import divergence_loss
+    from safesteer.models.head import Head
     from safesteer.settings import DistillConfig
 
-    heads = (weight, None, None), (w_teacher, None, None)
+    heads = Head(weight), Head(w_teacher)
     w = torch.full((len(hidden),), 1 / len(hidden))
     config = DistillConfig(divergence="reverse", normalizer="generalized")
     return divergence_loss(hidden, h_teacher, w, *heads, ids, config).loss

@@ -30,7 +30,9 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def heads(with_bias: bool, softcap: float | None, trained: bool = True):
     weight, base_weight = normal(V, D, seed=1).requires_grad_(trained), normal(V, D, seed=2)
     bias = normal(V, seed=3).requires_grad_(trained) if with_bias else None
-    return Head(weight, bias, softcap), Head(base_weight, normal(V, seed=4) if with_bias else None, softcap)
+    return Head(weight, bias, softcap, 0.5), Head(
+        base_weight, normal(V, seed=4) if with_bias else None, softcap
+    )
 
 
 def on_support(logps, q, support: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,11 +71,13 @@ def test_value_and_gradients_equal_full_logits(support, divergence, normalizer, 
 @pytest.mark.parametrize("support", get_args(Support))
 def test_gradient_is_the_slope(support, trained, with_bias):
     h, t = normal(N, D).requires_grad_(), normal(N, D, seed=5)
-    (weight, bias, softcap, _), base_head = heads(with_bias, 2.0, trained)
+    (weight, bias, softcap, scale), base_head = heads(with_bias, 2.0, trained)
     config = DistillConfig(support=support, divergence="symmetric", normalizer="generalized", n_topk=3)
 
     def loss(h, weight, bias):
-        return divergence_loss(h, t, W, Head(weight, bias, softcap), base_head, S, config, chunk=2).loss
+        return divergence_loss(
+            h, t, W, Head(weight, bias, softcap, scale), base_head, S, config, chunk=2
+        ).loss
 
     assert torch.autograd.gradcheck(loss, (h, weight, bias))
 
@@ -83,7 +87,7 @@ def test_gradient_is_the_slope(support, trained, with_bias):
 def test_no_position_by_vocabulary_tensor_is_formed(support, trained):
     n, d_vocab = 64, 500
     h, weight = normal(n, 8).requires_grad_(), normal(d_vocab, 8, seed=1).requires_grad_(trained)
-    head = (weight, None, None)
+    head = Head(weight)
     with LargestTensor() as seen:
         weights = torch.ones(n).double()
         config = DistillConfig(support=support)
@@ -97,7 +101,7 @@ def test_a_suppressed_token_does_not_poison_the_gradient(support):
     bias = torch.zeros(V, dtype=torch.float64)
     bias[7] = -torch.inf
     h = normal(N, D).requires_grad_()
-    head = (normal(V, D, seed=1).requires_grad_(), bias, None)
+    head = Head(normal(V, D, seed=1).requires_grad_(), bias)
     config = DistillConfig(support=support, divergence="symmetric", normalizer="generalized", n_topk=3)
     got = divergence_loss(h, normal(N, D, seed=5), W, head, head, S, config)
     got.loss.backward()
@@ -111,7 +115,7 @@ def test_half_precision_goes_in_and_the_sums_are_wide():
     w, config = torch.full((40,), 1 / 40), DistillConfig(divergence="reverse", normalizer="partial")
     results = []
     for dtype in (torch.float32, torch.bfloat16):
-        leaf, head = h.to(dtype).requires_grad_(), (weight.to(dtype).requires_grad_(), None, None)
+        leaf, head = h.to(dtype).requires_grad_(), Head(weight.to(dtype).requires_grad_())
         got = divergence_loss(leaf, t.to(dtype), w, head, head, S, config, chunk=7)
         got.loss.backward()
         assert got.loss.dtype == torch.float32

@@ -87,6 +87,8 @@ def _measured_scale(model: nn.Module, head: Head) -> float:
         states = decoder(model)(ids, use_cache=False).last_hidden_state
         ours = logits_of(states, *head).double()
         theirs = inner(ids, use_cache=False).logits.double()[..., : ours.shape[-1]]
+    if not bool(theirs.isfinite().all()):  # damaged weights: what reads them says so
+        return 1.0
     spread = float(theirs.std().clamp(min=1e-12))
     scale = 1.0
     if head.softcap is None and float((ours - theirs).abs().max()) > TOLERANCE * spread:

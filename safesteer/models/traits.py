@@ -24,6 +24,7 @@ from safesteer.models.chat_model import ModelLike, context_length, hf_model, mod
 from safesteer.models.head import measuring, output_head, probe_ids
 from safesteer.models.passes import read_cache, read_states
 
+CHECKS = ("padding", "shared prefix", "repeated cache")
 LENGTHS = (5, 9, 14)  # tokens of the prompts that are compared
 N_COMMON = 3  # tokens that they begin with
 TOLERANCE = 1e-3  # largest deviation in units of the states' spread, in float32
@@ -88,6 +89,8 @@ def _measure(model: nn.Module) -> Traits:
     device, empty = next(model.parameters()).device, [[] for _ in rows]
     single = [read_states(model, PromptBatch.from_ids([r], [[]], device=device))[0, -2:] for r in rows]
     want = torch.stack(single).double()
+    if not bool(want.isfinite().all()):  # damaged weights: the passes that follow say where
+        return Traits(deviations=tuple((name, None, "the model's states are not finite") for name in CHECKS))
     spread = float(want.std().clamp(min=1e-12))
     limit = TOLERANCE if single[0].dtype in (torch.float32, torch.float64) else HALF_TOLERANCE
 
@@ -103,9 +106,7 @@ def _measure(model: nn.Module) -> Traits:
         "" if ok[1] else f"common columns are computed in every row{window and f' ({window} is set)'}",
         "" if ok[2] else "prompts are read again for every sample",
     )
-    checks = zip(
-        ("padding", "shared prefix", "repeated cache"), (pads, shares, repeats), remarks, strict=True
-    )
+    checks = zip(CHECKS, (pads, shares, repeats), remarks, strict=True)
     return Traits(*ok, deviations=tuple(checks))
 
 
