@@ -33,6 +33,7 @@ from safesteer.judges.judge import Judge
 from safesteer.judges.wording import refuses
 from safesteer.models.adapter import without_adapter
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.loading import load_model
 from safesteer.models.sharding import on_cpu, require_processes
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.report.page import write_report
@@ -78,11 +79,11 @@ def align(
     for name in ("train", "val", "distill", "test"):
         prompts.split(name)  # a missing split is reported before any work
     source = str(model) if isinstance(model, str | Path) else as_chat(model)
-    run = Run(Path(out), source, recipe, prompts, judge, console or Console(), track)
-    base = run.load_base() if isinstance(source, str) else source
+    base = load_model(source, dtype=recipe.dtype) if isinstance(source, str) else source
     processes = PartialState(cpu=base.device.type == "cpu")
     first = processes.is_main_process
-    run.console.quiet = run.console.quiet or not first
+    console = (console or Console()) if first else Console(quiet=True)
+    run = Run(Path(out), source, recipe, prompts, judge, console, track)
     with locked(run.path) if first else nullcontext():
         if first:
             open_run(run, base)
