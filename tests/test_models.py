@@ -17,11 +17,11 @@ from conftest import (
     random_vector,
 )
 from safesteer._errors import SafeSteerError
-from safesteer.models.batch import PromptBatch, template_hash
+from safesteer.models.batch import PromptBatch, cut_at_eos, template_hash
 from safesteer.models.bridge import to_bridge
 from safesteer.models.chat_model import ChatModel, as_chat, hf_model, is_bridge
 from safesteer.models.forward import final_hidden, prefill
-from safesteer.models.generation import cut_at_eos, generate, generate_ids
+from safesteer.models.generation import generate, generate_ids
 from safesteer.models.head import output_head
 from safesteer.models.loading import load_model
 from safesteer.models.logits import logits_of

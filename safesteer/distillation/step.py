@@ -41,7 +41,7 @@ from safesteer.models.forward import earned, final_hidden
 from safesteer.models.head import Head, output_head
 from safesteer.models.logits import logps_on
 from safesteer.models.sharding import equal_passes, gather, split_sharded, total_norm
-from safesteer.settings import DistillConfig, Support
+from safesteer.settings import DistillConfig
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,8 @@ def _backward(
     """Add up the gradient of the step's loss by micro-batches; return its terms and the student's states."""
     config, student, rollouts = state.config, state.student, reading.rollouts
     head, row = output_head(student.model), rollouts.mask.nonzero()[:, 0]
+    base_head, ids = output_head(teacher.base.model), teacher.tokens.ids.to(student.device)
+    on_full = replace(config, support="full")
     starts = rollouts.mask.sum(1).cumsum(0) - rollouts.mask.sum(1)
     h_student = reading.h_teacher.new_zeros(reading.h_teacher.shape, dtype=head[0].dtype)
     loss, terms = 0.0, torch.zeros((3, len(row)), dtype=torch.float32, device=row.device)
@@ -187,9 +189,8 @@ def _backward(
         hidden = predicting_states(states, rollouts.mask[at])
         h_student[span] = hidden.detach().to(h_student)
         whole = ~rollouts.harmful[row[span]] & (config.anchor_support == "full")
-        supports: list[tuple[Support, Tensor]] = [(config.support, ~whole), ("full", whole)]
         losses = []
-        for support, selected in supports:
+        for settings, selected in ((config, ~whole), (on_full, whole)):
             n = selected.nonzero()[:, 0]
             if len(n):
                 part = divergence_loss(
@@ -197,9 +198,9 @@ def _backward(
                     reading.h_teacher[span][n],
                     reading.weights[span][n],
                     head,
-                    output_head(teacher.base.model),
-                    teacher.tokens.ids.to(student.device),
-                    replace(config, support=support),
+                    base_head,
+                    ids,
+                    settings,
                 )
                 losses.append(part.loss)
                 terms[:, first + n] = torch.stack(part[1:]).to(terms)

@@ -199,3 +199,9 @@ def batches(
     lengths = [len(_ids(tokenizer, render(tokenizer, p, system=system))) for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (lengths[i], i))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def cut_at_eos(ids: Sequence[int], eos_ids: Sequence[int], *, keep_eos: bool) -> list[int]:
+    """Cut ids at the first end-of-answer id, with it or without it."""
+    stop = next((i for i, t in enumerate(ids) if t in eos_ids), None)
+    return list(ids) if stop is None else list(ids[: stop + keep_eos])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from safesteer._errors import SafeSteerError
-from safesteer.models.batch import Continuation, PromptBatch, batches
+from safesteer.models.batch import Continuation, PromptBatch, batches, cut_at_eos
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -80,9 +80,8 @@ class ChatModel:
 
     def decode_answer(self, ids: Sequence[int]) -> str:
         """Return an answer's text: up to its first end-of-answer id, without special tokens, stripped."""
-        ends, ids = set(self.eos_ids), list(ids)
-        stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-        return cast(str, self.tokenizer.decode(ids[:stop], skip_special_tokens=True)).strip()
+        answer = cut_at_eos(ids, self.eos_ids, keep_eos=False)
+        return cast(str, self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
     def batched(
         self,

@@ -117,12 +117,6 @@ def with_greedy_tokens(chat: ChatModel, batch: PromptBatch, n_tokens: int) -> Pr
     return batch.extended(generate_ids(chat, batch, max_new_tokens=n_tokens)) if n_tokens > 0 else batch
 
 
-def cut_at_eos(ids: Sequence[int], eos_ids: Sequence[int], *, keep_eos: bool) -> list[int]:
-    """Cut ids at the first end-of-answer id, with it or without it."""
-    stop = next((i for i, t in enumerate(ids) if t in eos_ids), None)
-    return list(ids) if stop is None else list(ids[: stop + keep_eos])
-
-
 def generate(
     chat: ModelLike,
     prompts: Sequence[str],

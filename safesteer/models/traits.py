@@ -155,7 +155,7 @@ def _deviation(
 
 def require_padding(model: nn.Module, mask: Int[Tensor, "batch pos"]) -> None:
     """Raise SafeSteerError for a padded batch that the model would read wrongly."""
-    if not bool(mask.all()) and not traits_of(model).pads:
+    if not traits_of(model).pads and not bool(mask.all()):
         raise SafeSteerError(
             f"{type(hf_model(model)).__name__} reads a padded batch otherwise than single prompts: use"
             " batch_size=1."
