@@ -6,10 +6,9 @@
 Rates come with Wilson intervals, means with bootstrap intervals over prompts (95 %).
 """
 
-import copy
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,7 +137,7 @@ def evaluate(
     progress(1 / n_models)
     if direction is not None:
         # Drift is measured against the unsteered base, so a copy carries the steering.
-        teacher = replace(base, model=copy.deepcopy(base.model))
+        teacher = base.copy()
         with steer(teacher, direction):
             scores["teacher"], answers["teacher"] = score_model(
                 teacher, base, test, config, judge=cached, base_answers=along

@@ -7,9 +7,10 @@ whose logits are something else is refused in a sentence.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,8 +21,9 @@ from safesteer._errors import SafeSteerError
 from safesteer.models.chat_model import decoder, hf_model, text_config
 from safesteer.models.logits import logits_of
 
+T = TypeVar("T")
 N_PROBE_IDS = 8
-TOLERANCE = 1e-3  # of the logits' spread, in float32; half precisions round more
+TOLERANCE = 1e-3  # deviation in units of the spread, in float32
 HALF_TOLERANCE = 0.05
 
 
@@ -39,7 +41,31 @@ class Head(NamedTuple):
         return {"bias": self.bias, "softcap": self.softcap, "scale": self.scale}
 
 
-_SCALES: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+class Scale(NamedTuple):
+    """The measured factor, and how far our logits are then off, in units of their spread (None: NaN)."""
+
+    factor: float
+    deviation: float | None
+
+
+def once_per_model(measure: Callable[[nn.Module], T]) -> Callable[[nn.Module], T]:
+    """Call `measure` once for the Hugging Face model inside, with hooks put aside, and keep its result."""
+    results: WeakKeyDictionary[nn.Module, T] = WeakKeyDictionary()
+
+    @wraps(measure)
+    def measured(model: nn.Module) -> T:
+        inner = hf_model(model)
+        if inner not in results:
+            with _unhooked(inner):
+                results[inner] = measure(model)
+        return results[inner]
+
+    return measured
+
+
+def tolerance(dtype: torch.dtype, half: float) -> float:
+    """Return the deviation that is rounding: `half` where the precision is below float32."""
+    return TOLERANCE if dtype in (torch.float32, torch.float64) else half
 
 
 def output_head(model: nn.Module) -> Head:
@@ -48,13 +74,13 @@ def output_head(model: nn.Module) -> Head:
     Raises:
         SafeSteerError: If the model's logits are not a head on its final hidden states.
     """
-    inner = hf_model(model)
-    layer = cast(nn.Linear, inner.get_output_embeddings())
+    return _unscaled_head(model)._replace(scale=logit_scale(model).factor)
+
+
+def _unscaled_head(model: nn.Module) -> Head:
+    layer = cast(nn.Linear, hf_model(model).get_output_embeddings())
     softcap = getattr(text_config(model), "final_logit_softcapping", None)
-    head = Head(layer.weight, getattr(layer, "bias", None), softcap)
-    if inner not in _SCALES:
-        _SCALES[inner] = _measured_scale(model, head)
-    return head._replace(scale=_SCALES[inner])
+    return Head(layer.weight, getattr(layer, "bias", None), softcap)
 
 
 def probe_ids(model: nn.Module, n: int, seed: int = 0) -> Tensor:
@@ -66,9 +92,9 @@ def probe_ids(model: nn.Module, n: int, seed: int = 0) -> Tensor:
 
 
 @contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
+def _unhooked(model: nn.Module) -> Iterator[None]:
     """Run the model as it is, without gradients: hooks that are on (steering) are put aside for the block."""
-    modules = list(hf_model(model).modules())
+    modules = list(model.modules())
     hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in modules]
     try:
         for m in modules:
@@ -80,28 +106,31 @@ def measuring(model: nn.Module) -> Iterator[None]:
             m._forward_pre_hooks, m._forward_hooks = before, after
 
 
-def _measured_scale(model: nn.Module, head: Head) -> float:
-    """Measure the constant factor between our logits and the model's own."""
-    inner, ids = hf_model(model), probe_ids(model, N_PROBE_IDS)
-    with measuring(model):
-        states = decoder(model)(ids, use_cache=False).last_hidden_state
-        ours = logits_of(states, *head).double()
-        theirs = inner(ids, use_cache=False).logits.double()[..., : ours.shape[-1]]
+@once_per_model
+def logit_scale(model: nn.Module) -> Scale:
+    """Measure the constant factor between our logits and the model's own.
+
+    Raises:
+        SafeSteerError: If the model's logits are not a head on its final hidden states.
+    """
+    inner, ids, head = hf_model(model), probe_ids(model, N_PROBE_IDS), _unscaled_head(model)
+    states = decoder(model)(ids, use_cache=False).last_hidden_state
+    ours = logits_of(states, *head).double()
+    theirs = inner(ids, use_cache=False).logits.double()[..., : ours.shape[-1]]
     if not bool(theirs.isfinite().all()):  # damaged weights: what reads them says so
-        return 1.0
+        return Scale(1.0, None)
     spread = float(theirs.std().clamp(min=1e-12))
     scale = 1.0
     if head.softcap is None and float((ours - theirs).abs().max()) > TOLERANCE * spread:
         scale = float((ours * theirs).sum() / (ours * ours).sum().clamp(min=1e-30))
         scale = next((s for s in _config_scales(model) if abs(scale / s - 1) < 1e-3), scale)
-    precise = states.dtype in (torch.float32, torch.float64)
     error = float((scale * ours - theirs).abs().max()) / spread
-    if not error <= (TOLERANCE if precise else HALF_TOLERANCE):
+    if not error <= tolerance(states.dtype, HALF_TOLERANCE):
         raise SafeSteerError(
             f"The logits of {type(inner).__name__} are not its output head on its final hidden states (off by"
             f" {error:.1%} of their spread), so no score of SafeSteer would be right."
         )
-    return scale
+    return Scale(scale, error)
 
 
 def _config_scales(model: nn.Module) -> list[float]:

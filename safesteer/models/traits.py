@@ -11,7 +11,6 @@ What fails is done in a slower way that is right. Logits have a check of their o
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
 
 import pandas as pd
 import torch
@@ -21,14 +20,13 @@ from torch import Tensor, nn
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ModelLike, context_length, hf_model, module_of, text_config
-from safesteer.models.head import measuring, output_head, probe_ids
+from safesteer.models.head import logit_scale, once_per_model, probe_ids, tolerance
 from safesteer.models.passes import read_cache, read_states
 
 CHECKS = ("padding", "shared prefix", "repeated cache")
 LENGTHS = (5, 9, 14)  # tokens of the prompts that are compared
 N_COMMON = 3  # tokens that they begin with
-TOLERANCE = 1e-3  # largest deviation in units of the states' spread, in float32
-HALF_TOLERANCE = 0.1  # the same where rounding is coarse
+HALF_TOLERANCE = 0.1  # largest deviation in units of the states' spread where rounding is coarse
 
 
 @dataclass(frozen=True)
@@ -41,25 +39,13 @@ class Traits:
     deviations: tuple[tuple[str, float | None, str], ...] = ()  # (check, deviation, remark)
 
 
-_TRAITS: WeakKeyDictionary[nn.Module, Traits] = WeakKeyDictionary()
-
-
-def traits_of(model: nn.Module) -> Traits:
-    """Return the traits of a model, plain, PEFT-wrapped or bridged; measured when first asked for."""
-    inner = hf_model(model)
-    if inner not in _TRAITS:
-        with measuring(model):
-            _TRAITS[inner] = _measure(model)
-    return _TRAITS[inner]
-
-
 def self_check(model: nn.Module) -> None:
     """Measure head and traits now, so that no later pass has to.
 
     Raises:
         SafeSteerError: If the model's logits are not a head on its final hidden states.
     """
-    output_head(model)
+    logit_scale(model)
     traits_of(model)
 
 
@@ -74,15 +60,16 @@ def check_model(chat: ModelLike) -> pd.DataFrame:
         [True, True, True, True]
     """
     model = module_of(chat)
-    scale, traits = output_head(model).scale, traits_of(model)
-    rows = [("logits", 0.0, True, "" if scale == 1 else f"logits are scaled by {scale:g}")]
+    (scale, deviation), traits = logit_scale(model), traits_of(model)
+    rows = [("logits", deviation, True, "" if scale == 1 else f"logits are scaled by {scale:g}")]
     passed = (traits.pads, traits.shares_prefix, traits.repeats_cache)
     rows += [(*d[:2], right, d[2]) for d, right in zip(traits.deviations, passed, strict=True)]
     return pd.DataFrame(rows, columns=["check", "deviation", "right", "remark"])
 
 
-def _measure(model: nn.Module) -> Traits:
-    """Compare batches and caches with single prompts."""
+@once_per_model
+def traits_of(model: nn.Module) -> Traits:
+    """Return the traits of a model: compare batches and caches with single prompts when first asked for."""
     ids = probe_ids(model, N_COMMON + sum(LENGTHS), seed=1)[0].tolist()
     common, others = ids[:N_COMMON], ids[N_COMMON:]
     rows = [[*common, *others[sum(LENGTHS[:i]) :][: n - N_COMMON]] for i, n in enumerate(LENGTHS)]
@@ -92,7 +79,7 @@ def _measure(model: nn.Module) -> Traits:
     if not bool(want.isfinite().all()):  # damaged weights: the passes that follow say where
         return Traits(deviations=tuple((name, None, "the model's states are not finite") for name in CHECKS))
     spread = float(want.std().clamp(min=1e-12))
-    limit = TOLERANCE if single[0].dtype in (torch.float32, torch.float64) else HALF_TOLERANCE
+    limit = tolerance(single[0].dtype, HALF_TOLERANCE)
 
     plain = PromptBatch.from_ids(rows, empty, device=device, share=False)
     shared = PromptBatch.from_ids(rows, empty, device=device)

@@ -10,7 +10,6 @@ project it out of any multiple. A block whose change is no such sum is refused i
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -18,13 +17,12 @@ from torch import Tensor, nn
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.chat_model import blocks, decoder, hf_model
-from safesteer.models.head import measuring, probe_ids
+from safesteer.models.head import once_per_model, probe_ids, tolerance
 
 N_PROBE_IDS = 12
 MOST_PARTS = 3  # of a block that may write
 DEPTH = 2  # how deep inside a block parts are looked for
-TOLERANCE = 1e-3  # of the spread of the change, in float32
-HALF_TOLERANCE = 0.05
+HALF_TOLERANCE = 0.05  # of the spread of the change
 USUAL = (
     ("post_attention_layernorm", "post_feedforward_layernorm"),  # sandwich norms: Gemma 2 and 3
     ("self_attn", "mlp"),
@@ -39,24 +37,13 @@ class Writes:
     starts_at_embedding: bool
 
 
-_WRITES: WeakKeyDictionary[nn.Module, Writes] = WeakKeyDictionary()
-
-
+@once_per_model
 def writes_of(model: nn.Module) -> Writes:
-    """Return what writes to the residual stream of a plain model; measured when first asked for.
+    """Return what writes to the residual stream of a plain model: compare block by block, once per model.
 
     Raises:
         SafeSteerError: If a block's change is not a sum of outputs of its parts.
     """
-    inner = hf_model(model)
-    if inner not in _WRITES:
-        with measuring(model):
-            _WRITES[inner] = _measure(model)
-    return _WRITES[inner]
-
-
-def _measure(model: nn.Module) -> Writes:
-    """Run a few tokens and compare, block by block."""
     seen: dict[tuple[int, str], Tensor] = {}
     parts = [dict(_parts(block)) for block in blocks(model)]
     embedding = hf_model(model).get_input_embeddings()
@@ -128,5 +115,4 @@ def _fits(change: Float[Tensor, "1 n d_model"], outputs: Sequence[Float[Tensor, 
     target = change.double().flatten()
     factors = torch.linalg.lstsq(columns, target[:, None]).solution[:, 0]
     error = float((columns @ factors - target).abs().max() / target.std().clamp(min=1e-12))
-    precise = outputs[0].dtype in (torch.float32, torch.float64)
-    return error <= (TOLERANCE if precise else HALF_TOLERANCE) and bool((factors.abs() > 1e-3).all())
+    return error <= tolerance(outputs[0].dtype, HALF_TOLERANCE) and bool((factors.abs() > 1e-3).all())
