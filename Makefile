@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test docs faults ablations ablations-quick check format clean
+.PHONY: setup demo test docs conformance faults ablations ablations-quick check format clean
 
 setup: $(VENV)/.ready
 
@@ -30,6 +30,10 @@ test: setup
 # The documentation as a site: python -m http.server -d site. Broken links and names are errors.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Every function on every family of models, about ten minutes: writes docs/models.md.
+conformance: setup
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m conformance $(MODELS)
 
 faults: setup
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python faults.py

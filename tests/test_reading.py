@@ -82,7 +82,7 @@ def test_contributions_of_a_bridge_and_of_sandwich_norms(bridges, tiny_llama, ti
     direction = Direction(random_vector(32), 1, "-1", "given")
     plain, bridged = (component_contributions(c, direction, few) for c in (tiny_llama, bridges["tiny-llama"]))
     assert bridged.difference.tolist() == pytest.approx(plain.difference.tolist(), abs=1e-4)
-    with pytest.raises(SafeSteerError, match="normalises"):
+    with pytest.raises(SafeSteerError, match="do not add up"):
         component_contributions(tiny_gemma2, direction, few)
 
 

@@ -202,7 +202,7 @@ def test_hooks_are_gone_when_a_later_one_cannot_be_attached(tiny_llama):
     assert n_hooks(tiny_llama.model) == before
 
 
-@pytest.mark.parametrize("point", ["embed", "resid_pre", "attn_out", "mlp_out"])
+@pytest.mark.parametrize("point", ["embed", "resid_pre", "write"])
 def test_points_are_the_same_place_on_both(chat_and_bridge, point):
     results = []
     for chat in chat_and_bridge:
@@ -217,8 +217,8 @@ def test_points_are_the_same_place_on_both(chat_and_bridge, point):
 
 
 def test_residual_is_the_sum_of_its_writes(tiny_gemma2):
-    """resid_pre[1] = embedding + attn_out[0] + mlp_out[0], also with sandwich norms."""
-    points = [("resid_pre", 0), ("attn_out", 0), ("mlp_out", 0), ("resid_pre", 1)]
+    """resid_pre[1] = resid_pre[0] + both writes of block 0, also with sandwich norms."""
+    points = [("resid_pre", 0), ("write", 0), ("write", 1), ("resid_pre", 1)]
     seen = {}
     edits = {at: (lambda h, at=at: seen.update({at: h.detach()})) for at in points}
     with apply_hooks(tiny_gemma2.model, edits):

@@ -16,6 +16,7 @@ All return plain tables; `report.direction_figures` draws them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TypeAlias, cast
 
 import pandas as pd
@@ -33,7 +34,7 @@ from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, blocks, h
 from safesteer.models.forward import final_hidden
 from safesteer.prompts.prompt_set import LABELS, PromptSet
 from safesteer.steering.direction import Direction
-from safesteer.steering.hooks import Edit, Point, apply_hooks
+from safesteer.steering.hooks import Edit, Edits, apply_hooks
 
 Component: TypeAlias = tuple[str, int, int]  # kind ("embed", "head" or "mlp"), layer, head; -1 for none
 
@@ -103,7 +104,8 @@ def component_contributions(
         harmless (mean projection in residual units) and difference.
 
     Raises:
-        SafeSteerError: For models that normalise what a sublayer writes (Gemma 2 and 3).
+        SafeSteerError: Where these components do not add up to the residual stream: models that normalise or
+            scale what a sublayer writes (Gemma 2 and 3, Granite), or write with other parts too.
 
     Example:
         >>> from safesteer.directions.inspection import component_contributions
@@ -114,10 +116,6 @@ def component_contributions(
     """
     chat = as_chat(chat)
     plain = ChatModel(hf_model(chat.model), chat.tokenizer, chat.name)
-    if hasattr(blocks(plain.model)[0], "post_feedforward_layernorm"):
-        raise SafeSteerError(
-            f"'{chat.name}' normalises what a sublayer writes, so its output is not a sum over heads."
-        )
     unit = direction.unit.to(chat.device).double()
     harmful, harmless = (_mean_written(plain, prompts.texts(label), unit, batch_size) for label in LABELS)
     rows = [(_name(*at), *at, harmful[at], harmless[at]) for at in harmful]
@@ -144,12 +142,11 @@ def _mean_written(
 def _written(chat: ChatModel, batch: PromptBatch, unit: Float[Tensor, " d_model"]) -> dict[Component, float]:
     """Sum each component's projection at the last position over the prompts of a batch."""
     written: dict[Component, float] = {}
+    before: dict[int, float] = {}  # projection of each block's resid_pre
+    biases: dict[int, float] = {}
 
-    def read(component: Component) -> Edit:
-        def project(x: Tensor) -> None:
-            written[component] = float((x[:, -1].double() @ unit).sum())
-
-        return project
+    def along(x: Tensor) -> float:
+        return float((x[:, -1].double() @ unit).sum())
 
     def read_heads(layer: int, width: int, through: Tensor) -> Callable[[nn.Module, tuple], None]:
         def project(module: nn.Module, args: tuple) -> None:
@@ -159,30 +156,57 @@ def _written(chat: ChatModel, batch: PromptBatch, unit: Float[Tensor, " d_model"
 
         return project
 
+    def read_mlp(layer: int) -> Callable[[nn.Module, tuple, Tensor], None]:
+        def project(module: nn.Module, args: tuple, output: Tensor) -> None:
+            written["mlp", layer, -1] = along(output)
+
+        return project
+
+    def read_before(layer: int) -> Edit:
+        return lambda h: before.update({layer: along(h)})
+
     cache = prefill_shared(chat, batch)
-    edits: dict[tuple[Point, int], Edit] = {("resid_pre", 0): read(("embed", -1, -1))}
-    edits |= {("mlp_out", layer): read(("mlp", layer, -1)) for layer in range(chat.n_layers)}
-    handles = []
-    for layer in range(chat.n_layers):
-        out, width = _attention_out(blocks(chat.model)[layer])
-        through = rearrange(cast(Tensor, out.weight).double().T @ unit, "(head d) -> head d", d=width)
-        handles.append(out.register_forward_pre_hook(read_heads(layer, width, through)))
-    try:
+    with ExitStack() as stack:
+        for layer, block in enumerate(blocks(chat.model)):
+            out, width, mlp = _parts(block)
+            through = rearrange(cast(Tensor, out.weight).double().T @ unit, "(head d) -> head d", d=width)
+            bias = cast(Tensor | None, getattr(out, "bias", None))
+            biases[layer] = 0.0 if bias is None else len(batch.prompt_ids) * float(bias.double() @ unit)
+            stack.callback(out.register_forward_pre_hook(read_heads(layer, width, through)).remove)
+            stack.callback(mlp.register_forward_hook(read_mlp(layer)).remove)
+        edits: Edits = {("resid_pre", layer): read_before(layer) for layer in range(chat.n_layers)}
         with apply_hooks(chat, edits):
             final_hidden(chat.model, batch, cache)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return written
+    _check_sum(chat, written, before, biases)
+    return {("embed", -1, -1): before[0], **written}
 
 
-def _attention_out(block: nn.Module) -> tuple[nn.Module, int]:
-    """Return the projection that mixes the heads, and the width of one head."""
-    attention = cast(nn.Module, block.self_attn)
+def _parts(block: nn.Module) -> tuple[nn.Module, int, nn.Module]:
+    """Return the projection that mixes the heads, the width of a head, and the MLP."""
+    attention, mlp = getattr(block, "self_attn", None), getattr(block, "mlp", None)
     out = getattr(attention, "o_proj", None) or getattr(attention, "dense", None)
-    if out is None:
-        raise SafeSteerError("This architecture's attention has no output projection that is known here.")
-    return cast(nn.Module, out), cast(int, attention.head_dim)
+    width = getattr(attention, "head_dim", None)
+    if out is None or width is None or mlp is None:
+        raise SafeSteerError(
+            f"The parts of a {type(block).__name__} have no names that are known here, so what it writes is"
+            " not split into heads and MLP."
+        )
+    return out, width, mlp
+
+
+def _check_sum(
+    chat: ChatModel, written: dict[Component, float], before: dict[int, float], biases: dict[int, float]
+) -> None:
+    """Raise SafeSteerError where the components below a block do not add up to its resid_pre."""
+    total, size = before[0], max(map(abs, (*before.values(), *written.values())))
+    wide = next(chat.model.parameters()).dtype in (torch.float32, torch.float64)
+    for layer in range(chat.n_layers - 1):
+        total += biases[layer] + sum(value for at, value in written.items() if at[1] == layer)
+        if abs(total - before[layer + 1]) > (1e-3 if wide else 0.1) * size:
+            raise SafeSteerError(
+                f"The heads and the MLP of block {layer} of '{chat.name}' do not add up to what it writes, so"
+                " its output is not split into components."
+            )
 
 
 def _last_resid_pre(

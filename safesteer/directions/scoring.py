@@ -34,7 +34,7 @@ from safesteer.models.logits import kl_divergence, logits_of, refusal_score
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.settings import DirectionConfig
 from safesteer.steering import interventions
-from safesteer.steering.hooks import record_resid_pre, run_from_layer
+from safesteer.steering.hooks import record_resid_pre, resumption, run_from_layer
 
 SCORES = ["ablation_refusal", "steering_refusal", "kl_harmless"]
 
@@ -247,12 +247,14 @@ def _addition(
     Below the steered layer nothing changes: residuals, keys and values there are the base's.
     """
     of_layer = {at: [i for i, layer in enumerate(layers) if layer == at] for at in sorted(set(layers))}
+    if not resumption(chat.model).works:
+        return _whole_addition(chat, vectors, of_layer, tokens_per_pass)
     base, shared = None, dict.fromkeys(of_layer)
     if texts.n_shared:
         with record_resid_pre(chat.model, list(of_layer), lambda h: h) as resid_pre:
             base = _shared_cache(chat, texts, 1)
         for layer, members in of_layer.items():
-            steered = resid_pre[layer] + vectors[members][:, None]
+            steered = resid_pre[layer] + vectors[members][:, None].to(resid_pre[layer])
             shared[layer] = _steered_cache(chat, texts, base, steered, layer)
 
     def run(batch: PromptBatch, n_last: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -262,9 +264,30 @@ def _addition(
         for layer, members in of_layer.items():
             for part in _chunks(len(members), batch, tokens_per_pass):
                 at, cache = torch.tensor(members)[part], _rows_of(shared[layer], part, size)
-                steered = resid_pre[layer] + vectors[at][:, None, None]
+                steered = resid_pre[layer] + vectors[at][:, None, None].to(resid_pre[layer])
                 with run_from_layer(chat.model, layer, steered.flatten(0, 1)):
                     hidden = final_hidden(chat.model, _repeated(batch, len(at)), cache)[:, -n_last:]
+                yield at, logits_of(hidden, *output_head(chat.model)).unflatten(0, (len(at), -1))
+
+    return run
+
+
+def _whole_addition(
+    chat: ChatModel,
+    vectors: Float[Tensor, "group d_model"],
+    of_layer: dict[int, list[int]],
+    tokens_per_pass: int,
+) -> Pass:
+    """Prepare the passes of `_addition` from the first block on, for models that cannot start later."""
+
+    def run(batch: PromptBatch, n_last: int) -> Iterator[tuple[Tensor, Tensor]]:
+        batch = batch.plain()
+        for layer, members in of_layer.items():
+            for part in _chunks(len(members), batch, tokens_per_pass):
+                at = torch.tensor(members)[part]
+                rows = vectors[at].repeat_interleave(len(batch.prompt_ids), 0)
+                with interventions.add(chat.model, rows, layer):
+                    hidden = final_hidden(chat.model, _repeated(batch, len(at)))[:, -n_last:]
                 yield at, logits_of(hidden, *output_head(chat.model)).unflatten(0, (len(at), -1))
 
     return run

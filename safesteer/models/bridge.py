@@ -9,15 +9,22 @@ Hugging Face model.
 import copy
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import nn
 
-from safesteer.models.chat_model import ModelLike, as_chat, hf_model, is_bridge, remember_bridge
+from safesteer._errors import SafeSteerError, first_line
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, hf_model, is_bridge, remember_bridge
+from safesteer.models.head import probe_ids
 from safesteer.models.loading import quiet_transformers
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 else:  # importing it takes seconds, and checks of annotations while running need a class
     TransformerBridge = nn.Module
+
+N_PROBE_IDS = 32
+TOLERANCE = 3e-4  # of a bridge's logits, in units of their spread
+HALF_TOLERANCE = 0.2  # below float32, where a bridge rounds elsewhere
 
 
 def to_bridge(chat: ModelLike) -> TransformerBridge:
@@ -32,6 +39,9 @@ def to_bridge(chat: ModelLike) -> TransformerBridge:
     Returns:
         The bridge, in evaluation mode, on the model's device and in its precision. Its tokenizer is a
         copy with a BOS token, as TransformerLens wants; chat templates render as before.
+
+    Raises:
+        SafeSteerError: For an architecture that TransformerLens does not know, or a bridge with other logits.
 
     Example:
         >>> bridge = ss.to_bridge(chat)
@@ -49,14 +59,49 @@ def to_bridge(chat: ModelLike) -> TransformerBridge:
     source.config.architectures = source.config.architectures or [type(source).__name__]
     # TransformerLens gives a tokenizer a BOS, and loads it again by name unless told it adds one.
     tokenizer.init_kwargs |= {"name_or_path": chat.name, "add_bos_token": True}
-    with quiet_transformers():
-        bridge = Bridge.boot_transformers(
-            chat.name,
-            hf_model=source,
-            tokenizer=tokenizer,
-            device=str(chat.device),
-            dtype=next(source.parameters()).dtype,
-        )
+    try:
+        with quiet_transformers():
+            bridge = Bridge.boot_transformers(
+                chat.name,
+                hf_model=source,
+                tokenizer=tokenizer,
+                device=str(chat.device),
+                dtype=next(source.parameters()).dtype,
+            )
+    except Exception as error:  # an architecture that it does not know, or a part that it expects
+        raise SafeSteerError(
+            f"TransformerLens cannot bridge {type(source).__name__} ({first_line(error)[:120]}); every"
+            " function takes the plain model too."
+        ) from error
     bridge.eval().requires_grad_(False)
+    _check_logits(bridge, chat)
     remember_bridge(bridge, chat)
     return bridge
+
+
+@torch.no_grad()
+def _check_logits(bridge: nn.Module, chat: ChatModel) -> None:
+    """Compare the bridge with the model that it wraps, on a few tokens.
+
+    Raises:
+        SafeSteerError: If it does not run, or gives other logits.
+    """
+    inner, family = hf_model(chat.model), type(hf_model(chat.model)).__name__
+    ids = probe_ids(inner, N_PROBE_IDS)
+    want = inner(ids, use_cache=False).logits.double()
+    try:
+        got = bridge(ids).double()[..., : want.shape[-1]]
+    except Exception as error:  # whatever a part that was wrapped wrongly raises
+        raise SafeSteerError(
+            f"The TransformerLens bridge of {family} does not run ({first_line(error)[:120]}); every function"
+            " takes the plain model too."
+        ) from error
+    if not bool(want.isfinite().all()):  # damaged weights: what reads them says so
+        return
+    error = float((got - want).abs().max() / want.std().clamp(min=1e-12))
+    wide = next(inner.parameters()).dtype in (torch.float32, torch.float64)
+    if error > (TOLERANCE if wide else HALF_TOLERANCE):
+        raise SafeSteerError(
+            f"The TransformerLens bridge of {family} gives other logits than the model (off by {error:.1%} of"
+            " their spread); every function takes the plain model too."
+        )

@@ -38,7 +38,7 @@ class ChatModel:
     @property
     def n_layers(self) -> int:
         """Number of decoder blocks."""
-        return self.config.num_hidden_layers
+        return len(blocks(self.model))
 
     @property
     def d_model(self) -> int:
@@ -202,32 +202,44 @@ def decoder(model: nn.Module) -> nn.Module:
     """Return the part from token ids to the final norm, without the output head."""
     outer = hf_model(model)
     inner = cast(nn.Module, outer.get_decoder())
-    # Llama 4's text model names itself: there the decoder is the part that the head's class calls "model".
-    return inner if inner is not outer else cast(nn.Module, outer.get_submodule("model"))
+    # Llama 4's text model names itself, ModernBERT's its output head: then it is the part that holds blocks.
+    parts = (inner, outer.base_model, getattr(outer, "model", None))
+    return next((part for part in parts if part and part is not outer and _block_lists(part)), inner)
+
+
+def _block_lists(part: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return the lists of modules that a part holds, by name."""
+    return {name: child for name, child in part.named_children() if isinstance(child, nn.ModuleList)}
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
     """Return the decoder blocks; block l reads `resid_pre` of layer l.
 
     Raises:
-        SafeSteerError: If the decoder has no list of as many blocks as its config has layers.
+        SafeSteerError: If the decoder has no list of blocks.
     """
-    inner, n_layers = decoder(model), text_config(model).num_hidden_layers
-    named = sorted(inner.named_children(), key=lambda item: item[0] != "layers")
-    lists = [child for _, child in named if isinstance(child, nn.ModuleList) and len(child) == n_layers]
-    if not lists:
-        raise SafeSteerError(f"{type(hf_model(model)).__name__} has no list of {n_layers} blocks.")
-    return lists[0]
+    lists, n_layers = _block_lists(decoder(model)), text_config(model).num_hidden_layers
+    # LongCat counts two layers per block: its list is the one that is called "layers".
+    fitting = [child for child in lists.values() if len(child) == n_layers]
+    usual = [lists[name] for name in ("layers", "h") if name in lists]
+    if not (fitting or usual):
+        raise SafeSteerError(f"{type(hf_model(model)).__name__} has no list of blocks.")
+    return next((child for child in usual if child in fitting), (fitting or usual)[0])
 
 
 def final_norm(model: nn.Module) -> nn.Module:
-    """Return the norm after the last block. Families call it differently."""
+    """Return the norm after the last block: by one of its usual names, else the last norm of the decoder.
+
+    Raises:
+        SafeSteerError: If the decoder has no norm beside its blocks and embeddings.
+    """
     children = dict(decoder(model).named_children())
-    names = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f", "norm_f")
-    norm = next((children[name] for name in names if name in children), None)
-    if norm is None:
+    usual = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f", "norm_f", "ln_out")
+    others = [name for name in reversed(children) if "norm" in name and "embed" not in name]
+    name = next((name for name in (*usual, "embedding_norm", *others) if name in children), None)
+    if name is None:
         raise SafeSteerError(f"{type(hf_model(model)).__name__} has no norm after its last block.")
-    return norm
+    return children[name]
 
 
 def context_length(model: nn.Module) -> int | None:

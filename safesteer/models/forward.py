@@ -41,7 +41,8 @@ def prefill(model: nn.Module, batch: PromptBatch, upto: int, times: int = 1) -> 
     Raises:
         SafeSteerError: Where the batch is longer than the model's context.
     """
-    if not traits_of(model).repeats_cache:
+    traits = traits_of(model)
+    if not (traits.repeats_cache and traits.decodes_cached):
         return None
     return read_cache(model, earned(model, batch), upto, times)
 

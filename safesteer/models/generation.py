@@ -18,6 +18,7 @@ from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, hf_model
 from safesteer.models.forward import earned, prefill
 from safesteer.models.passes import answers_start
+from safesteer.models.traits import traits_of
 
 
 def seed_of(key: tuple) -> int:
@@ -107,7 +108,7 @@ def generate_ids(
             repetition_penalty=1.0,
             eos_token_id=eos,
             pad_token_id=eos[0] if eos else 0,
-            use_cache=True,
+            use_cache=traits_of(chat.model).decodes_cached,
         )
     return out[:, ids.shape[1] :]
 

@@ -1,9 +1,9 @@
 """The output head: what turns final hidden states into logits, proven on a few tokens.
 
 Families put more into their logits than a matrix: a bias, a soft cap, and a factor that hides under many
-names in their configs (logit_scale, logits_scaling, lm_head_multiplier, dim_model_base ...). The factor is
-measured, not looked up: our logits and the model's own are compared on a few tokens, once per model. A model
-whose logits are something else is refused in a sentence.
+names in their configs (logit_scale, logits_scaling, lm_head_multiplier, dim_model_base ...). Factor and cap
+are measured, not looked up: our logits and the model's own are compared on a few tokens, once per model. A
+model whose logits are something else is refused in a sentence.
 """
 
 from collections import OrderedDict
@@ -41,11 +41,12 @@ class Head(NamedTuple):
         return {"bias": self.bias, "softcap": self.softcap, "scale": self.scale}
 
 
-class Scale(NamedTuple):
-    """The measured factor, and how far our logits are then off, in units of their spread (None: NaN)."""
+class LogitShape(NamedTuple):
+    """What follows the head's product, and how far our logits are then off (None: they are not finite)."""
 
-    factor: float
-    deviation: float | None
+    scale: float = 1.0
+    softcap: float | None = None
+    deviation: float | None = None  # in units of the logits' spread
 
 
 def once_per_model(measure: Callable[[nn.Module], T]) -> Callable[[nn.Module], T]:
@@ -74,13 +75,8 @@ def output_head(model: nn.Module) -> Head:
     Raises:
         SafeSteerError: If the model's logits are not a head on its final hidden states.
     """
-    return _unscaled_head(model)._replace(scale=logit_scale(model).factor)
-
-
-def _unscaled_head(model: nn.Module) -> Head:
-    layer = cast(nn.Linear, hf_model(model).get_output_embeddings())
-    softcap = getattr(text_config(model), "final_logit_softcapping", None)
-    return Head(layer.weight, getattr(layer, "bias", None), softcap)
+    layer, logits = cast(nn.Linear, hf_model(model).get_output_embeddings()), logit_shape(model)
+    return Head(layer.weight, getattr(layer, "bias", None), logits.softcap, logits.scale)
 
 
 def probe_ids(model: nn.Module, n: int, seed: int = 0) -> Tensor:
@@ -107,30 +103,52 @@ def _unhooked(model: nn.Module) -> Iterator[None]:
 
 
 @once_per_model
-def logit_scale(model: nn.Module) -> Scale:
-    """Measure the constant factor between our logits and the model's own.
+def logit_shape(model: nn.Module) -> LogitShape:
+    """Measure the constant factor and the soft cap between our logits and the model's own.
 
     Raises:
         SafeSteerError: If the model's logits are not a head on its final hidden states.
     """
-    inner, ids, head = hf_model(model), probe_ids(model, N_PROBE_IDS), _unscaled_head(model)
+    inner, ids = hf_model(model), probe_ids(model, N_PROBE_IDS)
+    layer = cast(nn.Linear, inner.get_output_embeddings())
     states = decoder(model)(ids, use_cache=False).last_hidden_state
-    ours = logits_of(states, *head).double()
+    ours = logits_of(states, layer.weight, getattr(layer, "bias", None), None).double()
     theirs = inner(ids, use_cache=False).logits.double()[..., : ours.shape[-1]]
     if not bool(theirs.isfinite().all()):  # damaged weights: what reads them says so
-        return Scale(1.0, None)
-    spread = float(theirs.std().clamp(min=1e-12))
-    scale = 1.0
-    if head.softcap is None and float((ours - theirs).abs().max()) > TOLERANCE * spread:
-        scale = float((ours * theirs).sum() / (ours * ours).sum().clamp(min=1e-30))
-        scale = next((s for s in _config_scales(model) if abs(scale / s - 1) < 1e-3), scale)
-    error = float((scale * ours - theirs).abs().max()) / spread
+        return LogitShape()
+    shapes = [_fitted(model, ours, theirs, cap) for cap in _config_caps(model)]
+    errors = [cast(float, shape.deviation) for shape in shapes]
+    # Where rounding hides which cap it is, the first of them.
+    best, error = next(pair for pair in zip(shapes, errors, strict=True) if pair[1] <= 2 * min(errors))
     if not error <= tolerance(states.dtype, HALF_TOLERANCE):
         raise SafeSteerError(
             f"The logits of {type(inner).__name__} are not its output head on its final hidden states (off by"
             f" {error:.1%} of their spread), so no score of SafeSteer would be right."
         )
-    return Scale(scale, error)
+    return best
+
+
+def _fitted(model: nn.Module, ours: Tensor, theirs: Tensor, softcap: float | None) -> LogitShape:
+    """Find the factor before a soft cap that brings our logits nearest to the model's."""
+    spread, scale = float(theirs.std().clamp(min=1e-12)), 1.0
+    before_cap = (
+        theirs if softcap is None else softcap * (theirs / softcap).clamp(-1 + 1e-12, 1 - 1e-12).atanh()
+    )
+    if float((ours - before_cap).abs().max()) > TOLERANCE * spread:
+        # Weighted by the cap's slope, which is next to nothing where logits are near the cap.
+        slope = torch.ones_like(theirs) if softcap is None else (1 - (theirs / softcap) ** 2).clamp(min=0)
+        scale = float((slope * ours * before_cap).sum() / (slope * ours * ours).sum().clamp(min=1e-30))
+        scale = next((s for s in (1.0, *_config_scales(model)) if abs(scale / s - 1) < 1e-3), scale)
+    got = scale * ours if softcap is None else softcap * (scale * ours / softcap).tanh()
+    return LogitShape(scale, softcap, float((got - theirs).abs().max()) / spread)
+
+
+def _config_caps(model: nn.Module) -> list[float | None]:
+    """List the soft caps to try: the one with the usual name, none, and others that the config names."""
+    config = text_config(model).to_dict()
+    usual = config.get("final_logit_softcapping")
+    caps = {float(v) for name, v in config.items() if "cap" in name and isinstance(v, int | float) and v}
+    return [*([float(usual)] if usual else []), None, *sorted(caps - {usual})]
 
 
 def _config_scales(model: nn.Module) -> list[float]:

@@ -5,7 +5,8 @@ the single prompts:
 1. padding        a left-padded batch;
 2. shared prefix  the layout [shared | padding | others], which computes common columns once. A model that
                   attends in windows or chunks counts columns, padding too, and never earns it;
-3. cache          keys and values of a prompt, repeated for two continuations.
+3. cache          keys and values of a prompt, repeated for two continuations;
+4. decoding       the logits of two greedy tokens, decoded with the cache.
 What fails is done in a slower way that is right. Logits have a check of their own (`head`).
 """
 
@@ -16,16 +17,20 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ModelLike, context_length, hf_model, module_of, text_config
-from safesteer.models.head import logit_scale, once_per_model, probe_ids, tolerance
+from safesteer.models.head import logit_shape, once_per_model, probe_ids, tolerance
 from safesteer.models.passes import read_cache, read_states
 
-CHECKS = ("padding", "shared prefix", "repeated cache")
-LENGTHS = (5, 9, 14)  # tokens of the prompts that are compared
+CHECKS = ("padding", "shared prefix", "repeated cache", "cached decoding")
+LENGTHS = (5, 14)  # tokens of the prompts that are compared
 N_COMMON = 3  # tokens that they begin with
+N_DECODED = 2
+# What models raise where they cannot do something.
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, NotImplementedError, IndexError)
 HALF_TOLERANCE = 0.1  # largest deviation in units of the states' spread where rounding is coarse
 
 
@@ -36,6 +41,7 @@ class Traits:
     pads: bool = True
     shares_prefix: bool = True
     repeats_cache: bool = True
+    decodes_cached: bool = True
     deviations: tuple[tuple[str, float | None, str], ...] = ()  # (check, deviation, remark)
 
 
@@ -45,7 +51,7 @@ def self_check(model: nn.Module) -> None:
     Raises:
         SafeSteerError: If the model's logits are not a head on its final hidden states.
     """
-    logit_scale(model)
+    logit_shape(model)
     traits_of(model)
 
 
@@ -57,12 +63,14 @@ def check_model(chat: ModelLike) -> pd.DataFrame:
     Example:
         >>> from safesteer.models.traits import check_model
         >>> list(check_model(chat).right)
-        [True, True, True, True]
+        [True, True, True, True, True]
     """
     model = module_of(chat)
-    (scale, deviation), traits = logit_scale(model), traits_of(model)
-    rows = [("logits", deviation, True, "" if scale == 1 else f"logits are scaled by {scale:g}")]
-    passed = (traits.pads, traits.shares_prefix, traits.repeats_cache)
+    logits, traits = logit_shape(model), traits_of(model)
+    remarks = [f"scaled by {logits.scale:g}"] if logits.scale != 1 else []
+    remarks += [f"capped at {logits.softcap:g}"] if logits.softcap else []
+    rows = [("logits", logits.deviation, True, ", ".join(remarks))]
+    passed = (traits.pads, traits.shares_prefix, traits.repeats_cache, traits.decodes_cached)
     rows += [(*d[:2], right, d[2]) for d, right in zip(traits.deviations, passed, strict=True)]
     return pd.DataFrame(rows, columns=["check", "deviation", "right", "remark"])
 
@@ -86,14 +94,19 @@ def traits_of(model: nn.Module) -> Traits:
     window = _window(model)
     pads = _deviation(lambda: read_states(model, plain)[:, -2:], want, spread)
     shares = None if window else _deviation(lambda: read_states(model, shared)[:, -2:], want, spread)
+    if pads is None or pads > limit:  # the longest row has no padding
+        plain, want = plain.rows(torch.tensor([len(rows) - 1])), want[-1:]
     repeats = _deviation(lambda: _from_repeated_cache(model, plain), want, spread)
-    ok = [d is not None and d <= limit for d in (pads, shares, repeats)]
+    decodes = _decoding_deviation(model, plain)
+    deviations = (pads, shares, repeats, decodes)
+    ok = [d is not None and d <= limit for d in deviations]
     remarks = (
         "" if ok[0] else "batches with padding are refused: use batch_size=1",
         "" if ok[1] else f"common columns are computed in every row{window and f' ({window} is set)'}",
         "" if ok[2] else "prompts are read again for every sample",
+        "" if ok[3] else "answers are decoded without a cache",
     )
-    checks = zip(CHECKS, (pads, shares, repeats), remarks, strict=True)
+    checks = zip(CHECKS, deviations, remarks, strict=True)
     return Traits(*ok, deviations=tuple(checks))
 
 
@@ -109,6 +122,7 @@ def _window(model: nn.Module) -> str:
         "local_attention",
         "window_size",
         "attention_chunk_size",
+        "index_topk",
     )
     sizes = {name: config[name] for name in names if config.get(name)}
     inside = (n for n, size in sizes.items() if not (context and isinstance(size, int) and size >= context))
@@ -129,13 +143,37 @@ def _from_repeated_cache(model: nn.Module, batch: PromptBatch) -> Float[Tensor, 
     return read_states(model, full, cache)[::2]
 
 
+def _decoding_deviation(model: nn.Module, batch: PromptBatch) -> float | None:
+    """Compare the logits of greedy decoding with those of the model's own passes over the single texts."""
+    inner = hf_model(model)
+    before, inner.generation_config = inner.generation_config, GenerationConfig()  # no rule of a checkpoint's
+    try:
+        out = inner.generate(
+            batch.prompt_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=N_DECODED,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+        )
+    except FAILURES:
+        return None
+    finally:
+        inner.generation_config = before
+    got, read = torch.stack(out.logits, 1).double(), batch.attention_mask.sum(1)
+    texts = [row[-n - N_DECODED : -1] for row, n in zip(out.sequences, read.tolist(), strict=True)]
+    singles = [inner(text[None], use_cache=False).logits[0, -N_DECODED:].double() for text in texts]
+    want = torch.stack(singles)[..., : got.shape[-1]]
+    return float((got[..., : want.shape[-1]] - want).abs().max() / want.std().clamp(min=1e-12))
+
+
 def _deviation(
     read: Callable[[], Tensor], want: Float[Tensor, "batch 2 d_model"], spread: float
 ) -> float | None:
     """Return the largest deviation of what is read, in units of the spread; None where reading fails."""
     try:
         states = read().double()
-    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError):
+    except FAILURES:
         return None
     return float((states - want).abs().max()) / spread if states.shape == want.shape else None
 

@@ -6,20 +6,26 @@ On a TransformerBridge the points are TransformerLens hook points; on a plain mo
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from safesteer._errors import SafeSteerError
+from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ModelLike, blocks, hf_model, is_bridge, module_of
-from safesteer.steering.writes import writes_of
+from safesteer.models.head import once_per_model, probe_ids, tolerance
+from safesteer.models.passes import read_states
+from safesteer.models.writes import writes_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-Point = Literal["embed", "resid_pre", "attn_out", "mlp_out", "write"]
+RESUMED_HALF_TOLERANCE = 0.05  # of the spread of final states, below float32
+
+Point = Literal["embed", "resid_pre", "write"]
 Edit = Callable[[Tensor], Tensor | None]  # an edit that returns None only reads
 # By (point, layer): "resid_pre" is the input of block `layer`; of "write" the number counts `writes_of`.
 Edits = Mapping[tuple[Point, int], Edit]
@@ -36,68 +42,104 @@ def apply_hooks(chat: ModelLike, edits: Edits) -> Iterator[None]:
     """
     model = module_of(chat)
     with ExitStack() as stack:
-        if is_bridge(model):
-            hooks = [
-                (_bridge_name(*at), lambda tensor, hook, edit=edit: edit(tensor))
-                for at, edit in edits.items()
-            ]
-            stack.enter_context(cast("TransformerBridge", model).hooks(fwd_hooks=hooks))
-        else:
-            for (point, layer), edit in edits.items():
-                stack.callback(_attach(model, point, layer, edit).remove)
+        hook_points = []
+        for (point, layer), edit in edits.items():
+            if is_bridge(model) and point == "resid_pre":
+                name = f"blocks.{layer}.hook_in"
+                hook_points.append((name, lambda tensor, hook, edit=edit: edit(tensor)))
+            else:
+                for handle in _attach(model, point, layer, edit):
+                    stack.callback(handle.remove)
+        if hook_points:
+            stack.enter_context(cast("TransformerBridge", model).hooks(fwd_hooks=hook_points))
         yield
 
 
-def _bridge_name(point: Point, layer: int) -> str:
-    names = {
-        "embed": "hook_embed",
-        "resid_pre": f"blocks.{layer}.hook_in",
-        "attn_out": f"blocks.{layer}.hook_attn_out",
-        "mlp_out": f"blocks.{layer}.hook_mlp_out",
-    }
-    return names[point]
-
-
-def _module(model: nn.Module, point: Point, layer: int) -> nn.Module:
-    """Return the module whose output is written to the residual stream at `point`."""
-    if point == "embed":
-        return hf_model(model).get_input_embeddings()
-    if point == "write":
-        return writes_of(model).modules[layer]
-    block = blocks(model)[layer]
-    # Sandwich-norm blocks (Gemma 2 and 3) normalise a sublayer's output before it is written.
-    sandwich = hasattr(block, "post_feedforward_layernorm")
-    if point == "attn_out":
-        return block.get_submodule("post_attention_layernorm" if sandwich else "self_attn")
-    return block.get_submodule("post_feedforward_layernorm" if sandwich else "mlp")
-
-
-def _attach(model: nn.Module, point: Point, layer: int, edit: Edit) -> RemovableHandle:
+def _attach(model: nn.Module, point: Point, layer: int, edit: Edit) -> list[RemovableHandle]:
+    """Register the hooks of one edit."""
     if point == "resid_pre":
 
         def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-            if args:
-                new = edit(args[0])
-                return None if new is None else ((new, *args[1:]), kwargs)
-            new = edit(kwargs["hidden_states"])
-            return None if new is None else (args, {**kwargs, "hidden_states": new})
+            h = args[0] if args else kwargs["hidden_states"]
+            if h.dim() != 3:
+                family = type(hf_model(model)).__name__
+                raise SafeSteerError(
+                    f"The residual stream of {family} is not one vector per position, so no direction can be"
+                    " read from it or added to it."
+                )
+            new = edit(h)
+            if new is None:
+                return None
+            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
-        return blocks(model)[layer].register_forward_pre_hook(before, with_kwargs=True)
+        return [blocks(model)[layer].register_forward_pre_hook(before, with_kwargs=True)]
 
-    def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
-        if isinstance(output, tuple):
-            new = edit(output[0])
-            return None if new is None else (new, *output[1:])
-        return edit(output)
+    handles: list[RemovableHandle] = []
+    shape: list[int] = []  # of the residual stream: some parts return positions flat
 
-    return _module(model, point, layer).register_forward_hook(after)
+    def remember(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        shape[:] = (args[0] if args else kwargs["hidden_states"]).shape
+
+    def after(module: nn.Module, args: tuple, output: Tensor | tuple | list) -> Tensor | tuple | list | None:
+        h = output if isinstance(output, Tensor) else output[0]
+        new = edit(h.reshape(shape) if shape else h)
+        if new is None or isinstance(output, Tensor):
+            return new if new is None else new.view_as(h)
+        return type(output)((new.view_as(h), *output[1:]))
+
+    part = hf_model(model).get_input_embeddings()
+    if point == "write":
+        part, block = writes_of(model).modules[layer], writes_of(model).blocks[layer]
+        handles.append(block.register_forward_pre_hook(remember, with_kwargs=True))
+    handles.append(part.register_forward_hook(after))
+    return handles
 
 
 class _Skip(nn.Module):
-    """A block that changes nothing."""
+    """A block that changes nothing; it returns as many values as the block in whose place it stands."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
+    def __init__(self, n_extra: int | None) -> None:
+        super().__init__()
+        self.n_extra = n_extra
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple:
+        if self.n_extra is None:
+            return hidden_states
+        return hidden_states, *(None,) * self.n_extra
+
+
+class Resumption(NamedTuple):
+    """Whether a pass may start at a middle layer, and what blocks return beside the residual stream."""
+
+    works: bool
+    n_extra: int | None = None  # values of the tuple that a block returns, beside the first; None: no tuple
+
+
+@once_per_model
+def resumption(model: nn.Module) -> Resumption:
+    """Measure whether a pass from the last block on, fed with its resid_pre, gives the final states.
+
+    Blocks may hand each other more than the residual stream: keys and values that are shared between
+    layers, the embedding. Then a pass has to start at the first block.
+    """
+    batch = PromptBatch.from_ids(probe_ids(model, 8).tolist(), [[]], device=next(model.parameters()).device)
+    outputs: list[object] = []
+    last = len(blocks(model)) - 1
+    handle = blocks(model)[0].register_forward_hook(lambda _, args, output: outputs.append(output))
+    try:
+        with record_resid_pre(model, [last], lambda h: h) as resid_pre:
+            want = read_states(model, batch)
+    finally:
+        handle.remove()
+    n_extra = len(outputs[-1]) - 1 if isinstance(outputs[-1], tuple) else None
+    try:
+        with _started_at(model, last, resid_pre[last], n_extra):
+            got = read_states(model, batch)
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
+        return Resumption(False)
+    spread = float(want.double().std().clamp(min=1e-12))
+    works = float((got - want).abs().max()) <= tolerance(want.dtype, RESUMED_HALF_TOLERANCE) * spread
+    return Resumption(works, n_extra)
 
 
 @contextmanager
@@ -110,13 +152,25 @@ def run_from_layer(
         chat: A ChatModel, a TransformerBridge, a plain model, or (model, tokenizer).
         layer: The first block that runs.
         resid_pre: Its input, [batch, pos, d_model].
+
+    Raises:
+        SafeSteerError: Where blocks hand each other more than the residual stream (`resumption`).
     """
     model = module_of(chat)
+    may = resumption(model)
+    if not may.works:
+        raise SafeSteerError(f"A pass of {type(hf_model(model)).__name__} cannot start at a middle layer.")
+    with _started_at(model, layer, resid_pre, may.n_extra):
+        yield
+
+
+@contextmanager
+def _started_at(model: nn.Module, layer: int, resid_pre: Tensor, n_extra: int | None) -> Iterator[None]:
     modules, skipped = blocks(model), list(blocks(model)[:layer])
     with apply_hooks(model, {("resid_pre", layer): lambda h: resid_pre}):
         try:
             for i in range(layer):
-                modules[i] = _Skip()
+                modules[i] = _Skip(n_extra)
             yield
         finally:
             for i, block in enumerate(skipped):

@@ -23,10 +23,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from safesteer._errors import SafeSteerError
-from safesteer.models.chat_model import ModelLike, blocks, is_bridge, module_of
+from safesteer.models.chat_model import ModelLike, module_of
+from safesteer.models.writes import writes_of
 from safesteer.steering.hooks import Edits, Point, apply_hooks
 from safesteer.steering.scopes import Columns, Scope, apply_in_scope, columns_of
-from safesteer.steering.writes import writes_of
 
 Vector = Float[Tensor, " d_model"] | Float[Tensor, "batch d_model"]
 
@@ -216,9 +216,6 @@ def gate(
 
 def _writes(model: nn.Module) -> list[tuple[Point, int]]:
     """Return every point that writes to the residual stream: embedding, attention and MLP outputs."""
-    layers = range(len(blocks(model)))
-    if is_bridge(model):
-        return [("embed", 0), *((point, layer) for layer in layers for point in ("attn_out", "mlp_out"))]
     writes = writes_of(model)
     start: Point = "embed" if writes.starts_at_embedding else "resid_pre"
     return [(start, 0), *(("write", i) for i in range(len(writes.modules)))]

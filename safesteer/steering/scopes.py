@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.chat_model import decoder
@@ -20,16 +22,36 @@ from safesteer.steering.hooks import Edit, Point, apply_hooks
 Scope = Literal["all", "prompt", "answer", "last"]
 
 
+CACHES = ("past_key_values", "cache_params")  # the names under which decoders take a cache
+
+
+def attends(cache: Cache) -> bool:
+    """Say whether some layer of a cache holds keys, so that the cache knows its length."""
+    return any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
+
+
 class Columns:
     """Which columns of the text the running pass holds, and where each row's answer starts."""
 
     def __init__(self, prompt_width: int | None) -> None:
         self.past, self.prompt_width = 0, prompt_width
+        self.read, self.cache = 0, None  # columns after the last pass, and the cache that holds them
 
     def read_cache(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Count the cached columns, as a forward pre-hook of the decoder."""
-        cache = kwargs.get("past_key_values")
-        self.past = 0 if cache is None else cache.get_seq_length()
+        """Count the cached columns, as a forward pre-hook of the decoder.
+
+        The states of Mamba and its like do not say how many columns they have read: those are added up.
+        """
+        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        if cache is None:
+            self.past = 0
+        elif cache is self.cache:
+            self.past = self.read
+        else:
+            self.past = cache.get_seq_length() if attends(cache) else 0
+        ids = args[0] if args else kwargs.get("input_ids")
+        self.read = self.past + (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
+        self.cache = cache
 
     def start(self, h: Tensor) -> Int[Tensor, "rows 1"]:
         """Return the column of each row's first answer token; one row where all rows share it."""

@@ -22,6 +22,7 @@ from safesteer.models.head import once_per_model, probe_ids, tolerance
 N_PROBE_IDS = 12
 MOST_PARTS = 3  # of a block that may write
 DEPTH = 2  # how deep inside a block parts are looked for
+WRAPPED = "_original_component."  # what a TransformerBridge calls the module that it wraps
 HALF_TOLERANCE = 0.05  # of the spread of the change
 USUAL = (
     ("post_attention_layernorm", "post_feedforward_layernorm"),  # sandwich norms: Gemma 2 and 3
@@ -31,9 +32,10 @@ USUAL = (
 
 @dataclass(frozen=True, eq=False)
 class Writes:
-    """The modules that write, block by block, and whether the embedding alone makes the first residual."""
+    """The modules that write, with their blocks, and whether the embedding alone makes the first residual."""
 
     modules: tuple[nn.Module, ...]
+    blocks: tuple[nn.Module, ...]  # the block of each
     starts_at_embedding: bool
 
 
@@ -60,7 +62,9 @@ def writes_of(model: nn.Module) -> Writes:
     finally:
         for handle in handles:
             handle.remove()
-    modules, names = [], ()
+    modules: list[nn.Module] = []
+    owners: list[nn.Module] = []
+    names: tuple[str, ...] = ()
     for layer, inside in enumerate(parts):
         names = _writers(seen, layer, list(inside), names)
         if not names:
@@ -70,25 +74,28 @@ def writes_of(model: nn.Module) -> Writes:
                 " outputs, so no direction can be projected out of it: use add or clamp."
             )
         modules += [inside[name] for name in names]
+        owners += [blocks(model)[layer]] * len(names)
     first, embedded = seen[0, "before"], seen.get((-1, "embed"))
     alone = embedded is not None and embedded.shape == first.shape and _fits(first, [embedded])
-    return Writes(tuple(modules), alone)
+    return Writes(tuple(modules), tuple(owners), alone)
 
 
 def _parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the parts of a block by name, shallow ones first."""
-    named = [(name, part) for name, part in block.named_modules() if name and name.count(".") < DEPTH]
+    """Yield the parts of a block by name, shallow ones first; in a bridge by the name that they wrap."""
+    named = [(name.replace(WRAPPED, ""), part) for name, part in block.named_modules() if name]
+    named = [(name, part) for name, part in named if name != WRAPPED[:-1] and name.count(".") < DEPTH]
+    named = [(name, part) for name, part in named if "hook_" not in name]  # a bridge's points only look
     yield from sorted(named, key=lambda item: item[0].count("."))
 
 
 def _reader(seen: dict[tuple[int, str], Tensor], layer: int, name: str) -> Callable[..., None]:
-    """Make a hook that stores what a module reads ("before") or returns."""
+    """Make a hook that stores what a module reads ("before") or returns: a copy, as Falcon adds in place."""
 
     def read(module: nn.Module, args: tuple, kwargs: dict, output: object = None) -> None:
         value = output if name != "before" else args[0] if args else kwargs.get("hidden_states")
-        value = value[0] if isinstance(value, tuple) and value else value
+        value = value[0] if isinstance(value, tuple | list) and value else value
         if isinstance(value, Tensor):
-            seen[layer, name] = value
+            seen[layer, name] = value.clone()
 
     return read
 
@@ -98,9 +105,16 @@ def _writers(
 ) -> tuple[str, ...]:
     """Return the parts whose outputs add up to the change of a block; `like` are those of the one before."""
     change = seen[layer, "after"].double() - seen[layer, "before"].double()
+    outputs = {n: seen[layer, n] for n in names if (layer, n) in seen}
+    # Some return positions flat (OPT, experts). What passes the stream itself on writes nothing to it.
+    size, width = change.numel(), change.shape[-1]
     outputs = {
-        n: seen[layer, n] for n in names if (layer, n) in seen and seen[layer, n].shape == change.shape
+        n: out.reshape(change.shape)
+        for n, out in outputs.items()
+        if out.numel() == size and out.shape[-1] == width
     }
+    stream = (seen[layer, "before"], seen[layer, "after"])
+    outputs = {n: out for n, out in outputs.items() if not any(torch.equal(out, x) for x in stream)}
     tries = [tuple(like), *USUAL]
     tries += [some for n in range(1, MOST_PARTS + 1) for some in combinations(outputs, n)]
     for some in tries:
