@@ -48,7 +48,7 @@ from safesteer.directions.refusal_tokens import REFUSING_SYSTEM
 from safesteer.distillation.state import prepare_student
 from safesteer.evaluation.capability import measure_capability
 from safesteer.evaluation.scores import score_model
-from safesteer.models.chat_model import hf_model
+from safesteer.models.parts import hf_model
 from safesteer.models.text_loss import wikitext
 
 CAPABILITY = ("arc_easy", "piqa", "lambada_openai")

@@ -40,11 +40,11 @@ from safesteer._files import json_lines, whole_folder, write_json
 from safesteer._intervals import wilson
 from safesteer.evaluation.scores import Evaluation, score_model
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import blocks
 from safesteer.models.forward import final_hidden
 from safesteer.models.head import output_head
 from safesteer.models.loading import cache_dir
 from safesteer.models.logits import logits_of
+from safesteer.models.parts import blocks
 from safesteer.prompts.prompt_set import EXTRA
 
 PAIRS = Path(__file__).parent / "early_pairs.jsonl"

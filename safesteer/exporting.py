@@ -18,9 +18,10 @@ from safesteer._files import read_tensors, whole_folder, write_tensors, write_te
 from safesteer._version import __version__
 from safesteer.evaluation.scores import Scores
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, hf_model, is_bridge
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import last_logits
 from safesteer.models.loading import load_model, quiet_transformers
+from safesteer.models.parts import hf_model, is_bridge
 from safesteer.steering.direction import Direction
 
 PROBE = ("What is the capital of France?", "Tell me how rainbows form.")
@@ -56,8 +57,8 @@ def export(student: ModelLike, folder: str | Path) -> None:
 
 def _probe_logits(chat: ChatModel) -> torch.Tensor:
     """Compute first-token logits on a few prompts."""
-    batch = PromptBatch.of(chat.tokenizer, PROBE, device=chat.device)
-    return last_logits(chat, batch).float().cpu()
+    batches = [PromptBatch.of(chat.tokenizer, [prompt], device=chat.device) for prompt in PROBE]
+    return torch.cat([last_logits(chat, batch) for batch in batches]).float().cpu()
 
 
 def reload_difference(folder: Path) -> float:

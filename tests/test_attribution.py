@@ -29,8 +29,8 @@ from safesteer.attribution.tracing import trace
 from safesteer.attribution.votes import allowed_ids, subset_means, subset_rankings
 from safesteer.attribution.word_groups import GROUPS, NO_RULE, by_cluster, group_of
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import hf_model
 from safesteer.models.head import output_head
+from safesteer.models.parts import hf_model
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.report import direction_figures, figures
 from safesteer.report.page import as_json, build_page, write_report

@@ -44,7 +44,7 @@ REFUSE = {
 }
 
 
-@pytest.mark.parametrize("name", (*RIGHT, *REFUSE))
+@pytest.mark.parametrize("name", [*RIGHT, *REFUSE])
 def test_every_function_is_right_or_says_why_not(name):
     result = measure(name)
     assert not result.not_built

@@ -28,9 +28,10 @@ from safesteer.exporting import export, reload_difference
 from safesteer.models.adapter import as_base, merged, shares_weights, without_adapter
 from safesteer.models.batch import PromptBatch
 from safesteer.models.bridge import to_bridge
-from safesteer.models.chat_model import ChatModel, as_chat, blocks
+from safesteer.models.chat_model import ChatModel, as_chat
 from safesteer.models.forward import final_hidden
 from safesteer.models.head import output_head
+from safesteer.models.parts import blocks
 from safesteer.recipes import recipe
 from safesteer.settings import DistillConfig, EvaluateConfig
 from safesteer.steering.direction import Direction, steer

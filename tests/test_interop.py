@@ -19,7 +19,7 @@ from safesteer.directions.formats import (
     read_gguf,
     write_gguf,
 )
-from safesteer.models.chat_model import blocks
+from safesteer.models.parts import blocks
 from safesteer.steering.direction import Direction, steer
 
 

@@ -19,12 +19,13 @@ from conftest import (
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch, cut_at_eos, template_hash
 from safesteer.models.bridge import to_bridge
-from safesteer.models.chat_model import ChatModel, as_chat, hf_model, is_bridge
+from safesteer.models.chat_model import ChatModel, as_chat
 from safesteer.models.forward import final_hidden, prefill
 from safesteer.models.generation import generate, generate_ids
 from safesteer.models.head import output_head
 from safesteer.models.loading import load_model
 from safesteer.models.logits import logits_of
+from safesteer.models.parts import hf_model, is_bridge
 from safesteer.steering import interventions as steering
 from safesteer.steering.direction import Direction
 

@@ -16,9 +16,9 @@ from safesteer.directions.inspection import (
     probe_accuracy,
     residual_pca,
 )
-from safesteer.models.chat_model import hf_model
 from safesteer.models.forward import final_hidden
 from safesteer.models.head import output_head
+from safesteer.models.parts import hf_model
 from safesteer.steering.direction import Direction
 from safesteer.steering.hooks import apply_hooks
 

@@ -15,11 +15,12 @@ from conftest import (
 )
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ChatModel, blocks, hf_model
+from safesteer.models.chat_model import ChatModel
 from safesteer.models.forward import final_hidden, prefill
 from safesteer.models.generation import generate_ids
 from safesteer.models.head import output_head
 from safesteer.models.logits import logits_of
+from safesteer.models.parts import blocks, hf_model
 from safesteer.models.passes import answers_start
 from safesteer.steering.direction import Direction, steer
 from safesteer.steering.hooks import apply_hooks, record_resid_pre, run_from_layer

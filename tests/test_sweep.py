@@ -14,10 +14,10 @@ from safesteer.directions.candidates import Candidates
 from safesteer.directions.extraction import mean_difference, prefill_contrast
 from safesteer.directions.refusal_tokens import refusal_token_ids
 from safesteer.directions.sweeping import COLUMNS, Sweep, sweep
-from safesteer.models.chat_model import blocks
 from safesteer.models.generation import generate_ids
 from safesteer.models.head import output_head
 from safesteer.models.logits import kl_divergence, refusal_score
+from safesteer.models.parts import blocks
 from safesteer.settings import DirectionConfig
 from safesteer.steering import interventions
 

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from safesteer._token_text import token_text
 from safesteer.attribution.word_groups import by_cluster, group_of
-from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, final_norm
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden
 from safesteer.models.head import output_head
+from safesteer.models.parts import final_norm
 from safesteer.steering.direction import Direction, steer
 from safesteer.tokens.sampling import AnswerStates, logp_rows
 from safesteer.tokens.token_set import Context, TokenSet

@@ -30,8 +30,9 @@ from safesteer.directions.activations import Arm, prefill_shared, read_activatio
 from safesteer.directions.candidates import Candidates
 from safesteer.models.batch import PromptBatch
 from safesteer.models.bridge import to_bridge
-from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, blocks, hf_model
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden
+from safesteer.models.parts import blocks, hf_model
 from safesteer.prompts.prompt_set import LABELS, PromptSet
 from safesteer.steering.direction import Direction
 from safesteer.steering.hooks import Edit, Edits, apply_hooks

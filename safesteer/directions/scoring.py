@@ -26,11 +26,12 @@ from transformers import Cache, DynamicCache
 from safesteer._progress import Progress, no_progress
 from safesteer.directions.candidates import Candidates
 from safesteer.models.batch import PromptBatch, batches
-from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, decoder
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import earned, final_hidden, last_logits
 from safesteer.models.generation import with_greedy_tokens
 from safesteer.models.head import output_head
 from safesteer.models.logits import kl_divergence, logits_of, refusal_score
+from safesteer.models.parts import decoder
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.settings import DirectionConfig
 from safesteer.steering import interventions

@@ -32,7 +32,8 @@ from safesteer.distillation.tracking import open_tracker
 from safesteer.judges.judge import Judge
 from safesteer.judges.wording import refuses
 from safesteer.models.adapter import merged, shares_weights, without_adapter, write_adapter
-from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, is_bridge
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.parts import is_bridge
 from safesteer.models.sharding import shard
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.settings import DistillConfig

@@ -10,15 +10,8 @@ from torch import nn
 from safesteer._errors import SafeSteerError
 from safesteer._files import read_tensors, write_tensors
 from safesteer.models.adapter import with_adapter
-from safesteer.models.chat_model import (
-    ChatModel,
-    ModelLike,
-    as_chat,
-    blocks,
-    final_norm,
-    hf_model,
-    is_bridge,
-)
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.parts import blocks, final_norm, hf_model, is_bridge
 from safesteer.models.sharding import gather, shard, shard_like, split_sharded
 from safesteer.settings import DistillConfig
 from safesteer.steering.direction import Direction

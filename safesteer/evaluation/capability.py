@@ -22,7 +22,8 @@ import pandas as pd
 
 from safesteer._errors import SafeSteerError, first_line
 from safesteer._files import json_lines, write_text
-from safesteer.models.chat_model import ModelLike, as_chat, hf_model
+from safesteer.models.chat_model import ModelLike, as_chat
+from safesteer.models.parts import hf_model
 
 
 @dataclass(frozen=True)

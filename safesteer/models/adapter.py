@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from safesteer._errors import SafeSteerError
 from safesteer._files import whole_folder
-from safesteer.models.chat_model import ChatModel, blocks, hf_model
+from safesteer.models.chat_model import ChatModel
+from safesteer.models.parts import blocks, hf_model
 
 if TYPE_CHECKING:
     from peft import PeftModel

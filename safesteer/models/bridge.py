@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from safesteer._errors import SafeSteerError, first_line
-from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, hf_model, is_bridge, remember_bridge
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, remember_bridge
 from safesteer.models.head import probe_ids
 from safesteer.models.loading import quiet_transformers
+from safesteer.models.parts import hf_model, is_bridge
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -1,7 +1,7 @@
 """A chat model as one value: the weights, the tokenizer and what the method asks of them.
 
 `as_chat` accepts what people have at hand: a ChatModel, a TransformerLens bridge, or a pair of a Hugging
-Face model and its tokenizer. The functions below it name the parts of a model that the method needs.
+Face model and its tokenizer.
 """
 
 import copy
@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import Continuation, PromptBatch, batches, cut_at_eos
+from safesteer.models.parts import blocks, hf_model, is_bridge, text_config
+from safesteer.models.traits import check_table, traits_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -91,11 +94,41 @@ class ChatModel:
         system: str | None = None,
         continuations: Sequence[Continuation] | None = None,
     ) -> Iterator[tuple[list[int], PromptBatch]]:
-        """Yield batches of similar token length: (indices into `prompts`, batch on the model's device)."""
-        for rows in batches(self.tokenizer, prompts, batch_size, system=system):
+        """Yield batches of similar token length: (indices into `prompts`, batch on the model's device).
+
+        For a model that cannot read padding all texts of a batch are equally long.
+        """
+
+        def batch_of(rows: list[int]) -> PromptBatch:
             after = None if continuations is None else [continuations[i] for i in rows]
             texts = [prompts[i] for i in rows]
-            yield rows, PromptBatch.of(self.tokenizer, texts, after, system=system, device=self.device)
+            return PromptBatch.of(self.tokenizer, texts, after, system=system, device=self.device)
+
+        for rows in batches(self.tokenizer, prompts, batch_size, system=system):
+            batch = batch_of(rows)
+            if traits_of(self.model).pads or bool(batch.attention_mask.all()):
+                yield rows, batch
+                continue
+            lengths = batch.attention_mask.sum(1).tolist()
+            for length in sorted(set(lengths)):
+                equal = [row for row, n in zip(rows, lengths, strict=True) if n == length]
+                yield equal, batch_of(equal)
+
+    def check(self) -> pd.DataFrame:
+        """Show what was measured of the model on a few tokens: what it does right, and what follows.
+
+        Returns:
+            One row per check. Columns: check, deviation (of the reference's spread; None: not tried), right,
+            remark (what is done otherwise, or not at all).
+
+        Example:
+            >>> table = chat.check()
+            >>> list(table.check)  # doctest: +NORMALIZE_WHITESPACE
+            ['logits', 'padding', 'shared prefix', 'repeated cache', 'cached decoding', 'writes']
+            >>> bool(table.right.all())
+            True
+        """
+        return check_table(self.model)
 
     @property
     def fingerprint(self) -> str:
@@ -167,20 +200,6 @@ def module_of(model: ModelLike) -> nn.Module:
     return model[0] if isinstance(model, tuple) else model
 
 
-def hf_model(model: nn.Module) -> PreTrainedModel:
-    """Return the Hugging Face model inside a TransformerBridge or a PEFT wrapper, or the model itself."""
-    if is_bridge(model):
-        model = cast("TransformerBridge", model).original_model
-    elif hasattr(model, "get_base_model"):  # PEFT, which need not be installed
-        model = model.get_base_model()
-    return cast(PreTrainedModel, model)
-
-
-def is_bridge(model: nn.Module) -> bool:
-    """Return whether `model` is a TransformerBridge, without importing TransformerLens."""
-    return any(c.__name__ == "TransformerBridge" for c in type(model).__mro__)
-
-
 def _without_bridge(bridge: nn.Module) -> PreTrainedModel:
     """Build the plain model again: a bridge wraps the modules of its own under other names."""
     wrapped = hf_model(bridge)
@@ -191,57 +210,3 @@ def _without_bridge(bridge: nn.Module) -> PreTrainedModel:
     model.load_state_dict({name: weights[name] for name in model.state_dict()})
     model.generation_config = copy.deepcopy(wrapped.generation_config)
     return model.eval()
-
-
-def text_config(model: nn.Module) -> PretrainedConfig:
-    """Return the configuration of the language model, which a multimodal one holds inside its own."""
-    return hf_model(model).config.get_text_config()
-
-
-def decoder(model: nn.Module) -> nn.Module:
-    """Return the part from token ids to the final norm, without the output head."""
-    outer = hf_model(model)
-    inner = cast(nn.Module, outer.get_decoder())
-    # Llama 4's text model names itself, ModernBERT's its output head: then it is the part that holds blocks.
-    parts = (inner, outer.base_model, getattr(outer, "model", None))
-    return next((part for part in parts if part and part is not outer and _block_lists(part)), inner)
-
-
-def _block_lists(part: nn.Module) -> dict[str, nn.ModuleList]:
-    """Return the lists of modules that a part holds, by name."""
-    return {name: child for name, child in part.named_children() if isinstance(child, nn.ModuleList)}
-
-
-def blocks(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder blocks; block l reads `resid_pre` of layer l.
-
-    Raises:
-        SafeSteerError: If the decoder has no list of blocks.
-    """
-    lists, n_layers = _block_lists(decoder(model)), text_config(model).num_hidden_layers
-    # LongCat counts two layers per block: its list is the one that is called "layers".
-    fitting = [child for child in lists.values() if len(child) == n_layers]
-    usual = [lists[name] for name in ("layers", "h") if name in lists]
-    if not (fitting or usual):
-        raise SafeSteerError(f"{type(hf_model(model)).__name__} has no list of blocks.")
-    return next((child for child in usual if child in fitting), (fitting or usual)[0])
-
-
-def final_norm(model: nn.Module) -> nn.Module:
-    """Return the norm after the last block: by one of its usual names, else the last norm of the decoder.
-
-    Raises:
-        SafeSteerError: If the decoder has no norm beside its blocks and embeddings.
-    """
-    children = dict(decoder(model).named_children())
-    usual = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f", "norm_f", "ln_out")
-    others = [name for name in reversed(children) if "norm" in name and "embed" not in name]
-    name = next((name for name in (*usual, "embedding_norm", *others) if name in children), None)
-    if name is None:
-        raise SafeSteerError(f"{type(hf_model(model)).__name__} has no norm after its last block.")
-    return children[name]
-
-
-def context_length(model: nn.Module) -> int | None:
-    """Return how many tokens the model reads at once, where its config says so."""
-    return getattr(text_config(model), "max_position_embeddings", None)

@@ -15,9 +15,10 @@ from transformers import LogitsProcessor
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, hf_model
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import earned, prefill
-from safesteer.models.passes import answers_start
+from safesteer.models.parts import hf_model
+from safesteer.models.passes import answers_start, forget_positions
 from safesteer.models.traits import traits_of
 
 
@@ -94,6 +95,7 @@ def generate_ids(
     if first_ids is not None:
         ids = torch.cat([ids, first_ids.to(ids).repeat(len(batch.prompt_ids))[:, None]], 1)
         mask = torch.cat([mask, torch.ones_like(ids[:, -1:])], 1)
+    forget_positions(chat.model)
     with answers_start(start):
         out = hf_model(chat.model).generate(
             ids,

@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from safesteer._errors import SafeSteerError
-from safesteer.models.chat_model import decoder, hf_model, text_config
 from safesteer.models.logits import logits_of
+from safesteer.models.parts import decoder, hf_model, text_config
 
 T = TypeVar("T")
 N_PROBE_IDS = 8

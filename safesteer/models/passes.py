@@ -7,6 +7,7 @@ scope needs to know where answers start: `answers_start` tells it, for the passe
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, cast
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from transformers import Cache, DynamicCache
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import context_length, decoder, text_config
+from safesteer.models.parts import context_length, decoder, hf_model, text_config
 
 # Column where each row's answer starts, for the passes now running: steering with a scope asks.
 ANSWER_START: ContextVar[Tensor | None] = ContextVar("answer_start", default=None)
@@ -28,6 +29,13 @@ def answers_start(at: Int[Tensor, " rows"]) -> Iterator[None]:
         yield
     finally:
         ANSWER_START.reset(token)
+
+
+def forget_positions(model: nn.Module) -> None:
+    """Drop the offset that Qwen's vision models keep of the batch before: an image shifted its positions."""
+    for module in hf_model(model).modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            cast(Any, module).rope_deltas = None
 
 
 def _check_length(model: nn.Module, batch: PromptBatch) -> None:

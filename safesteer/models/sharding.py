@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from safesteer._errors import SafeSteerError
-from safesteer.models.chat_model import blocks, decoder
+from safesteer.models.parts import blocks, decoder
 from safesteer.models.traits import self_check
 
 

@@ -13,10 +13,11 @@ import torch
 from safesteer._errors import SafeSteerError
 from safesteer._files import json_lines
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ModelLike, as_chat, context_length
+from safesteer.models.chat_model import ModelLike, as_chat
 from safesteer.models.forward import final_hidden
 from safesteer.models.head import output_head
 from safesteer.models.logits import logps_on
+from safesteer.models.parts import context_length
 
 WIKITEXT = "wikitext2_test.jsonl"  # its articles as JSON Lines, in a folder of local rows
 

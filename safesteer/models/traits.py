@@ -7,7 +7,8 @@ the single prompts:
                   attends in windows or chunks counts columns, padding too, and never earns it;
 3. cache          keys and values of a prompt, repeated for two continuations;
 4. decoding       the logits of two greedy tokens, decoded with the cache.
-What fails is done in a slower way that is right. Logits have a check of their own (`head`).
+What fails is done in a slower way that is right. Logits have a check of their own (`head`), and what blocks
+write (`writes`).
 """
 
 from collections.abc import Callable
@@ -21,9 +22,10 @@ from transformers import GenerationConfig
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ModelLike, context_length, hf_model, module_of, text_config
 from safesteer.models.head import logit_shape, once_per_model, probe_ids, tolerance
-from safesteer.models.passes import read_cache, read_states
+from safesteer.models.parts import context_length, hf_model, text_config
+from safesteer.models.passes import forget_positions, read_cache, read_states
+from safesteer.models.writes import writes_of
 
 CHECKS = ("padding", "shared prefix", "repeated cache", "cached decoding")
 LENGTHS = (5, 14)  # tokens of the prompts that are compared
@@ -55,23 +57,22 @@ def self_check(model: nn.Module) -> None:
     traits_of(model)
 
 
-def check_model(chat: ModelLike) -> pd.DataFrame:
-    """Show the self-check of a model: one row per check, with its deviation and what follows from it.
+def check_table(model: nn.Module) -> pd.DataFrame:
+    """Return the table of `ChatModel.check`: logits, short cuts, and what blocks write.
 
-    Columns: check, deviation (of the reference's spread), right, remark.
-
-    Example:
-        >>> from safesteer.models.traits import check_model
-        >>> list(check_model(chat).right)
-        [True, True, True, True, True]
+    Raises:
+        SafeSteerError: If the model's logits are not a head on its final hidden states.
     """
-    model = module_of(chat)
     logits, traits = logit_shape(model), traits_of(model)
     remarks = [f"scaled by {logits.scale:g}"] if logits.scale != 1 else []
     remarks += [f"capped at {logits.softcap:g}"] if logits.softcap else []
     rows = [("logits", logits.deviation, True, ", ".join(remarks))]
     passed = (traits.pads, traits.shares_prefix, traits.repeats_cache, traits.decodes_cached)
     rows += [(*d[:2], right, d[2]) for d, right in zip(traits.deviations, passed, strict=True)]
+    try:
+        rows.append(("writes", writes_of(model).deviation, True, ""))
+    except SafeSteerError as error:
+        rows.append(("writes", None, False, str(error)))
     return pd.DataFrame(rows, columns=["check", "deviation", "right", "remark"])
 
 
@@ -101,7 +102,7 @@ def traits_of(model: nn.Module) -> Traits:
     deviations = (pads, shares, repeats, decodes)
     ok = [d is not None and d <= limit for d in deviations]
     remarks = (
-        "" if ok[0] else "batches with padding are refused: use batch_size=1",
+        "" if ok[0] else "only texts of one length share a batch; sweep and training are refused",
         "" if ok[1] else f"common columns are computed in every row{window and f' ({window} is set)'}",
         "" if ok[2] else "prompts are read again for every sample",
         "" if ok[3] else "answers are decoded without a cache",
@@ -146,6 +147,7 @@ def _from_repeated_cache(model: nn.Module, batch: PromptBatch) -> Float[Tensor, 
 def _decoding_deviation(model: nn.Module, batch: PromptBatch) -> float | None:
     """Compare the logits of greedy decoding with those of the model's own passes over the single texts."""
     inner = hf_model(model)
+    forget_positions(model)
     before, inner.generation_config = inner.generation_config, GenerationConfig()  # no rule of a checkpoint's
     try:
         out = inner.generate(
@@ -182,6 +184,6 @@ def require_padding(model: nn.Module, mask: Int[Tensor, "batch pos"]) -> None:
     """Raise SafeSteerError for a padded batch that the model would read wrongly."""
     if not traits_of(model).pads and not bool(mask.all()):
         raise SafeSteerError(
-            f"{type(hf_model(model)).__name__} reads a padded batch otherwise than single prompts: use"
-            " batch_size=1."
+            f"{type(hf_model(model)).__name__} reads a padded batch otherwise than single prompts, and the"
+            " prompts here have different lengths."
         )

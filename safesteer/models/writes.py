@@ -7,6 +7,7 @@ A constant factor (Granite's residual multiplier) does not matter: to project a 
 project it out of any multiple. A block whose change is no such sum is refused in a sentence.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from safesteer._errors import SafeSteerError
-from safesteer.models.chat_model import blocks, decoder, hf_model
 from safesteer.models.head import once_per_model, probe_ids, tolerance
+from safesteer.models.parts import blocks, decoder, hf_model
 
 N_PROBE_IDS = 12
 MOST_PARTS = 3  # of a block that may write
@@ -37,6 +38,7 @@ class Writes:
     modules: tuple[nn.Module, ...]
     blocks: tuple[nn.Module, ...]  # the block of each
     starts_at_embedding: bool
+    deviation: float  # largest misfit of a block's change, in units of its spread
 
 
 @once_per_model
@@ -65,8 +67,10 @@ def writes_of(model: nn.Module) -> Writes:
     modules: list[nn.Module] = []
     owners: list[nn.Module] = []
     names: tuple[str, ...] = ()
+    worst = 0.0
     for layer, inside in enumerate(parts):
-        names = _writers(seen, layer, list(inside), names)
+        names, deviation = _writers(seen, layer, list(inside), names)
+        worst = max(worst, deviation)
         if not names:
             family = type(hf_model(model)).__name__
             raise SafeSteerError(
@@ -75,9 +79,10 @@ def writes_of(model: nn.Module) -> Writes:
             )
         modules += [inside[name] for name in names]
         owners += [blocks(model)[layer]] * len(names)
+    limit = tolerance(seen[0, "before"].dtype, HALF_TOLERANCE)
     first, embedded = seen[0, "before"], seen.get((-1, "embed"))
-    alone = embedded is not None and embedded.shape == first.shape and _fits(first, [embedded])
-    return Writes(tuple(modules), tuple(owners), alone)
+    alone = embedded is not None and embedded.shape == first.shape and _misfit(first, [embedded]) <= limit
+    return Writes(tuple(modules), tuple(owners), alone, worst)
 
 
 def _parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -102,8 +107,11 @@ def _reader(seen: dict[tuple[int, str], Tensor], layer: int, name: str) -> Calla
 
 def _writers(
     seen: dict[tuple[int, str], Tensor], layer: int, names: list[str], like: Sequence[str]
-) -> tuple[str, ...]:
-    """Return the parts whose outputs add up to the change of a block; `like` are those of the one before."""
+) -> tuple[tuple[str, ...], float]:
+    """Return the parts whose outputs add up to the change of a block, and their misfit; none: empty, 0.
+
+    `like` are those of the block before.
+    """
     change = seen[layer, "after"].double() - seen[layer, "before"].double()
     outputs = {n: seen[layer, n] for n in names if (layer, n) in seen}
     # Some return positions flat (OPT, experts). What passes the stream itself on writes nothing to it.
@@ -117,16 +125,23 @@ def _writers(
     outputs = {n: out for n, out in outputs.items() if not any(torch.equal(out, x) for x in stream)}
     tries = [tuple(like), *USUAL]
     tries += [some for n in range(1, MOST_PARTS + 1) for some in combinations(outputs, n)]
+    limit = tolerance(seen[layer, "after"].dtype, HALF_TOLERANCE)
     for some in tries:
-        if some and all(n in outputs for n in some) and _fits(change, [outputs[n] for n in some]):
-            return tuple(some)
-    return ()
+        if some and all(n in outputs for n in some):
+            misfit = _misfit(change, [outputs[n] for n in some])
+            if misfit <= limit:
+                return tuple(some), misfit
+    return (), 0.0
 
 
-def _fits(change: Float[Tensor, "1 n d_model"], outputs: Sequence[Float[Tensor, "1 n d_model"]]) -> bool:
-    """Say whether `change` is a sum of the outputs, each times a constant that is not zero."""
+def _misfit(change: Float[Tensor, "1 n d_model"], outputs: Sequence[Float[Tensor, "1 n d_model"]]) -> float:
+    """Return how far `change` is from a sum of the outputs, each times a constant that is not zero.
+
+    In units of its spread; infinite where a constant is zero: a part that the sum does not need.
+    """
     columns = torch.stack([out.double().flatten() for out in outputs], 1)
     target = change.double().flatten()
     factors = torch.linalg.lstsq(columns, target[:, None]).solution[:, 0]
-    error = float((columns @ factors - target).abs().max() / target.std().clamp(min=1e-12))
-    return error <= tolerance(outputs[0].dtype, HALF_TOLERANCE) and bool((factors.abs() > 1e-3).all())
+    if bool((factors.abs() <= 1e-3).any()):
+        return math.inf
+    return float((columns @ factors - target).abs().max() / target.std().clamp(min=1e-12))

@@ -15,8 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
-from safesteer.models.chat_model import ModelLike, blocks, hf_model, is_bridge, module_of
+from safesteer.models.chat_model import ModelLike, module_of
 from safesteer.models.head import once_per_model, probe_ids, tolerance
+from safesteer.models.parts import blocks, hf_model, is_bridge
 from safesteer.models.passes import read_states
 from safesteer.models.writes import writes_of
 

@@ -15,14 +15,14 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from safesteer._errors import SafeSteerError
-from safesteer.models.chat_model import decoder
+from safesteer.models.parts import decoder
 from safesteer.models.passes import ANSWER_START
 from safesteer.steering.hooks import Edit, Point, apply_hooks
 
 Scope = Literal["all", "prompt", "answer", "last"]
 
 
-CACHES = ("past_key_values", "cache_params")  # the names under which decoders take a cache
+CACHES = ("past_key_values", "cache_params", "state")  # the names under which decoders take a cache
 
 
 def attends(cache: Cache) -> bool:
@@ -45,7 +45,7 @@ class Columns:
         cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         if cache is None:
             self.past = 0
-        elif cache is self.cache:
+        elif cache is self.cache or not isinstance(cache, Cache):
             self.past = self.read
         else:
             self.past = cache.get_seq_length() if attends(cache) else 0

@@ -37,11 +37,12 @@ from safesteer.distillation.step import take_step
 from safesteer.exporting import export
 from safesteer.models.batch import PromptBatch
 from safesteer.models.bridge import to_bridge
-from safesteer.models.chat_model import ChatModel, as_chat, blocks, final_norm
+from safesteer.models.chat_model import ChatModel, as_chat
 from safesteer.models.forward import final_hidden
 from safesteer.models.generation import generate_ids
 from safesteer.models.head import output_head
 from safesteer.models.logits import logits_of
+from safesteer.models.parts import blocks, final_norm
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.settings import DistillConfig, TokenConfig
 from safesteer.steering.direction import Direction
@@ -161,14 +162,14 @@ def own_logits(
         return model(torch.tensor([list(ids)]), use_cache=False).logits[0][:, : chat.d_vocab]
 
 
-def _batch(case: Case, answers: Sequence[list[int]] | None = None) -> PromptBatch:
-    return PromptBatch.of(case.chat.tokenizer, PROMPTS, answers)
-
-
 @torch.no_grad()
 def _logits_in_batch(case: Case, n_last: int, answers: Sequence[list[int]] | None = None) -> Tensor:
-    hidden = final_hidden(case.chat.model, _batch(case, answers))[:, -n_last:]
-    return logits_of(hidden, *output_head(case.chat.model))
+    """Logits of all prompts at the last positions, in the batches that the model can read."""
+    logits: dict[int, Tensor] = {}
+    for rows, batch in case.chat.batched(PROMPTS, len(PROMPTS), continuations=answers):
+        hidden = final_hidden(case.chat.model, batch)[:, -n_last:]
+        logits |= dict(zip(rows, logits_of(hidden, *output_head(case.chat.model)), strict=True))
+    return torch.stack([logits[row] for row in range(len(PROMPTS))])
 
 
 # --- reading ---
@@ -199,7 +200,11 @@ def _greedy(case: Case, prompt: str, edits: Callable[[int], dict[int, Edit]] | N
 
 
 def _answers(case: Case) -> list[list[int]]:
-    return generate_ids(case.chat, _batch(case), max_new_tokens=N_NEW).tolist()
+    answers: dict[int, list[int]] = {}
+    for rows, batch in case.chat.batched(PROMPTS, len(PROMPTS)):
+        new = generate_ids(case.chat, batch, max_new_tokens=N_NEW).tolist()
+        answers |= dict(zip(rows, new, strict=True))
+    return [answers[row] for row in range(len(PROMPTS))]
 
 
 def _same_answers(
@@ -562,7 +567,8 @@ def check_export(case: Case) -> None:
 def check_bridge(case: Case) -> None:
     """The bridge reads, steers and ablates as the plain model does."""
     bridged = as_chat(to_bridge(case.chat))
-    batch, layers = _batch(case), list(range(case.chat.n_layers))
+    batch = next(batch for _, batch in case.chat.batched(PROMPTS, len(PROMPTS)))
+    layers = list(range(case.chat.n_layers))
 
     def run(chat: ChatModel) -> tuple[Tensor, Tensor]:
         with record_resid_pre(chat, layers, lambda h: h[:, -2:].clone()) as resid_pre:
@@ -580,7 +586,8 @@ def check_bridge(case: Case) -> None:
             with steering(chat):
                 results.append(run(chat))
         for what, got, want in zip(("logits", "resid_pre"), *results, strict=True):
-            case.near(got, want, f"{what} of the bridge {name}")
+            # GPT-1's bridge masks by adding large numbers, which costs digits.
+            case.near(got, want, f"{what} of the bridge {name}", 3e-3)
 
 
 CHECKS: dict[str, Callable[[Case], None]] = {

@@ -24,14 +24,14 @@ FUNCTIONS = {
 HEAD = """# Models
 
 Which functions are right on which models. Each row is a tiny random model with the family's own code in
-transformers {version}, three layers and widths cut to 32: its numbers are compared with the model's own forward
-pass on one prompt, without padding and without a cache, and losses and gradients with float64. Weights are random,
-so the page shows that the computation is right, not that a direction does anything in a trained model.
-`make conformance` measures it anew, in about {minutes} minutes.
+transformers {version}, three layers and widths cut to 32: its numbers are compared with the model's own
+forward pass on one prompt, without padding and without a cache, and losses and gradients with float64.
+Weights are random, so the page shows that the computation is right, not that a direction does anything in a
+trained model. `make conformance` measures it anew, in about {minutes} minutes.
 
 - **yes**: right.
-- **slower**: right by a slower way, because the model has not earned a short cut: prompts do not share columns, a
-  prompt is read again for every sample, or answers are decoded without a cache.
+- **slower**: right by a slower way, because the model has not earned a short cut: prompts do not share
+  columns, a prompt is read again for every sample, or answers are decoded without a cache.
 - **no (number)**: refused, with the sentence of that number below the tables.
 
 {counts}
@@ -40,18 +40,18 @@ The bridge is TransformerLens's: families that it does not know are used as plai
 
 ## What is checked when a model is loaded
 
-`load_model` compares on a few tokens, and `chat.check()` shows the table: our logits with the model's own (which
-finds the factor and the soft cap that families put on them), a padded batch with single prompts, the layout that
-computes common columns once, a cache that is repeated, and cached with uncached decoding. What fails is done in a
-slower way that is right. What a block writes to the residual stream is measured when `ablate` first needs it: where
-no sum of a block's parts gives the block's change, `ablate` says so.
+`load_model` compares on a few tokens, and `chat.check()` shows the table: our logits with the model's own
+(which finds the factor and the soft cap that families put on them), a padded batch with single prompts, the
+layout that computes common columns once, a cache that is repeated, and cached with uncached decoding. What
+fails is done in a slower way that is right. What a block writes to the residual stream is measured when
+`ablate` first needs it: where no sum of a block's parts gives the block's change, `ablate` says so.
 
 """
 NAMED = """## Models by name
 
-What is expected of models that people use, from tiny models of their published settings: attention pattern, rotary
-scaling, experts, tied or untied head. Layers, widths, experts and vocabulary are cut, and a window is cut to 8 tokens
-so that prompts are longer than it.
+What is expected of models that people use, from tiny models of their published settings: attention pattern,
+rotary scaling, experts, tied or untied head. Layers, widths, experts and vocabulary are cut, and a window
+is cut to 8 tokens so that prompts are longer than it.
 """
 
 

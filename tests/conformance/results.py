@@ -9,7 +9,6 @@ from transformers.utils import logging as hf_logging
 from conformance.checks import CHECKS, Case
 from conformance.families import build
 from safesteer._errors import SafeSteerError, first_line
-from safesteer.models.traits import check_model
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def measure(name: str) -> Result:
         return Result(name, not_built=f"{type(error).__name__}: {first_line(error)[:160]}")
     kind = type(chat.model).__name__
     try:
-        table, case = check_model(chat), Case(chat)
+        table, case = chat.check(), Case(chat)
     except SafeSteerError as error:
         refused = tuple(Outcome(check, "refused", str(error)) for check in CHECKS)
         return Result(name, kind, outcomes=refused)
