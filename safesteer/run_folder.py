@@ -36,9 +36,9 @@ from safesteer._progress import Progress
 from safesteer._version import __version__
 from safesteer.distillation.rollouts import Teacher
 from safesteer.judges.judge import Judge
-from safesteer.models.batch import template_hash
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.loading import load_model
+from safesteer.models.templates import template_hash
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.recipes import Recipe
 from safesteer.steering.direction import Direction

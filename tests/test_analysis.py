@@ -13,7 +13,7 @@ from rich.console import Console
 from test_pipeline import model_folder  # noqa: F401
 
 from conftest import PACKAGE, near_duplicates
-from safesteer.models.batch import render
+from safesteer.models.templates import render
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.recipes import SECTIONS, recipe
 

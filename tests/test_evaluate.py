@@ -12,11 +12,11 @@ from safesteer._errors import SafeSteerError
 from safesteer._intervals import bootstrap, wilson
 from safesteer.directions.extraction import mean_difference
 from safesteer.evaluation.scores import Evaluation, evaluate, score_model
-from safesteer.models.batch import render
 from safesteer.models.bridge import to_bridge
 from safesteer.models.chat_model import as_chat
 from safesteer.models.drift import kl_on_answers
 from safesteer.models.generation import generate
+from safesteer.models.templates import render
 from safesteer.models.text_loss import WIKITEXT, perplexity, wikitext
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.settings import EvaluateConfig

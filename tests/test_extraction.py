@@ -17,7 +17,8 @@ from safesteer.directions.extraction import (
     system_contrast,
 )
 from safesteer.directions.refusal_tokens import COMPLIANCES, REFUSALS
-from safesteer.models.batch import PromptBatch, suffix_length
+from safesteer.models.batch import PromptBatch
+from safesteer.models.templates import suffix_length
 from safesteer.prompts.prompt_set import Prompt, PromptSet
 from safesteer.steering.hooks import apply_hooks
 

@@ -26,13 +26,12 @@ from transformers import (
 )
 
 from conftest import PROMPTS, SIZES, _bpe, assert_near, batch_of, naive_logits, plainly_padded, random_vector
-from safesteer._errors import SafeSteerError
 from safesteer.directions.extraction import mean_difference, system_contrast
 from safesteer.directions.sweeping import sweep
-from safesteer.models.batch import render, suffix_length
 from safesteer.models.bridge import to_bridge
 from safesteer.models.chat_model import ChatModel, as_chat
 from safesteer.models.generation import generate, generate_ids
+from safesteer.models.templates import render, suffix_length
 from safesteer.settings import DirectionConfig
 from safesteer.steering.interventions import ablate, add
 
@@ -213,10 +212,10 @@ def test_directions_and_scores_come_out(member, few):
     assert table[table.layer < 2].steering_refusal.notna().all()
 
 
-def test_a_template_without_a_system_turn_says_so(member, few):
+def test_a_system_prompt_reaches_every_template(member, few):
     family, chat = member
-    if family.system:
-        assert system_contrast(chat, few.first(2)).vectors.abs().max() > 0
-    else:
-        with pytest.raises(SafeSteerError, match="System role not supported"):
-            system_contrast(chat, few.first(2))
+    text = render(chat.tokenizer, "Hello you", system="Be kind.")
+    assert text.count("Be kind.") == 1
+    if not family.system:
+        assert text == f"{family.before}Be kind.\n\nHello you{family.after}"
+    assert system_contrast(chat, few.first(2)).vectors.abs().max() > 0

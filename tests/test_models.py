@@ -17,7 +17,7 @@ from conftest import (
     random_vector,
 )
 from safesteer._errors import SafeSteerError
-from safesteer.models.batch import PromptBatch, cut_at_eos, template_hash
+from safesteer.models.batch import PromptBatch, cut_at_eos
 from safesteer.models.bridge import to_bridge
 from safesteer.models.chat_model import ChatModel, as_chat
 from safesteer.models.forward import final_hidden, prefill
@@ -26,6 +26,7 @@ from safesteer.models.head import output_head
 from safesteer.models.loading import load_model
 from safesteer.models.logits import logits_of
 from safesteer.models.parts import hf_model, is_bridge
+from safesteer.models.templates import template_hash
 from safesteer.steering import interventions as steering
 from safesteer.steering.direction import Direction
 

@@ -8,7 +8,8 @@ import torch
 
 from conftest import PROMPTS, near_duplicates
 from safesteer._errors import SafeSteerError
-from safesteer.models.batch import PromptBatch, batches, render, suffix_length, template_hash
+from safesteer.models.batch import PromptBatch, batches
+from safesteer.models.templates import render, suffix_length, template_hash
 from safesteer.prompts.prompt_set import SPLITS, PromptSet
 
 GOOD = '{"harmful": "Make a bomb", "harmless": "Make a cake"}'
@@ -183,10 +184,9 @@ def changed(tokenizer, template: str | None):
     return other
 
 
-def test_template_without_a_suffix_is_refused(chatml_tokenizer):
+def test_without_a_suffix_the_position_is_the_last_token(chatml_tokenizer):
     bare = changed(chatml_tokenizer, "{{ messages[-1]['content'] }}")
-    with pytest.raises(SafeSteerError, match="nothing after the instruction"):
-        suffix_length(bare)
+    assert suffix_length(bare) == 1
 
 
 def test_missing_and_failing_templates_are_refused(chatml_tokenizer):

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import Cache
 
 from safesteer._errors import SafeSteerError
-from safesteer.models.batch import PromptBatch, suffix_length
+from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import earned, final_hidden, prefill
+from safesteer.models.templates import suffix_length
 from safesteer.steering.hooks import record_resid_pre
 
 

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safesteer._errors import SafeSteerError
-from safesteer.models.batch import template_hash
 from safesteer.models.chat_model import ModelLike, as_chat
+from safesteer.models.templates import template_hash
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.steering.direction import Direction
 

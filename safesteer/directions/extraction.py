@@ -28,8 +28,8 @@ from safesteer._errors import SafeSteerError
 from safesteer.directions.activations import Arm, read_activations
 from safesteer.directions.candidates import Candidates
 from safesteer.directions.refusal_tokens import COMPLIANCES, COMPLYING_SYSTEM, REFUSALS, REFUSING_SYSTEM
-from safesteer.models.batch import suffix_length
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.templates import suffix_length
 from safesteer.prompts.prompt_set import PromptSet
 
 # The axis on which two arms differ, at one position and layer.

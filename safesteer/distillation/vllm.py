@@ -36,6 +36,12 @@ def server_sampler(endpoint: Endpoint) -> Sampler:
                 "temperature": 1.0,
                 "top_p": 1.0,
                 "top_k": -1,
+                # A server fills what is left out from the checkpoint's generation_config.
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "presence_penalty": 0.0,
+                "frequency_penalty": 0.0,
+                "min_tokens": 0,
                 "logprobs": 0,
                 "seed": seed_of(key) >> 32,  # servers take 31 bits
                 "return_tokens_as_token_ids": True,

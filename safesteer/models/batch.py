@@ -1,76 +1,22 @@
-"""The one path from text to model input.
+"""The one path from prompts to model input.
 
-`render` applies the model's own chat template; `PromptBatch.of` turns it into ids without a second BOS,
-padded on the left, with an explicit mask. The template tokens after the instruction are counted by
-rendering two instructions and comparing their ends. What all rows share (the system turn) stands in the
-same first columns, so that a forward pass computes it once: [shared | padding | remaining].
+`PromptBatch.of` renders prompts by the model's own chat template and turns them into ids without a second
+BOS, padded on the left, with an explicit mask. What all rows share (the system turn) stands in the same first
+columns, so that a forward pass computes it once: [shared | padding | remaining].
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from safesteer._errors import SafeSteerError
+from safesteer.models.templates import ids_of, render
 
 Continuation: TypeAlias = str | Sequence[int]  # what follows a prompt, as text or as ids
-
-
-def render(tokenizer: PreTrainedTokenizerBase, prompt: str, *, system: str | None = None) -> str:
-    """Return the chat text up to where the answer starts. Thinking is switched off where it can be.
-
-    Raises:
-        SafeSteerError: Where the tokenizer has no chat template, or the template fails.
-    """
-    if not tokenizer.chat_template:
-        raise SafeSteerError(
-            f"The tokenizer '{tokenizer.name_or_path}' has no chat template, and SafeSteer needs one"
-            " to know where an answer starts: use a chat model, or set tokenizer.chat_template."
-        )
-    messages = [{"role": "user", "content": prompt}]
-    if system is not None:
-        messages = [{"role": "system", "content": system}, *messages]
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-    except Exception as error:  # templates raise whatever they like
-        raise SafeSteerError(f"The chat template of '{tokenizer.name_or_path}' failed: {error}") from error
-    return cast(str, text)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return cast(list[int], tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def suffix_length(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Count the template tokens after the instruction: the post-instruction positions.
-
-    Raises:
-        SafeSteerError: Where the template adds nothing there.
-    """
-    a, b = (_ids(tokenizer, render(tokenizer, text)) for text in ("Hello there", "Bonjour 7"))
-    n = 0
-    while n < min(len(a), len(b)) and a[-1 - n] == b[-1 - n]:
-        n += 1
-    if n == 0:
-        raise SafeSteerError(
-            f"The chat template of '{tokenizer.name_or_path}' adds nothing after the instruction, so"
-            " there is no post-instruction position to read."
-        )
-    return n
-
-
-def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash how the tokenizer renders a prompt, as 16 hex digits: equal templates agree."""
-    text = json.dumps([render(tokenizer, "x"), _ids(tokenizer, render(tokenizer, "x"))])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,10 +51,10 @@ class PromptBatch:
             system: A system prompt (None: what the template writes by itself).
             device: Where the tensors are put.
         """
-        heads = [_ids(tokenizer, render(tokenizer, p, system=system)) for p in prompts]
+        heads = [ids_of(tokenizer, render(tokenizer, p, system=system)) for p in prompts]
         tails: list[list[int]] = [[] for _ in prompts]
         if continuations is not None:
-            tails = [_ids(tokenizer, c) if isinstance(c, str) else list(c) for c in continuations]
+            tails = [ids_of(tokenizer, c) if isinstance(c, str) else list(c) for c in continuations]
         return cls.from_ids(heads, tails, device=device)
 
     @classmethod
@@ -196,7 +142,7 @@ def batches(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int, *, system: str | None = None
 ) -> list[list[int]]:
     """Group the indices of `prompts` in batches of similar token length: less padding, less work."""
-    lengths = [len(_ids(tokenizer, render(tokenizer, p, system=system))) for p in prompts]
+    lengths = [len(ids_of(tokenizer, render(tokenizer, p, system=system))) for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (lengths[i], i))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 

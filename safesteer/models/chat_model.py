@@ -19,7 +19,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import Continuation, PromptBatch, batches, cut_at_eos
 from safesteer.models.parts import blocks, hf_model, is_bridge, text_config
+from safesteer.models.templates import end_of_turn
 from safesteer.models.traits import check_table, traits_of
+from safesteer.prompts.conversation import PromptLike, as_prompts
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -60,13 +62,14 @@ class ChatModel:
 
     @property
     def eos_ids(self) -> list[int]:
-        """Every id that ends an answer: the generation config's and the tokenizer's."""
+        """Every id that ends an answer: the generation config's, the tokenizer's and the template's."""
         generation = hf_model(self.model).generation_config
         configured = None if generation is None else generation.eos_token_id
         ids = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
         if isinstance(self.tokenizer.eos_token_id, int):
             ids.add(self.tokenizer.eos_token_id)
-        return sorted(ids)
+        turn = end_of_turn(self.tokenizer)
+        return sorted(ids if turn is None else {*ids, turn})
 
     def copy(self) -> "ChatModel":
         """Copy the plain Hugging Face model: one that may be trained, changed or exported."""
@@ -88,7 +91,7 @@ class ChatModel:
 
     def batched(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[PromptLike],
         batch_size: int,
         *,
         system: str | None = None,
@@ -98,6 +101,7 @@ class ChatModel:
 
         For a model that cannot read padding all texts of a batch are equally long.
         """
+        prompts = as_prompts(prompts)
 
         def batch_of(rows: list[int]) -> PromptBatch:
             after = None if continuations is None else [continuations[i] for i in rows]

@@ -18,8 +18,9 @@ from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import earned, prefill
 from safesteer.models.parts import hf_model
-from safesteer.models.passes import answers_start, forget_positions
+from safesteer.models.passes import answers_start, plain_decoding
 from safesteer.models.traits import traits_of
+from safesteer.prompts.conversation import PromptLike, as_prompts
 
 
 def seed_of(key: tuple) -> int:
@@ -64,7 +65,9 @@ def generate_ids(
     uniform: Float[Tensor, "samples max_new_tokens"] | None = None,
     first_ids: Int[Tensor, " n_samples"] | None = None,
 ) -> Int[Tensor, "samples new_pos"]:
-    """Generate answers as ids. Sampling is pure (top-k and top-p off), so that rollouts are on-policy.
+    """Generate answers as ids, by the model's own probabilities, so that rollouts are on-policy.
+
+    Nothing of a checkpoint's generation_config counts but its end tokens: no top-k, penalty, ban or beam.
 
     Args:
         chat: The model; steering that is on applies.
@@ -95,20 +98,14 @@ def generate_ids(
     if first_ids is not None:
         ids = torch.cat([ids, first_ids.to(ids).repeat(len(batch.prompt_ids))[:, None]], 1)
         mask = torch.cat([mask, torch.ones_like(ids[:, -1:])], 1)
-    forget_positions(chat.model)
-    with answers_start(start):
+    with answers_start(start), plain_decoding(chat.model):
         out = hf_model(chat.model).generate(
             ids,
             attention_mask=mask,
             past_key_values=cache,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
             logits_processor=processors,
-            temperature=1.0,
-            top_k=50,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            eos_token_id=eos,
+            eos_token_id=eos or None,
             pad_token_id=eos[0] if eos else 0,
             use_cache=traits_of(chat.model).decodes_cached,
         )
@@ -122,7 +119,7 @@ def with_greedy_tokens(chat: ChatModel, batch: PromptBatch, n_tokens: int) -> Pr
 
 def generate(
     chat: ModelLike,
-    prompts: Sequence[str],
+    prompts: Sequence[PromptLike],
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -134,7 +131,8 @@ def generate(
 
     Args:
         chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
-        prompts: What the user says, without chat template.
+        prompts: What the user says, without chat template: text, or a list of messages with "role" and
+            "content" that ends with a turn of the user.
         max_new_tokens: Length limit of an answer.
         temperature: 0 is greedy.
         seed: Of sampling; an answer depends on it and on the prompt's place, not on the batches.
@@ -144,12 +142,15 @@ def generate(
     Returns:
         One answer per prompt, in their order, without special tokens.
 
+    Raises:
+        SafeSteerError: For one prompt where a list of them belongs, or messages that are no conversation.
+
     Example:
         >>> answers = ss.generate(chat, ["Hello", "Name a river."], max_new_tokens=4)
         >>> len(answers), type(answers[0])
         (2, <class 'str'>)
     """
-    chat = as_chat(chat)
+    chat, prompts = as_chat(chat), as_prompts(prompts)
     answers = [""] * len(prompts)
     for rows, batch in chat.batched(prompts, batch_size, system=system):
         drawn = None

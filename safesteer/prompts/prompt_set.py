@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
 from safesteer._errors import SafeSteerError
 from safesteer._files import text_lines
+from safesteer.prompts.conversation import Conversation, PromptLike, as_prompts, messages_of
 
 Label = Literal["harmful", "harmless"]
 LABELS: tuple[Label, Label] = ("harmful", "harmless")
@@ -29,7 +30,7 @@ EXTRA = "extra"  # pairs kept out of every split, for work that comes before ali
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request. `pair` names its matched twin; `split` is where it may be used."""
+    """One request, text or `Conversation`. `pair` names its matched twin; `split` is where it may be used."""
 
     text: str
     label: Label
@@ -86,12 +87,12 @@ class PromptSet:
     @property
     def hash(self) -> str:
         """Content hash, 16 hex digits: two sets with equal prompts in equal order agree."""
-        rows = json.dumps([asdict(p) for p in self.prompts], ensure_ascii=True)
+        rows = json.dumps([_plain_row(p) for p in self.prompts], ensure_ascii=True)
         return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
     def to_frame(self) -> pd.DataFrame:
         """Return a row per prompt."""
-        return pd.DataFrame([asdict(p) for p in self.prompts])
+        return pd.DataFrame([{**asdict(p), "text": str(p.text)} for p in self.prompts])
 
     def __repr__(self) -> str:
         return (
@@ -104,8 +105,9 @@ class PromptSet:
         """Read a JSON Lines file.
 
         Args:
-            path: Rows {"harmful": ..., "harmless": ...} (pairs) or {"prompt": ..., "label": ...}.
-                Optional keys: split, category, form, pair.
+            path: Rows {"harmful": ..., "harmless": ...} (pairs) or {"prompt": ..., "label": ...}. A prompt is
+                text or a list of messages. Optional keys: system (a system prompt), split, category, form,
+                pair.
             seed: Deals the rows without a split, in the proportions 128 / 32 / 100 / 100.
 
         Raises:
@@ -125,12 +127,17 @@ class PromptSet:
 
     @classmethod
     def from_texts(
-        cls, harmful: Sequence[str], harmless: Sequence[str], *, name: str = "prompts", seed: int = 0
+        cls,
+        harmful: Sequence[PromptLike],
+        harmless: Sequence[PromptLike],
+        *,
+        name: str = "prompts",
+        seed: int = 0,
     ) -> "PromptSet":
         """Make a set of two lists of requests.
 
         Args:
-            harmful: Requests that a safe model declines.
+            harmful: Requests that a safe model declines, each text or a list of messages.
             harmless: Requests that it answers. In a list as long as `harmful`, request i is taken as the
                 matched twin of harmful request i, and both come into the same split.
             name: What the set is called in messages.
@@ -147,7 +154,7 @@ class PromptSet:
             [13, 3, 10, 10]
         """
         matched, kinds = len(harmful) == len(harmless), []
-        for label, texts in zip(LABELS, (harmful, harmless), strict=True):
+        for label, texts in zip(LABELS, (as_prompts(harmful), as_prompts(harmless)), strict=True):
             where, twin = f"{name}: {label} prompt", "" if matched else f"{label} "
             numbered = enumerate(texts, start=1)
             kinds.append(
@@ -167,7 +174,8 @@ class PromptSet:
                 f"{source} holds {len(self.harmful)} harmful and {len(self.harmless)} harmless"
                 " prompts; at least one of each is needed."
             )
-        text, n = Counter(p.text.strip() for p in self.prompts).most_common(1)[0]
+        keys = (p.text if isinstance(p.text, Conversation) else p.text.strip() for p in self.prompts)
+        text, n = Counter(keys).most_common(1)[0]
         if n > 1:
             raise SafeSteerError(
                 f"{source} repeats {text[:50]!r}: held-out prompts would be known. Keep one."
@@ -194,7 +202,7 @@ def _parse_row(line: str, where: str, number: int) -> list[Prompt]:
     except json.JSONDecodeError as error:
         raise SafeSteerError(f"{where} is not JSON: {error.msg}.") from error
     if isinstance(row, dict) and {"harmful", "harmless"} <= row.keys():
-        texts: dict[Label, str] = {"harmful": row["harmful"], "harmless": row["harmless"]}
+        texts: dict[Label, PromptLike] = {"harmful": row["harmful"], "harmless": row["harmless"]}
     elif isinstance(row, dict) and {"prompt", "label"} <= row.keys():
         if row["label"] not in ("harmful", "harmless"):
             raise SafeSteerError(f"{where}: the label must be 'harmful' or 'harmless'.")
@@ -206,10 +214,35 @@ def _parse_row(line: str, where: str, number: int) -> list[Prompt]:
     if extra["split"] not in ("", EXTRA, *SPLITS):
         raise SafeSteerError(f"{where}: the split must be one of {list(SPLITS)}.")
     pair = str(row.get("pair", row.get("id", number)))
-    return [Prompt(_checked_text(t, where), label, pair=pair, **extra) for label, t in texts.items()]
+    system = row.get("system")
+    return [
+        Prompt(_with_system(_checked_text(t, where), system, where), label, pair=pair, **extra)
+        for label, t in texts.items()
+    ]
+
+
+def _with_system(prompt: str, system: object, where: str) -> str:
+    """Put a system prompt before a prompt that has none."""
+    if system is None:
+        return prompt
+    messages = messages_of(prompt)
+    if messages[0]["role"] == "system":
+        raise SafeSteerError(f"{where} has a system prompt twice: as a key and as a message.")
+    return Conversation([{"role": "system", "content": system}, *messages])
+
+
+def _plain_row(prompt: Prompt) -> dict[str, Any]:
+    """Return what the hash of a set reads of a prompt."""
+    row = asdict(prompt)
+    return row | {"messages": prompt.text.messages} if isinstance(prompt.text, Conversation) else row
 
 
 def _checked_text(text: object, where: str) -> str:
+    if isinstance(text, list):
+        try:
+            text = Conversation(text)
+        except SafeSteerError as error:
+            raise SafeSteerError(f"{where}: {error}") from error
     if not isinstance(text, str) or not text.strip():
         raise SafeSteerError(f"{where} has an empty prompt or one that is not text.")
     if any(0xD800 <= ord(c) <= 0xDFFF or c == "\0" for c in text):

@@ -18,8 +18,8 @@ from torch import Tensor
 from safesteer._errors import SafeSteerError
 from safesteer._files import read_tensors, write_tensors
 from safesteer._version import __version__
-from safesteer.models.batch import template_hash
 from safesteer.models.chat_model import ModelLike, as_chat, module_of
+from safesteer.models.templates import template_hash
 from safesteer.steering.interventions import ablate, add, clamp
 from safesteer.steering.scopes import Scope
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from safesteer._errors import SafeSteerError
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.logits import generalized_kl_terms
+from safesteer.models.templates import control_ids
+from safesteer.prompts.conversation import PromptLike, as_prompts
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.settings import TokenConfig
 from safesteer.steering.direction import Direction
@@ -32,7 +34,7 @@ from safesteer.tokens.token_set import Context, SafetyToken, TokenSet
 def select_tokens(
     chat: ModelLike,
     direction: Direction,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[PromptLike] | None = None,
     config: TokenConfig | None = None,
     *,
     sampled: AnswerStates | None = None,
@@ -67,7 +69,7 @@ def select_tokens(
     chat, config = as_chat(chat), config or TokenConfig()
     if sampled is None:
         prompts = load_prompts().split("val").texts(config.prompts) if prompts is None else prompts
-        sampled = sample_answers(chat, direction, prompts, config)
+        sampled = sample_answers(chat, direction, as_prompts(prompts), config)
     means = _means(chat, sampled)
     allowed = _allowed(chat, means, config)
     votes = _votes(chat, sampled, allowed, config)
@@ -112,11 +114,11 @@ def _means(chat: ChatModel, sampled: AnswerStates) -> _Means:
 
 
 def banned_ids(chat: ChatModel) -> Bool[Tensor, " d_vocab"]:
-    """Mark the tokens that can never be selected: special ones, those holding "<|", and padding rows."""
+    """Mark the tokens that can never be selected: special and control ones, those with "<|", padding rows."""
     tokenizer, n = chat.tokenizer, chat.d_vocab
     banned = torch.zeros(n, dtype=torch.bool)
     banned[len(tokenizer) :] = True
-    banned[[i for i in tokenizer.all_special_ids if i < n]] = True
+    banned[[i for i in control_ids(tokenizer) if i < n]] = True
     pieces = tokenizer.convert_ids_to_tokens(list(range(min(n, len(tokenizer)))))
     banned[[i for i, piece in enumerate(pieces) if piece is None or "<|" in piece]] = True
     return banned
