@@ -31,6 +31,7 @@ NAMED = {
     ),
 }
 _DEFAULTS, _END = "{#- defaults #}", "{#- end of defaults #}"  # around what a user chose
+_UNDATED = "{%- macro strftime_now(format) %}{{ format }}{% endmacro %}"  # in place of the clock
 _MARK = "Qz7"  # content that no template writes by itself
 
 
@@ -152,9 +153,9 @@ def suffix_length(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash how the tokenizer renders a prompt, as 16 hex digits: equal templates agree, on every day."""
-    dates = {"strftime_now": lambda format: format, "date_string": "today"}
-    dates = {name: value for name, value in dates.items() if name in _source(tokenizer)}
-    rendered = render(tokenizer, "x", **dates)
+    dated = "strftime_now" in _source(tokenizer)
+    undated = {"chat_template": _UNDATED + _source(tokenizer)} if dated else {}
+    rendered = render(tokenizer, "x", **undated)
     text = json.dumps([rendered, ids_of(tokenizer, rendered)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
