@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from safesteer.models.chat_model import (
     ModelLike,
     as_chat,
     blocks,
+    decoder,
     final_norm,
     hf_model,
     is_bridge,
@@ -64,6 +65,8 @@ class DistillState:
         with torch.no_grad():
             for name, p in self.trained.items():
                 p.copy_(shard_like(tensors[f"param.{name}"], p))
+                if f"step.{name}" not in tensors:  # it never got a gradient: an expert that no token reached
+                    continue
                 moments = {
                     k: shard_like(tensors[f"{k}.{name}"].to(p.device), p) for k in ("exp_avg", "exp_avg_sq")
                 }
@@ -98,13 +101,16 @@ def prepare_student(
             "A TransformerBridge cannot train: pass its plain model, as_chat(bridge).copy()."
         )
     first = direction.layer if config.train_layers == "from_steered" else 0
-    student.model.requires_grad_(config.train_layers == "all" and not config.lora_rank)
+    student.model.requires_grad_(False)
     if config.lora_rank:
         student = with_adapter(student, config.lora_rank, config.lora_alpha, first, config.seed)
     elif config.train_layers == "from_steered":
         for block in blocks(student.model)[first:]:
             block.requires_grad_(True)
         final_norm(student.model).requires_grad_(True)
+    else:  # what the loss reads: not the vision part of a wrapper
+        decoder(student.model).requires_grad_(True)
+        cast(nn.Module, hf_model(student.model).get_output_embeddings()).requires_grad_(True)
     trained = [p for p in student.model.parameters() if p.requires_grad]
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in trained):
         raise SafeSteerError(
