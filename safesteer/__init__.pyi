@@ -24,6 +24,7 @@ from .settings import DirectionConfig as DirectionConfig
 from .settings import DistillConfig as DistillConfig
 from .settings import EvaluateConfig as EvaluateConfig
 from .settings import ExplainConfig as ExplainConfig
+from .settings import ExportConfig as ExportConfig
 from .settings import TokenConfig as TokenConfig
 from .steering.direction import Direction as Direction
 from .steering.direction import steer as steer

@@ -62,6 +62,7 @@ Words = BeforeValidator(_words)  # "train,val" is a tuple of words
 OrNone = BeforeValidator(_no_none)  # the command line and TOML files have no None: they write "none"
 CountOrNone = Annotated[Annotated[int, Field(ge=1, le=LARGEST)] | None, OrNone]
 SizeOrNone = Annotated[Annotated[int, Field(ge=0, le=LARGEST)] | None, OrNone]
+TextOrNone = Annotated[str | None, OrNone]
 FiniteOrNone = Annotated[Annotated[float, Field(allow_inf_nan=False)] | None, OrNone]
 
 

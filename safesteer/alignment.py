@@ -15,9 +15,9 @@ skipped where its files are complete, so an interrupted run continues.
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from rich.console import Console
 
@@ -34,6 +34,7 @@ from safesteer.judges.wording import refuses
 from safesteer.models.adapter import without_adapter
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.loading import load_model
+from safesteer.models.precision import cast_weights, weight_dtype
 from safesteer.models.sharding import on_cpu, require_processes
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.report.page import write_report
@@ -79,7 +80,10 @@ def align(
     for name in ("train", "val", "distill", "test"):
         prompts.split(name)  # a missing split is reported before any work
     source = str(model) if isinstance(model, str | Path) else as_chat(model)
-    base = load_model(source, dtype=recipe.dtype) if isinstance(source, str) else source
+    base = source
+    if isinstance(base, str):
+        trust = recipe.trust_remote_code
+        base = load_model(base, dtype=recipe.dtype, revision=recipe.revision, trust_remote_code=trust)
     processes = PartialState(cpu=base.device.type == "cpu")
     first = processes.is_main_process
     console = (console or Console()) if first else Console(quiet=True)
@@ -152,14 +156,16 @@ def _train(run: Run, base: ChatModel, device: str) -> list[str]:
 
 def _export(run: Run, base: ChatModel) -> list[str]:
     """Stage 4: a plain Hugging Face folder that is proven to reload."""
-    weights, config = run.load_base(dtype="float32"), run.recipe.distill
+    weights, config, dtype = run.load_base(dtype="auto"), run.recipe.distill, run.recipe.export.dtype
+    stored = weight_dtype(weights.model)
+    cast_weights(weights.model, torch.float32)
     student = restore_student(weights, run.load_teacher(base), run.prompts, config, run.path)
-    export(student, run.path / "model")
-    difference = check_reload(run.path / "model")
+    export(student, run.path / "model", dtype=stored if dtype == "base" else dtype)
+    difference = check_reload(run.path / "model", trust_remote_code=run.recipe.trust_remote_code)
     run.say(f"reloaded in a fresh process: logits differ by at most {difference:.1g}")
-    adapter = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
-    written = ["model/model.safetensors", "model/config.json", "model/tokenizer.json"]
-    return written + (adapter if config.lora_rank and config.keep_adapter else [])
+    folders = ["model"] + (["adapter"] if config.lora_rank and config.keep_adapter else [])
+    files = (path for folder in folders for path in (run.path / folder).rglob("*") if path.is_file())
+    return sorted(path.relative_to(run.path).as_posix() for path in files)
 
 
 def _evaluate(run: Run, base: ChatModel) -> list[str]:
@@ -170,8 +176,7 @@ def _evaluate(run: Run, base: ChatModel) -> list[str]:
             base, run.load_student(), direction, run.prompts, config, judge=run.judge, progress=progress
         )
     evaluation.save(run.path)
-    settings = {"model": run.model_name, **asdict(run.recipe)}
-    write_card(run.path / "model", run.model_name, direction, settings, evaluation.scores)
+    write_card(run.path / "model", base, direction, run.recipe.to_toml(), evaluation.scores, judge=run.judge)
     for line in evaluation.lines():
         run.say(line)
     return ["evaluation.json", "answers.jsonl", "model/README.md"]

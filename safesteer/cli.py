@@ -12,6 +12,7 @@ Nothing heavy is imported before a command runs, so that --help answers at once.
 import os
 import signal
 import sys
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,12 @@ Changes = Annotated[
 Track = Annotated[
     str | None, typer.Option(help="Follow the distillation in a tracker: tensorboard, wandb, ...")
 ]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a Hub model (default: its main branch).")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that the model's repository ships.")
+]
 UP_TO = {
     "direction": "Stage 1 alone: find the direction.",
     "tokens": "Up to stage 2: select the safety tokens.",
@@ -53,46 +60,64 @@ UP_TO = {
 }
 
 
-def _recipe(preset: str, file: Path | None, seed: int | None, changes: list[str] | None) -> Any:
-    """Read the preset or the recipe file, changed by --seed and --set."""
+# Options of every command that runs stages: name in Python, what it is, default.
+OPTIONS: dict[str, tuple[Any, Any]] = {
+    "model": (Model, "smollm2-135m"),
+    "out": (Out, Path("run")),
+    "preset": (Preset, "quick"),
+    "recipe": (RecipeFile, None),
+    "seed": (Seed, None),
+    "revision": (Revision, None),
+    "trust_remote_code": (TrustRemoteCode, False),
+    "prompts": (Prompts, None),
+    "changes": (Changes, None),
+    "track": (Track, None),
+}
+
+
+def _recipe(options: dict[str, Any]) -> Any:
+    """Read the preset or the recipe file, changed by --seed, --revision, --trust-remote-code and --set."""
     from safesteer import recipes
 
-    pairs = [change.partition("=") for change in changes or []]
+    pairs = [change.partition("=") for change in options["changes"] or []]
     for key, equals, _ in pairs:
         if not equals:
             raise SafeSteerError(f"--set takes NAME=VALUE, not '{key}'.")
         if key == "preset":
             raise SafeSteerError("The preset is chosen with --preset, not with --set.")
-    values = {key: value for key, _, value in pairs}
-    if file is not None:
-        return recipes.Recipe.load(file, seed=seed, **values)
-    return recipes.recipe(preset, seed, **values)
+    source = {key: options[key] for key in ("revision", "trust_remote_code") if options[key]}
+    values = source | {key: value for key, _, value in pairs}
+    if options["recipe"] is not None:
+        return recipes.Recipe.load(options["recipe"], seed=options["seed"], **values)
+    return recipes.recipe(options["preset"], options["seed"], **values)
 
 
 def _command(name: str, last: str | None, help_text: str) -> None:
     """Add a command that runs the stages up to `last` (None: all of them)."""
 
-    def command(
-        model: Model = "smollm2-135m",
-        out: Out = Path("run"),
-        preset: Preset = "quick",
-        recipe: RecipeFile = None,
-        seed: Seed = None,
-        prompts: Prompts = None,
-        changes: Changes = None,
-        track: Track = None,
-    ) -> None:
-        chosen = _recipe(preset, recipe, seed, changes)
+    def command(**options: Any) -> None:
+        chosen = _recipe(options)
         from safesteer import alignment  # heavy
         from safesteer.prompts.prompt_set import PromptSet
 
         stages = alignment.STAGES
         stages = stages if last is None else stages[: stages.index(last) + 1]
-        pairs, console = PromptSet.from_jsonl(prompts) if prompts else None, Console()
-        path = alignment.align(model, out, chosen, prompts=pairs, stages=stages, track=track, console=console)
+        pairs = PromptSet.from_jsonl(options["prompts"]) if options["prompts"] else None
+        console, out, track = Console(), options["out"], options["track"]
+        path = alignment.align(
+            options["model"], out, chosen, prompts=pairs, stages=stages, track=track, console=console
+        )
         if last is None and (path / "report.html").exists():
             console.print(f"Report: {path / 'report.html'}   Model: {path / 'model'}", highlight=False)
 
+    # typer reads a command's options from its signature.
+    command.__annotations__ = {option: kind for option, (kind, _) in OPTIONS.items()}
+    command.__signature__ = Signature(
+        [
+            Parameter(option, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for option, (kind, default) in OPTIONS.items()
+        ]
+    )
     app.command(name, help=help_text)(command)
 
 
@@ -125,12 +150,19 @@ def evaluate(
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Run what the model writes, confined (HumanEval).")
     ] = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Refusals, over-refusals, capability, drift and perplexity, as one table with intervals."""
     from safesteer.evaluation.suite import run_suite  # heavy
+    from safesteer.models.loading import load_model
 
-    console = Console()
-    table = run_suite(target, suite, out, data=data, allow_code=allow_code, console=console)
+    console, measured = Console(), target
+    if revision or trust_remote_code:
+        if (Path(target) / "manifest.json").is_file():
+            raise SafeSteerError("A run's recipe says which revision and code its model has: leave them out.")
+        measured = load_model(target, revision=revision, trust_remote_code=trust_remote_code)
+    table = run_suite(measured, suite, out, data=data, allow_code=allow_code, console=console)
     console.print(table.to_string(index=False, float_format="{:.3f}".format), highlight=False)
 
 

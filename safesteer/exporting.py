@@ -1,7 +1,8 @@
 """Take home: a plain Hugging Face folder with a model card, and proof that it reloads equal.
 
 The student is a plain model, so export is one `save_pretrained`. It is written beside the target and
-renamed, and `check_reload` compares logits in a fresh process.
+renamed, and `check_reload` compares logits in a fresh process. The student's own lie in `probe.json`: loaders
+take every file of weights in a folder for a part of the model.
 """
 
 import json
@@ -10,32 +11,41 @@ import sys
 from importlib import resources
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
 from safesteer._errors import SafeSteerError
-from safesteer._files import read_tensors, whole_folder, write_tensors, write_text
+from safesteer._files import read_json, whole_folder, write_text
 from safesteer._version import __version__
 from safesteer.evaluation.scores import Scores
+from safesteer.judges.judge import Judge, judge_name
+from safesteer.judges.wording import refuses
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import last_logits
-from safesteer.models.loading import load_model, quiet_transformers
+from safesteer.models.loading import SMOLLM2, SMOLLM2_ORIGIN, load_model, quiet_transformers
 from safesteer.models.parts import hf_model, is_bridge
+from safesteer.models.precision import in_precision, weight_dtype
 from safesteer.steering.direction import Direction
 
 PROBE = ("What is the capital of France?", "Tell me how rainbows form.")
+PROBE_FILE = "probe.json"
+TOLERANCE = 1e-4  # of a logit, in float32
 
 
-def export(student: ModelLike, folder: str | Path) -> None:
+def export(student: ModelLike, folder: str | Path, *, dtype: torch.dtype | str | None = None) -> None:
     """Save model and tokenizer (chat template included) as one folder, complete or not at all.
 
     Args:
         student: The trained model: a ChatModel, (model, tokenizer), or a bridge, whose plain model is saved.
         folder: The folder to write; one that is there is replaced.
+        dtype: Precision of the saved weights, as a torch dtype or its name; None: the student's own.
 
     Raises:
-        SafeSteerError: If the model still carries an adapter, or the folder cannot be written.
+        SafeSteerError: If the model still carries an adapter, its logits are not finite, or the folder cannot
+            be written.
 
     Example:
         >>> ss.export(chat, folder / "my-model")
@@ -47,12 +57,17 @@ def export(student: ModelLike, folder: str | Path) -> None:
         student = student.copy()
     if hf_model(student.model) is not student.model:
         raise SafeSteerError("The student still carries an adapter: merge it first (models.adapter.merged).")
-    with whole_folder(folder) as work:
+    precision = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    with whole_folder(folder) as work, in_precision(student.model, precision):
+        logits = _probe_logits(student)
+        if not bool(logits.isfinite().all()):
+            raise SafeSteerError("The student's logits are not finite, so nothing is exported.")
         with quiet_transformers():
             hf_model(student.model).save_pretrained(work)
             student.tokenizer.save_pretrained(work)
-        logits = _probe_logits(student)
-        write_tensors(work / "probe.safetensors", {"logits": logits}, {"prompts": list(PROBE)})
+        name = str(weight_dtype(student.model)).removeprefix("torch.")
+        probe = {"prompts": PROBE, "dtype": name, "logits": logits[:, 0].tolist()}
+        write_text(work / PROBE_FILE, json.dumps(probe, allow_nan=False))
 
 
 def _probe_logits(chat: ChatModel) -> torch.Tensor:
@@ -61,46 +76,100 @@ def _probe_logits(chat: ChatModel) -> torch.Tensor:
     return torch.cat([last_logits(chat, batch) for batch in batches]).float().cpu()
 
 
-def reload_difference(folder: Path) -> float:
+def reload_difference(folder: Path, trust_remote_code: bool = False) -> float:
     """Return the largest absolute logit difference between the exported folder and the student."""
-    tensors, _ = read_tensors(folder / "probe.safetensors")
-    return float((_probe_logits(load_model(str(folder), device="cpu")) - tensors["logits"]).abs().max())
+    probe = _read_probe(folder)
+    loaded = load_model(str(folder), dtype=probe["dtype"], device="cpu", trust_remote_code=trust_remote_code)
+    return float((_probe_logits(loaded)[:, 0] - torch.tensor(probe["logits"])).abs().max())
 
 
-def check_reload(folder: str | Path, tolerance: float = 1e-4) -> float:
-    """Reload an exported model in a fresh process and compare its logits with the student's.
+def _read_probe(folder: Path) -> dict[str, Any]:
+    probe = read_json(folder / PROBE_FILE)
+    if not isinstance(probe, dict) or not {"prompts", "dtype", "logits"} <= probe.keys():
+        raise SafeSteerError(f"{folder / PROBE_FILE} is not a file that this version of SafeSteer wrote.")
+    return probe
+
+
+def _tolerance(folder: Path) -> float:
+    """Return the difference that is rounding: in half precision one step of the largest logit."""
+    probe = _read_probe(folder)
+    if probe["dtype"] in ("float32", "float64"):
+        return TOLERANCE
+    largest = float(torch.tensor(probe["logits"]).abs().max())
+    return largest * torch.finfo(getattr(torch, probe["dtype"])).eps
+
+
+def check_reload(
+    folder: str | Path, tolerance: float | None = None, *, trust_remote_code: bool = False
+) -> float:
+    """Reload an exported model in a fresh process, as it was written, and compare its logits.
 
     Args:
         folder: What `export` wrote.
-        tolerance: Largest absolute difference of logits that is allowed.
+        tolerance: Largest absolute difference of logits that is allowed; None: 1e-4 for weights in float32,
+            one rounding step of the largest logit for weights in half precision.
+        trust_remote_code: Run the code that the folder holds.
 
     Returns:
-        The largest absolute difference.
+        The largest absolute difference from the student in that precision.
 
     Raises:
         SafeSteerError: If the model does not load, or differs by more than `tolerance`.
     """
+    folder = Path(folder)
+    tolerance = _tolerance(folder) if tolerance is None else tolerance
     code = (
         "import sys; from pathlib import Path; from safesteer.exporting import reload_difference;"
-        " print('difference', reload_difference(Path(sys.argv[1])))"
+        " print('difference', reload_difference(Path(sys.argv[1]), sys.argv[2] == 'True'))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, str(folder), str(trust_remote_code)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"
         raise SafeSteerError(f"The exported model in {folder} does not load: {reason}")
     difference = float(done.stdout.split("difference")[-1])
-    if difference > tolerance:
+    if not difference <= tolerance:
         raise SafeSteerError(
             f"The exported model in {folder} differs from the trained student by {difference:.2g} in"
-            f" its logits (allowed: {tolerance:g})."
+            f" its logits (allowed: {tolerance:.2g})."
         )
     return difference
 
 
+def _origin(base: ChatModel) -> dict[str, str]:
+    """Return what is known of the base: its id on the Hub, and its licence as its own card states it."""
+    if base.name == SMOLLM2:
+        return dict(SMOLLM2_ORIGIN)
+    commit = getattr(hf_model(base.model).config, "_commit_hash", None)  # set where it came from the Hub
+    try:
+        card = (
+            hf_hub_download(base.name, "README.md", revision=commit) if commit else f"{base.name}/README.md"
+        )
+        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError):  # no card, or no network
+        data = {}
+    known = {k: v for k, v in data.items() if k in ("license", "license_name", "license_link") and v}
+    return known | ({"base_model": base.name} if commit else {})
+
+
 def write_card(
-    folder: Path, base: str, direction: Direction, settings: dict, scores: dict[str, Scores]
+    folder: Path,
+    base: ChatModel,
+    direction: Direction,
+    recipe: str,
+    scores: dict[str, Scores],
+    judge: Judge = refuses,
 ) -> None:
-    """Write the model card: how it was aligned, what was measured, where it still fails."""
+    """Write the model card: metadata for the Hub, how it was made, what was measured, what was not.
+
+    Args:
+        folder: The exported model.
+        base: The model that was aligned. Metadata names it where it came from the Hub.
+        direction: The direction that steered the teacher.
+        recipe: The settings of the run, as a recipe file.
+        scores: Scores by model; not empty.
+        judge: The judge that they were made with.
+    """
     rows = [
         f"| {name} | {s.refusal_rate_harmful:.1%} ({s.refusal_rate_harmful_ci[0]:.1%} to"
         f" {s.refusal_rate_harmful_ci[1]:.1%}) | {s.refusal_rate_harmless:.1%}"
@@ -108,15 +177,33 @@ def write_card(
         f" {s.kl_harmless:.3f} | {s.perplexity:.2f} |"
         for name, s in scores.items()
     ]
+    by_wording = (
+        "Refusals are recognised by their wording in English at the start of an answer: whether an answer"
+        " that does not refuse is harmful was not judged."
+    )
+    origin, first = _origin(base), next(iter(scores.values()))
+    metadata = ModelCardData(
+        base_model=origin.get("base_model"),
+        license=origin.get("license"),
+        license_name=origin.get("license_name"),
+        license_link=origin.get("license_link"),
+        pipeline_tag="text-generation",
+        library_name="transformers",
+        tags=["safesteer", "safety", "localized-distillation"],
+    )
     text = (resources.files("safesteer") / "model_card.md").read_text(encoding="utf-8")
     filled = Template(text).substitute(
-        base=base,
+        metadata=metadata.to_yaml(),
+        base=origin.get("base_model", Path(base.name).name),
         version=__version__,
         extraction=direction.extraction,
         layer=direction.layer,
         coeff=f"{direction.coeff:g}",
-        n=next(iter(scores.values())).n if scores else 0,
+        prompts=direction.prompts_hash,
+        n=first.n,
+        counts=first.counts,
+        judged=by_wording if judge is refuses else f"Answers are judged by `{judge_name(judge)}`.",
         rows="\n".join(rows),
-        settings=json.dumps(settings, indent=1),
+        recipe=recipe.rstrip(),
     )
     write_text(folder / "README.md", filled)

@@ -23,13 +23,21 @@ import tomlkit
 from rich.table import Table
 
 from safesteer._errors import SafeSteerError
-from safesteer._settings import describe, section, setting, settings
-from safesteer.settings import DirectionConfig, DistillConfig, EvaluateConfig, ExplainConfig, TokenConfig
+from safesteer._settings import TextOrNone, describe, section, setting, setting_or_none, settings
+from safesteer.settings import (
+    DirectionConfig,
+    DistillConfig,
+    EvaluateConfig,
+    ExplainConfig,
+    ExportConfig,
+    TokenConfig,
+)
 
 SECTIONS = {
     "direction": DirectionConfig,
     "tokens": TokenConfig,
     "distill": DistillConfig,
+    "export": ExportConfig,
     "evaluate": EvaluateConfig,
     "explain": ExplainConfig,
 }
@@ -44,9 +52,14 @@ class Recipe:
     dtype: Literal["float32", "bfloat16", "float16"] = setting(
         "float32", "Precision of the frozen base and teacher."
     )
+    revision: TextOrNone = setting_or_none(
+        None, "Branch, tag or commit of the model on the Hub; none: its main branch."
+    )
+    trust_remote_code: bool = setting(False, "Run the code that the model's repository ships.")
     direction: DirectionConfig = section(DirectionConfig, "Stage 1: find the direction.")
     tokens: TokenConfig = section(TokenConfig, "Stage 2: select the safety tokens.")
     distill: DistillConfig = section(DistillConfig, "Stage 3: teach the student.")
+    export: ExportConfig = section(ExportConfig, "Stage 4: write the trained model.")
     evaluate: EvaluateConfig = section(EvaluateConfig, "Stage 5: measure base, teacher and student.")
     explain: ExplainConfig = section(ExplainConfig, "Stage 6: say why these tokens.")
 

@@ -11,10 +11,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -38,6 +39,7 @@ from safesteer.distillation.rollouts import Teacher
 from safesteer.judges.judge import Judge
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.loading import load_model
+from safesteer.models.precision import cast_weights, weight_dtype
 from safesteer.models.templates import template_hash
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.recipes import Recipe
@@ -65,13 +67,19 @@ class Run:
         """The base's name."""
         return self.model if isinstance(self.model, str) else self.model.name
 
+    @property
+    def source(self) -> dict[str, Any]:
+        """What `load_model` needs beside the name."""
+        return {"revision": self.recipe.revision, "trust_remote_code": self.recipe.trust_remote_code}
+
     def load_base(self, *, dtype: str | None = None, device: str = "auto") -> ChatModel:
-        """Load the base anew, or copy the open model."""
+        """Load the base anew, or copy the open model. "auto" is the precision of its files."""
         if isinstance(self.model, str):
-            return load_model(self.model, dtype=dtype or self.recipe.dtype, device=device)
+            return load_model(self.model, dtype=dtype or self.recipe.dtype, device=device, **self.source)
         copied = self.model.copy()
-        model = copied.model if dtype is None else copied.model.to(getattr(torch, dtype))
-        return ChatModel(model if device == "auto" else model.to(device), copied.tokenizer, copied.name)
+        if dtype not in (None, "auto"):
+            cast_weights(copied.model, getattr(torch, dtype))
+        return copied if device == "auto" else replace(copied, model=copied.model.to(device))
 
     def load_direction(self, base: ChatModel) -> Direction:
         """Load the direction of stage 1, checked against the base."""
@@ -86,8 +94,10 @@ class Run:
         return Teacher(base, self.load_direction(base), self.load_tokens())
 
     def load_student(self) -> ChatModel:
-        """Load the model that stage 4 exported."""
-        return load_model(str(self.path / "model"))
+        """Load the model that stage 4 exported, in the precision of the base that it is compared with."""
+        dtype = weight_dtype(self.model.model) if isinstance(self.model, ChatModel) else self.recipe.dtype
+        trust = self.recipe.trust_remote_code
+        return load_model(str(self.path / "model"), dtype=dtype, trust_remote_code=trust)
 
     def load_answers(self) -> list[dict]:
         """Load the answers of stage 5."""

@@ -192,6 +192,15 @@ class DistillConfig:
     seed: int = setting(0, "Seed of prompts, answers and adapter.")
 
 
+@settings("export")
+class ExportConfig:
+    """Stage 4: write the trained model."""
+
+    dtype: Literal["base", "float32", "bfloat16", "float16"] = setting(
+        "base", "Precision of the exported weights: 'base' is that of the base's files."
+    )
+
+
 @settings("evaluate")
 class EvaluateConfig:
     """Stage 5: measure base, teacher and student on the test split."""

@@ -97,3 +97,40 @@ def test_help_answers_at_once_and_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     done = cli("--help")
     assert all(word in done.stdout for word in ("align", "direction", "tokens", "distill", "settings"))
+
+
+def test_revision_and_trust_go_into_the_recipe(monkeypatch, tmp_path):
+    from typer.testing import CliRunner
+
+    from safesteer import alignment
+    from safesteer.cli import app
+
+    recipes = []
+    monkeypatch.setattr(alignment, "align", lambda model, out, recipe, **_: recipes.append(recipe) or out)
+    file = tmp_path / "r.toml"
+    file.write_text('revision = "v1"\n')
+    for options in ([], ["--revision", "v2", "--trust-remote-code"], ["--recipe", str(file)]):
+        done = CliRunner().invoke(app, ["direction", "some/model", "--out", str(tmp_path), *options])
+        assert done.exit_code == 0, done.output
+    read = [(recipe.revision, recipe.trust_remote_code) for recipe in recipes]
+    assert read == [(None, False), ("v2", True), ("v1", False)]
+
+
+def test_evaluate_takes_a_revision_of_a_model_but_not_of_a_run(monkeypatch, tmp_path):
+    import pytest
+    from typer.testing import CliRunner
+
+    from safesteer._errors import SafeSteerError
+    from safesteer.cli import app
+    from safesteer.models import loading
+
+    def load_model(name: str, **options: object) -> None:
+        raise SafeSteerError(f"{name} {options['revision']} {options['trust_remote_code']}")
+
+    monkeypatch.setattr(loading, "load_model", load_model)
+    options = ["--revision", "v2", "--trust-remote-code", "--out", str(tmp_path / "suite")]
+    with pytest.raises(SafeSteerError, match="some/model v2 True"):
+        CliRunner().invoke(app, ["evaluate", "some/model", *options], catch_exceptions=False)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(SafeSteerError, match="run's recipe says"):
+        CliRunner().invoke(app, ["evaluate", str(tmp_path), *options], catch_exceptions=False)

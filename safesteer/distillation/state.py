@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from safesteer._errors import SafeSteerError
 from safesteer._files import read_tensors, write_tensors
 from safesteer.models.adapter import with_adapter
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
-from safesteer.models.parts import blocks, final_norm, hf_model, is_bridge
+from safesteer.models.parts import blocks, decoder, final_norm, hf_model, is_bridge
 from safesteer.models.sharding import gather, shard, shard_like, split_sharded
 from safesteer.settings import DistillConfig
 from safesteer.steering.direction import Direction
@@ -57,6 +57,8 @@ class DistillState:
         with torch.no_grad():
             for name, p in self.trained.items():
                 p.copy_(shard_like(tensors[f"param.{name}"], p))
+                if f"step.{name}" not in tensors:  # it never got a gradient: an expert that no token reached
+                    continue
                 moments = {
                     k: shard_like(tensors[f"{k}.{name}"].to(p.device), p) for k in ("exp_avg", "exp_avg_sq")
                 }
@@ -91,13 +93,16 @@ def prepare_student(
             "A TransformerBridge cannot train: pass its plain model, as_chat(bridge).copy()."
         )
     first = direction.layer if config.train_layers == "from_steered" else 0
-    student.model.requires_grad_(config.train_layers == "all" and not config.lora_rank)
+    student.model.requires_grad_(False)
     if config.lora_rank:
         student = with_adapter(student, config.lora_rank, config.lora_alpha, first, config.seed)
     elif config.train_layers == "from_steered":
         for block in blocks(student.model)[first:]:
             block.requires_grad_(True)
         final_norm(student.model).requires_grad_(True)
+    else:  # what the loss reads: not the vision part of a wrapper
+        decoder(student.model).requires_grad_(True)
+        cast(nn.Module, hf_model(student.model).get_output_embeddings()).requires_grad_(True)
     trained = [p for p in student.model.parameters() if p.requires_grad]
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in trained):
         raise SafeSteerError(

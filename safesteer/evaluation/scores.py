@@ -21,10 +21,11 @@ from safesteer._intervals import bootstrap, wilson
 from safesteer._progress import Progress, no_progress
 from safesteer.judges.judge import CachedJudge, Judge, judge_all, outcomes
 from safesteer.judges.wording import refuses
-from safesteer.models.adapter import as_base
+from safesteer.models.adapter import as_base, shares_weights
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.drift import kl_on_answers
 from safesteer.models.generation import generate
+from safesteer.models.precision import in_precision, weight_dtype
 from safesteer.models.text_loss import general_text, perplexity
 from safesteer.prompts.prompt_set import LABELS, PromptSet, load_prompts
 from safesteer.settings import EvaluateConfig
@@ -113,7 +114,7 @@ def evaluate(
 
     Args:
         chat: The base: a ChatModel, a TransformerBridge, or (model, tokenizer).
-        student: The trained model; None: left out.
+        student: The trained model, measured in the precision of the base; None: left out.
         direction: Steers a copy of the base into the teacher; None: left out.
         prompts: Prompts with the split "test"; None: the project's own.
         config: How much is measured; None: the defaults.
@@ -144,9 +145,13 @@ def evaluate(
             )
         progress(2 / n_models)
     if student is not None:
-        scores["student"], answers["student"] = score_model(
-            as_chat(student), base, test, config, judge=cached, base_answers=along
-        )
+        student = as_chat(student)
+        # In the base's precision, or rounding would count as drift; an adapter on the base shares it.
+        dtype = None if shares_weights(base, student) else weight_dtype(base.model)
+        with in_precision(student.model, dtype):
+            scores["student"], answers["student"] = score_model(
+                student, base, test, config, judge=cached, base_answers=along
+            )
         progress(1.0)
     return Evaluation(scores, tuple(_rows(test, answers, cached)))
 

@@ -162,8 +162,11 @@ def _run_folder(target: str | Path | ModelLike) -> Path | None:
 def _load(target: str | Path | ModelLike, run: Path | None) -> dict[str, ChatModel]:
     """Load the models that are measured, by the names of the table."""
     if run is not None:
-        base = read_json(run / "manifest.json")["model"]
-        return {"base": load_model(base), "student": load_model(str(run / "model"))}
+        manifest = read_json(run / "manifest.json")
+        settings = manifest.get("recipe", {})
+        trust = settings.get("trust_remote_code", False)
+        base = load_model(manifest["model"], revision=settings.get("revision"), trust_remote_code=trust)
+        return {"base": base, "student": load_model(str(run / "model"), trust_remote_code=trust)}
     return {"model": load_model(str(target)) if isinstance(target, str | Path) else as_chat(target)}
 
 

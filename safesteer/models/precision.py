@@ -1,0 +1,69 @@
+"""The precision of a model's weights, changed as loading in that precision would leave them.
+
+Weights that a family keeps in float32 (routers, correction biases) stay there, and so do buffers: `model.to`
+would round the frequencies of rotary embeddings, which no loader does.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from safesteer.models.parts import hf_model
+
+
+def weight_dtype(model: nn.Module) -> torch.dtype:
+    """Return the precision of the weights: that of the embedding."""
+    return cast(Tensor, hf_model(model).get_input_embeddings().weight).dtype
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Change the precision of the weights in place."""
+    wide = _kept_wide(model, dtype)
+    for name, p in hf_model(model).named_parameters():
+        if p.is_floating_point():
+            is_wide = any(fnmatch(name, f"*{pattern}*") for pattern in wide)
+            p.data = p.data.to(torch.float32 if is_wide else dtype)
+    for config in _configs(model):
+        config.dtype = dtype
+
+
+def _configs(model: nn.Module) -> list[PretrainedConfig]:
+    """List the model's configuration and those inside it, of which each names a precision."""
+    config = hf_model(model).config
+    inside = (getattr(config, name, None) for name in config.sub_configs)
+    return [config, *(part for part in inside if isinstance(part, PretrainedConfig))]
+
+
+def _kept_wide(model: nn.Module, dtype: torch.dtype) -> set[str]:
+    """List the parts that the family keeps in float32 when it is loaded in `dtype`."""
+    inner: Any = hf_model(model)
+    narrow = dtype in (torch.float16, torch.bfloat16)
+    always = set(inner._keep_in_fp32_modules_strict or ()) if narrow else set()
+    return always | (set(inner._keep_in_fp32_modules or ()) if dtype == torch.float16 else set())
+
+
+@contextmanager
+def in_precision(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Let the weights have another precision inside the block; then the same tensors are back.
+
+    None, and the precision that they have, change nothing.
+    """
+    if dtype in (None, weight_dtype(model)):
+        yield
+        return
+    inner = hf_model(model)
+    before = [(p, p.data) for p in inner.parameters()]
+    configured = [(config, config.dtype) for config in _configs(inner)]
+    try:
+        cast_weights(model, cast(torch.dtype, dtype))
+        yield
+    finally:
+        for p, data in before:
+            p.data = data
+        for config, name in configured:
+            config.dtype = name
