@@ -82,8 +82,7 @@ def align(
     source = str(model) if isinstance(model, str | Path) else as_chat(model)
     base = source
     if isinstance(base, str):
-        trust = recipe.trust_remote_code
-        base = load_model(base, dtype=recipe.dtype, revision=recipe.revision, trust_remote_code=trust)
+        base = load_model(base, dtype=recipe.dtype, **recipe.source)
     processes = PartialState(cpu=base.device.type == "cpu")
     first = processes.is_main_process
     console = (console or Console()) if first else Console(quiet=True)

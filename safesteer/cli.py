@@ -52,6 +52,13 @@ Revision = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that the model's repository ships.")
 ]
+Template = Annotated[
+    str | None, typer.Option(help="For a base model: raw, plain, chatml or a Jinja file (default: its own).")
+]
+TemplateArgs = Annotated[
+    list[str] | None,
+    typer.Option("--template-arg", help="Of the chat template, e.g. enable_thinking=true. May be repeated."),
+]
 UP_TO = {
     "direction": "Stage 1 alone: find the direction.",
     "tokens": "Up to stage 2: select the safety tokens.",
@@ -69,6 +76,8 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "seed": (Seed, None),
     "revision": (Revision, None),
     "trust_remote_code": (TrustRemoteCode, False),
+    "template": (Template, None),
+    "template_args": (TemplateArgs, None),
     "prompts": (Prompts, None),
     "changes": (Changes, None),
     "track": (Track, None),
@@ -76,7 +85,7 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
 
 
 def _recipe(options: dict[str, Any]) -> Any:
-    """Read the preset or the recipe file, changed by --seed, --revision, --trust-remote-code and --set."""
+    """Read the preset or the recipe file, changed by --seed, the model's options and --set."""
     from safesteer import recipes
 
     pairs = [change.partition("=") for change in options["changes"] or []]
@@ -85,7 +94,8 @@ def _recipe(options: dict[str, Any]) -> Any:
             raise SafeSteerError(f"--set takes NAME=VALUE, not '{key}'.")
         if key == "preset":
             raise SafeSteerError("The preset is chosen with --preset, not with --set.")
-    source = {key: options[key] for key in ("revision", "trust_remote_code") if options[key]}
+    names = ("revision", "trust_remote_code", "template", "template_args")
+    source = {name: options[name] for name in names if options[name]}
     values = source | {key: value for key, _, value in pairs}
     if options["recipe"] is not None:
         return recipes.Recipe.load(options["recipe"], seed=options["seed"], **values)

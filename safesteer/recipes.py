@@ -17,13 +17,13 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomlkit
 from rich.table import Table
 
 from safesteer._errors import SafeSteerError
-from safesteer._settings import TextOrNone, describe, section, setting, setting_or_none, settings
+from safesteer._settings import TextOrNone, Words, describe, section, setting, setting_or_none, settings
 from safesteer.settings import (
     DirectionConfig,
     DistillConfig,
@@ -56,12 +56,33 @@ class Recipe:
         None, "Branch, tag or commit of the model on the Hub; none: its main branch."
     )
     trust_remote_code: bool = setting(False, "Run the code that the model's repository ships.")
+    template: TextOrNone = setting_or_none(
+        None, "Chat template: raw, plain, chatml or a Jinja file, for base models; none: the model's own."
+    )
+    template_args: Annotated[tuple[str, ...], Words] = setting(
+        (), "Defaults of the template's arguments, as name=value: enable_thinking=true."
+    )
     direction: DirectionConfig = section(DirectionConfig, "Stage 1: find the direction.")
     tokens: TokenConfig = section(TokenConfig, "Stage 2: select the safety tokens.")
     distill: DistillConfig = section(DistillConfig, "Stage 3: teach the student.")
     export: ExportConfig = section(ExportConfig, "Stage 4: write the trained model.")
     evaluate: EvaluateConfig = section(EvaluateConfig, "Stage 5: measure base, teacher and student.")
     explain: ExplainConfig = section(ExplainConfig, "Stage 6: say why these tokens.")
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What `load_model` takes beside the model's name, device and precision.
+
+        Raises:
+            SafeSteerError: For a template argument that is not name=value.
+        """
+        args = dict(_argument(text) for text in self.template_args)
+        return {
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+            "template": self.template,
+            "template_args": args,
+        }
 
     @property
     def hash(self) -> str:
@@ -137,6 +158,17 @@ class Recipe:
             settings = {k: v for k, v in settings.items() if k.rpartition(".")[2] != "seed"} | {"seed": seed}
         settings |= changes
         return recipe(settings.pop("preset", "quick"), settings.pop("seed", None), **settings)
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """Read name=value; the value as JSON where it is, else as text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise SafeSteerError(f"A template argument is name=value, not '{text}'.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _shown(value: Any) -> str:

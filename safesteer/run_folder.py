@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -67,15 +66,12 @@ class Run:
         """The base's name."""
         return self.model if isinstance(self.model, str) else self.model.name
 
-    @property
-    def source(self) -> dict[str, Any]:
-        """What `load_model` needs beside the name."""
-        return {"revision": self.recipe.revision, "trust_remote_code": self.recipe.trust_remote_code}
-
     def load_base(self, *, dtype: str | None = None, device: str = "auto") -> ChatModel:
         """Load the base anew, or copy the open model. "auto" is the precision of its files."""
         if isinstance(self.model, str):
-            return load_model(self.model, dtype=dtype or self.recipe.dtype, device=device, **self.source)
+            return load_model(
+                self.model, dtype=dtype or self.recipe.dtype, device=device, **self.recipe.source
+            )
         copied = self.model.copy()
         if dtype not in (None, "auto"):
             cast_weights(copied.model, getattr(torch, dtype))

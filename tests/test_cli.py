@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+from safesteer._errors import SafeSteerError
+from safesteer.recipes import recipe as build_recipe
 from test_pipeline import SMALL, model_folder  # noqa: F401
 
 
@@ -99,7 +103,7 @@ def test_help_answers_at_once_and_loads_no_torch():
     assert all(word in done.stdout for word in ("align", "direction", "tokens", "distill", "settings"))
 
 
-def test_revision_and_trust_go_into_the_recipe(monkeypatch, tmp_path):
+def test_a_models_options_go_into_the_recipe(monkeypatch, tmp_path):
     from typer.testing import CliRunner
 
     from safesteer import alignment
@@ -109,18 +113,25 @@ def test_revision_and_trust_go_into_the_recipe(monkeypatch, tmp_path):
     monkeypatch.setattr(alignment, "align", lambda model, out, recipe, **_: recipes.append(recipe) or out)
     file = tmp_path / "r.toml"
     file.write_text('revision = "v1"\n')
-    for options in ([], ["--revision", "v2", "--trust-remote-code"], ["--recipe", str(file)]):
+    template = ["--template", "plain", "--template-arg", "enable_thinking=true", "--template-arg", "name=Sam"]
+    for options in ([], ["--revision", "v2", "--trust-remote-code", *template], ["--recipe", str(file)]):
         done = CliRunner().invoke(app, ["direction", "some/model", "--out", str(tmp_path), *options])
         assert done.exit_code == 0, done.output
     read = [(recipe.revision, recipe.trust_remote_code) for recipe in recipes]
     assert read == [(None, False), ("v2", True), ("v1", False)]
+    assert recipes[1].source == {
+        "revision": "v2",
+        "trust_remote_code": True,
+        "template": "plain",
+        "template_args": {"enable_thinking": True, "name": "Sam"},
+    }
+    with pytest.raises(SafeSteerError, match="name=value"):
+        _ = build_recipe(template_args=["thinking"]).source
 
 
 def test_evaluate_takes_a_revision_of_a_model_but_not_of_a_run(monkeypatch, tmp_path):
-    import pytest
     from typer.testing import CliRunner
 
-    from safesteer._errors import SafeSteerError
     from safesteer.cli import app
     from safesteer.models import loading
 
