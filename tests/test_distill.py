@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conformance.families import VARIANTS, build
 
 from conftest import assert_near, batch_of, copy_of, naive_logits, reference_divergence
 from safesteer._errors import SafeSteerError
@@ -617,6 +618,43 @@ def test_recomputing_activations_changes_nothing_but_the_work(run, tiny_llama):
     assert n_stored == 2 * 2  # shared columns, then the rest: twice a step
     assert n_recomputed == 2 * 2  # whole rows, then again in the backward pass
     assert not state.student.model.training
+
+
+DROPOUT = {
+    "llama": {"attention_dropout": 0.3},
+    "qwen2": {"attention_dropout": 0.3},
+    "gpt2": {"resid_pdrop": 0.3, "attn_pdrop": 0.3, "embd_pdrop": 0.3},
+    "opt": {"dropout": 0.3, "attention_dropout": 0.3},  # its blocks ask their own flag
+    "phi": {"resid_pdrop": 0.3, "attention_dropout": 0.3},
+    "mixtral": {"attention_dropout": 0.3},
+}
+
+
+@pytest.mark.parametrize("family", DROPOUT)
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_recomputing_activations_has_no_dropout(family, lora_rank, direction, tokens, few, monkeypatch):
+    """Loss and gradient are those of the model in evaluation mode, whatever its config drops in training."""
+    monkeypatch.setitem(VARIANTS, "with dropout", (family, DROPOUT[family]))
+    results = []
+    for checkpointing in (False, True):
+        options = {"lora_rank": lora_rank, "rollouts": "student", "n_rollouts": 1}
+        config = one_call(checkpointing=checkpointing, **options)
+        base = build("with dropout")
+        base.model.train()  # as somebody may hand it over
+        state = prepare_student(base if lora_rank else copy_of(base), direction, config)
+        if lora_rank:  # away from the start, where half of the gradients are zero
+            for p in state.trained.values():
+                p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+        base.model.eval()
+        torch.manual_seed(7)
+        record = next(training_steps(state, Teacher(base, direction, tokens), few))
+        assert not any(m.training for m in state.student.model.modules())
+        results.append((record.loss, {n: p.grad.clone() for n, p in state.trained.items()}))
+    (loss, gradients), (again, recomputed) = results
+    assert again == pytest.approx(loss, rel=1e-5)
+    assert any(g.abs().max() > 1e-4 for g in gradients.values())
+    for name, gradient in gradients.items():
+        assert_near(recomputed[name], gradient, 1e-5)
 
 
 # --- the whole stage as one call ---
