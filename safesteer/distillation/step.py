@@ -136,11 +136,15 @@ def take_step(
 
 
 def learning_rate(step: int, config: DistillConfig) -> float:
-    """Return the rate of step `step`: linear warm-up over the first share, then half a cosine to zero."""
-    warm = max(1, round(config.warmup * config.n_steps))
+    """Return the rate of step `step`: that of transformers' `get_cosine_schedule_with_warmup`.
+
+    It rises in a line from zero, which is the rate of the first step, over as many steps as transformers'
+    trainer takes for that share, and falls by half a cosine. At least one step has the whole rate.
+    """
+    warm = min(math.ceil(config.warmup * config.n_steps), config.n_steps - 1)
     if step < warm:
-        return config.lr * (step + 1) / warm
-    share = (step - warm) / max(1, config.n_steps - warm)
+        return config.lr * step / warm
+    share = (step - warm) / (config.n_steps - warm)
     return config.lr * 0.5 * (1 + math.cos(math.pi * share))
 
 
