@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from test_pipeline import SMALL, model_folder  # noqa: F401
 
 from safesteer._errors import SafeSteerError
 from safesteer.recipes import recipe as build_recipe
-from test_pipeline import SMALL, model_folder  # noqa: F401
 
 
 def cli(*args: str) -> subprocess.CompletedProcess:

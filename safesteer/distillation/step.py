@@ -38,10 +38,11 @@ from safesteer.distillation.rollouts import (
 )
 from safesteer.distillation.state import DistillState
 from safesteer.models.adapter import as_base
-from safesteer.models.chat_model import ChatModel, blocks
+from safesteer.models.chat_model import ChatModel
 from safesteer.models.forward import earned, final_hidden
 from safesteer.models.head import Head, output_head
 from safesteer.models.logits import logps_on
+from safesteer.models.parts import blocks
 from safesteer.models.sharding import equal_passes, gather, split_sharded, total_norm
 from safesteer.settings import DistillConfig
 
