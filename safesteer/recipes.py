@@ -71,18 +71,9 @@ class Recipe:
 
     @property
     def source(self) -> dict[str, Any]:
-        """What `load_model` takes beside the model's name, device and precision.
-
-        Raises:
-            SafeSteerError: For a template argument that is not name=value.
-        """
-        args = dict(_argument(text) for text in self.template_args)
-        return {
-            "revision": self.revision,
-            "trust_remote_code": self.trust_remote_code,
-            "template": self.template,
-            "template_args": args,
-        }
+        """What `load_model` takes beside the model's name, device and precision."""
+        names = ("revision", "trust_remote_code", "template", "template_args")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def hash(self) -> str:
@@ -158,17 +149,6 @@ class Recipe:
             settings = {k: v for k, v in settings.items() if k.rpartition(".")[2] != "seed"} | {"seed": seed}
         settings |= changes
         return recipe(settings.pop("preset", "quick"), settings.pop("seed", None), **settings)
-
-
-def _argument(text: str) -> tuple[str, Any]:
-    """Read name=value; the value as JSON where it is, else as text."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise SafeSteerError(f"A template argument is name=value, not '{text}'.")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def _shown(value: Any) -> str:

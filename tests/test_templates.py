@@ -159,6 +159,11 @@ def test_arguments_of_a_template_are_defaults(chatml_tokenizer):
         talk, tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
     assert asked == off
+    again = with_template(chatml_tokenizer, THINKING)
+    set_template(again, None, ["enable_thinking=true", "name=Sam"])
+    assert render(again, "x") == render(tokenizer, "x")
+    with pytest.raises(SafeSteerError, match="name=value, not 'thinking'"):
+        set_template(again, None, ["thinking"])
     with pytest.raises(SafeSteerError, match="template argument tools"):
         set_template(tokenizer, None, {"tools": object()})
 

@@ -3,8 +3,12 @@
 It measures one model, or base and student of a run:
 
     quick   32 pairs of the test split; no capability
-    small   the 100 test pairs; 200 rows each of ARC-Easy, PIQA and LAMBADA
+    small   the 100 test pairs; up to 100 prompts each of public harmful sets, XSTest's safe prompts and
+            everyday instructions, where they can be had; 200 rows each of ARC-Easy, PIQA and LAMBADA
     paper   the paper's benchmarks and tasks, whole
+
+Beside every rate of over-refusal stands the text quality of those answers. Base and student answer the same
+prompts, so changes between them come with a paired interval and McNemar's test.
 
 Drift is KL(base || student) along the base's answers to harmless prompts, and the shift of the final hidden
 state at the last prompt position in units of the base's spread (paper, Figure 3).
@@ -29,7 +33,10 @@ from safesteer._files import locked, read_json, write_json, write_text
 from safesteer._intervals import bootstrap, wilson
 from safesteer.directions.inspection import representation_shift
 from safesteer.evaluation.capability import measure_capability
+from safesteer.evaluation.changes import paired_change
 from safesteer.evaluation.humaneval import problems, run_humaneval
+from safesteer.evaluation.ledger import log_look
+from safesteer.evaluation.quality import repeats_itself, text_quality
 from safesteer.judges.judge import Judge, judge_all, judge_name, outcomes
 from safesteer.judges.wording import refuses, refuses_anywhere
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
@@ -53,6 +60,7 @@ class Suite:
 
     sets: tuple[str, ...]
     tasks: tuple[str, ...] = ()
+    where_there: tuple[str, ...] = ()  # sets that are left out, with a word, where they cannot be loaded
     n_prompts: int | None = None
     n_rows: int | None = None
     max_new_tokens: int = 32
@@ -61,7 +69,23 @@ class Suite:
 
 SUITES = {
     "quick": Suite(tuple(OWN), n_prompts=32, perplexity_tokens=4096),
-    "small": Suite(tuple(OWN), ("arc_easy", "piqa", "lambada_openai"), n_rows=200),
+    "small": Suite(
+        tuple(OWN),
+        ("arc_easy", "piqa", "lambada_openai"),
+        (
+            "harmbench",
+            "do-not-answer",
+            "harmfulqa",
+            "xstest-unsafe",
+            "jailbreakbench",
+            "strongreject",
+            "advbench",
+            "xstest",
+            "everyday",
+        ),
+        n_prompts=100,
+        n_rows=200,
+    ),
     "paper": Suite(
         (
             "advbench",
@@ -145,7 +169,7 @@ def run_suite(
     job = _Job(selected, models, folder, None if data is None else Path(data), judge)
     with locked(folder):
         _check_folder(job)
-        rows = _measure(job, console)
+        rows = [*_measure(job, console), *_changes(job)]
         title = target if isinstance(target, str | Path) else models["model"].name
         return _write(job, rows, f"{title}: suite {name}")
 
@@ -163,9 +187,10 @@ def _load(target: str | Path | ModelLike, run: Path | None) -> dict[str, ChatMod
     """Load the models that are measured, by the names of the table."""
     if run is not None:
         manifest = read_json(run / "manifest.json")
-        settings = manifest.get("recipe", {})
-        trust = settings.get("trust_remote_code", False)
-        base = load_model(manifest["model"], revision=settings.get("revision"), trust_remote_code=trust)
+        names = ("revision", "trust_remote_code", "template", "template_args")
+        source = {name: manifest["recipe"][name] for name in names if name in manifest.get("recipe", {})}
+        trust = source.get("trust_remote_code", False)
+        base = load_model(manifest["model"], **source)
         return {"base": base, "student": load_model(str(run / "model"), trust_remote_code=trust)}
     return {"model": load_model(str(target)) if isinstance(target, str | Path) else as_chat(target)}
 
@@ -198,7 +223,13 @@ def _measure(job: _Job, console: Console) -> list[dict[str, Any]]:
             part = job.folder / "parts" / f"{label}--{item}.json"
             if not part.exists():
                 console.print(f"{label}: {item}", highlight=False)
-                write_json(part, measure(chat))
+                try:
+                    write_json(part, measure(chat))
+                except SafeSteerError as error:
+                    if item not in job.suite.where_there:
+                        raise
+                    console.print(f"  left out: {error}", highlight=False, markup=False)
+                    continue
             rows += [{"model": label, **row} for row in read_json(part)["rows"]]
     return rows
 
@@ -217,7 +248,7 @@ def _write(job: _Job, rows: list[dict[str, Any]], title: str) -> pd.DataFrame:
 def _measurements(job: _Job, label: str) -> Iterator[tuple[str, Measure]]:
     """Yield (name of the part, function that makes it) for one model."""
     suite, data = job.suite, job.data
-    for name in suite.sets:
+    for name in (*suite.sets, *suite.where_there):
         yield name, partial(_refusals, job, label, name)
     for task in suite.tasks:
         if task == HUMANEVAL:
@@ -250,6 +281,11 @@ def _refusals(job: _Job, label: str, name: str, chat: ChatModel) -> dict[str, An
     counts, values = outcomes(judge_all(job.judge, prompts, answers))
     kind = OWN.get(name) or benchmark_named(name).kind
     rows = [_rate(kind, name, counts, [value is True for value in values])]
+    if any(value is None for value in values):
+        rows.append(_rate(kind, name, "verdict unknown", [value is None for value in values]))
+    if kind == "over-refusal":
+        rows += _quality_rows(name, prompts, answers)
+    log_look(job.folder, chat, name, len(prompts), f"suite of {label}")
     if job.judge is refuses:  # the lenient form is reported apart
         anywhere = [refuses_anywhere(p, a) for p, a in zip(prompts, answers, strict=True)]
         rows.append(_rate(kind, name, "refusal phrase anywhere", anywhere))
@@ -259,6 +295,41 @@ def _refusals(job: _Job, label: str, name: str, chat: ChatModel) -> dict[str, An
         for p, a, value in zip(prompts, answers, values, strict=True)
     ]
     return {"rows": rows, "answers": judged}
+
+
+def _quality_rows(name: str, prompts: Sequence[str], answers: Sequence[str]) -> list[dict]:
+    """Make the rows of text quality."""
+    quality, kind = text_quality(prompts, answers), "text quality"
+    rows = [
+        _rate(kind, name, "answers that repeat four words", [repeats_itself(a) for a in answers]),
+        _row(kind, name, "distinct words per word", quality.distinct, None, quality.n),
+        _row(kind, name, "words per answer", quality.words, None, quality.n),
+    ]
+    if quality.code is not None:
+        n_coded = round(quality.code * quality.n_code)
+        coded = [True] * n_coded + [False] * (quality.n_code - n_coded)
+        rows.append(_rate(kind, name, "code prompts answered with code", coded))
+    return rows
+
+
+def _changes(job: _Job) -> list[dict[str, Any]]:
+    """Make a row per set of prompts: how the student's rate differs from the base's, pair by pair."""
+    rows = []
+    for name in (*job.suite.sets, *job.suite.where_there):
+        parts = [job.folder / "parts" / f"{label}--{name}.json" for label in ("base", "student")]
+        if "student" not in job.models or not all(part.exists() for part in parts):
+            continue
+        before, after = (read_json(part)["answers"] for part in parts)
+        change = paired_change([row["verdict"] for row in before], [row["verdict"] for row in after])
+        counts, p = after[0]["counts"], f"{change.p:.2g}"
+        metric = f"{counts}, student - base ({change.gained} more, {change.lost} less, p {p})"
+        rows.append(
+            {
+                "model": "student",
+                **_row("change", name, metric, change.value, (change.low, change.high), change.n),
+            }
+        )
+    return rows
 
 
 def _rate(kind: str, name: str, metric: str, holds: Sequence[bool]) -> dict:

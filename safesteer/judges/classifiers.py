@@ -75,11 +75,30 @@ class Guard(ModelJudge):
                 f"A guard's kind is llama-guard, shieldgemma or wildguard, not '{self.kind}'."
             )
         extra: dict[str, Any] = {"guideline": self.guideline} if self.kind == "shieldgemma" else {}
-        talk = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        ids = tokenizer.apply_chat_template(
-            talk, add_generation_prompt=True, tokenize=True, return_dict=False, **extra
+        for content in (
+            str,
+            _as_parts,
+        ):  # Llama-Guard 4 reads content as a list of parts, and text as nothing
+            talk = [
+                {"role": "user", "content": content(prompt)},
+                {"role": "assistant", "content": content(answer)},
+            ]
+            try:
+                text = tokenizer.apply_chat_template(
+                    talk, add_generation_prompt=True, tokenize=False, **extra
+                )
+            except Exception:  # templates raise whatever they like: the other form, or the sentence below
+                continue
+            if all(part.strip() in text for part in (prompt, answer)):
+                return cast(list[int], tokenizer(text, add_special_tokens=False).input_ids)
+        raise SafeSteerError(
+            f"The chat template of '{self.chat.name}' does not write out a conversation: is it a guard model?"
         )
-        return cast(list[int], ids)
+
+
+def _as_parts(text: str) -> list[dict[str, str]]:
+    """Write text as a list of one part."""
+    return [{"type": "text", "text": text}]
 
 
 @dataclass(frozen=True)
