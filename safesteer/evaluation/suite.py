@@ -19,7 +19,7 @@ The folder holds `suite.json` (what is measured on which models; a folder of ano
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,10 +33,9 @@ from safesteer._files import locked, read_json, write_json, write_text
 from safesteer._intervals import bootstrap, wilson
 from safesteer.directions.inspection import representation_shift
 from safesteer.evaluation.capability import measure_capability
-from safesteer.evaluation.changes import paired_change
 from safesteer.evaluation.humaneval import problems, run_humaneval
 from safesteer.evaluation.ledger import log_look
-from safesteer.evaluation.quality import repeats_itself, text_quality
+from safesteer.evaluation.rows import change_row, quality_rows, rate, row
 from safesteer.judges.judge import Judge, judge_all, judge_name, outcomes
 from safesteer.judges.wording import refuses, refuses_anywhere
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
@@ -269,9 +268,15 @@ def _texts(name: str, data: Path | None, limit: int | None) -> list[str]:
     return load_benchmark(name, data=data, limit=limit)
 
 
-def _row(kind: str, name: str, metric: str, value: float, limits: tuple[float, float] | None, n: int) -> dict:
-    low, high = limits or (None, None)
-    return {"kind": kind, "name": name, "metric": metric, "value": value, "low": low, "high": high, "n": n}
+def _changes(job: _Job) -> list[dict[str, Any]]:
+    """Make a row per set of prompts that base and student have answered: how the rate changed."""
+    rows = []
+    for name in (*job.suite.sets, *job.suite.where_there):
+        parts = [job.folder / "parts" / f"{label}--{name}.json" for label in ("base", "student")]
+        if "student" in job.models and all(part.exists() for part in parts):
+            answers = (read_json(part)["answers"] for part in parts)
+            rows.append({"model": "student", **change_row(name, *answers)})
+    return rows
 
 
 def _refusals(job: _Job, label: str, name: str, chat: ChatModel) -> dict[str, Any]:
@@ -280,15 +285,15 @@ def _refusals(job: _Job, label: str, name: str, chat: ChatModel) -> dict[str, An
     answers = generate(chat, prompts, max_new_tokens=job.suite.max_new_tokens, batch_size=50)
     counts, values = outcomes(judge_all(job.judge, prompts, answers))
     kind = OWN.get(name) or benchmark_named(name).kind
-    rows = [_rate(kind, name, counts, [value is True for value in values])]
+    rows = [rate(kind, name, counts, [value is True for value in values])]
     if any(value is None for value in values):
-        rows.append(_rate(kind, name, "verdict unknown", [value is None for value in values]))
+        rows.append(rate(kind, name, "verdict unknown", [value is None for value in values]))
     if kind == "over-refusal":
-        rows += _quality_rows(name, prompts, answers)
+        rows += quality_rows(name, prompts, answers)
     log_look(job.folder, chat, name, len(prompts), f"suite of {label}")
     if job.judge is refuses:  # the lenient form is reported apart
         anywhere = [refuses_anywhere(p, a) for p, a in zip(prompts, answers, strict=True)]
-        rows.append(_rate(kind, name, "refusal phrase anywhere", anywhere))
+        rows.append(rate(kind, name, "refusal phrase anywhere", anywhere))
     names = {"model": label, "set": name, "judge": judge_name(job.judge), "counts": counts}
     judged = [
         {**names, "prompt": p, "answer": a, "verdict": value}
@@ -297,60 +302,19 @@ def _refusals(job: _Job, label: str, name: str, chat: ChatModel) -> dict[str, An
     return {"rows": rows, "answers": judged}
 
 
-def _quality_rows(name: str, prompts: Sequence[str], answers: Sequence[str]) -> list[dict]:
-    """Make the rows of text quality."""
-    quality, kind = text_quality(prompts, answers), "text quality"
-    rows = [
-        _rate(kind, name, "answers that repeat four words", [repeats_itself(a) for a in answers]),
-        _row(kind, name, "distinct words per word", quality.distinct, None, quality.n),
-        _row(kind, name, "words per answer", quality.words, None, quality.n),
-    ]
-    if quality.code is not None:
-        n_coded = round(quality.code * quality.n_code)
-        coded = [True] * n_coded + [False] * (quality.n_code - n_coded)
-        rows.append(_rate(kind, name, "code prompts answered with code", coded))
-    return rows
-
-
-def _changes(job: _Job) -> list[dict[str, Any]]:
-    """Make a row per set of prompts: how the student's rate differs from the base's, pair by pair."""
-    rows = []
-    for name in (*job.suite.sets, *job.suite.where_there):
-        parts = [job.folder / "parts" / f"{label}--{name}.json" for label in ("base", "student")]
-        if "student" not in job.models or not all(part.exists() for part in parts):
-            continue
-        before, after = (read_json(part)["answers"] for part in parts)
-        change = paired_change([row["verdict"] for row in before], [row["verdict"] for row in after])
-        counts, p = after[0]["counts"], f"{change.p:.2g}"
-        metric = f"{counts}, student - base ({change.gained} more, {change.lost} less, p {p})"
-        rows.append(
-            {
-                "model": "student",
-                **_row("change", name, metric, change.value, (change.low, change.high), change.n),
-            }
-        )
-    return rows
-
-
-def _rate(kind: str, name: str, metric: str, holds: Sequence[bool]) -> dict:
-    """Make the row of a rate, with its Wilson interval."""
-    n, k = len(holds), sum(holds)
-    return _row(kind, name, metric, k / n, wilson(k, n), n)
-
-
 def _capability(
     task: str, folder: Path, data: Path | None, limit: int | None, chat: ChatModel
 ) -> dict[str, Any]:
     """Measure a task of the harness."""
     result = measure_capability(chat, (task,), folder, data=data, limit=limit).iloc[0]
     value, n = float(result.value), int(result.n)
-    return {"rows": [_row("capability", task, result.metric, value, wilson(round(value * n), n), n)]}
+    return {"rows": [row("capability", task, result.metric, value, wilson(round(value * n), n), n)]}
 
 
 def _humaneval(data: Path | None, limit: int | None, chat: ChatModel) -> dict[str, Any]:
     """Measure HumanEval; the caller has allowed it."""
     rows = problems(None if data is None else data / "humaneval.jsonl", limit)
-    return {"rows": [_rate("capability", HUMANEVAL, "pass@1", run_humaneval(chat, rows, allow_code=True))]}
+    return {"rows": [rate("capability", HUMANEVAL, "pass@1", run_humaneval(chat, rows, allow_code=True))]}
 
 
 def _perplexity(suite: Suite, data: Path | None, chat: ChatModel) -> dict[str, Any]:
@@ -359,7 +323,7 @@ def _perplexity(suite: Suite, data: Path | None, chat: ChatModel) -> dict[str, A
     if data is not None and (data / WIKITEXT).is_file():
         name, text = "WikiText-2", wikitext(data)
     value = perplexity(chat, text, max_tokens=suite.perplexity_tokens)
-    return {"rows": [_row("perplexity", name, "perplexity", value, None, suite.perplexity_tokens)]}
+    return {"rows": [row("perplexity", name, "perplexity", value, None, suite.perplexity_tokens)]}
 
 
 def _drift(base: ChatModel, prompts: list[str], chat: ChatModel) -> dict[str, Any]:
@@ -373,7 +337,7 @@ def _drift(base: ChatModel, prompts: list[str], chat: ChatModel) -> dict[str, An
     points = representation_shift({"base": base, "student": chat}, prompts)
     shift = float(points[points.model == "student"]["shift"].iloc[0])
     rows = [
-        _row("drift", "harmless answers", "KL(base || student), nats a token", mean, bootstrap(kls), n),
-        _row("drift", "harmless prompts", "shift in units of the base's spread", shift, None, n),
+        row("drift", "harmless answers", "KL(base || student), nats a token", mean, bootstrap(kls), n),
+        row("drift", "harmless prompts", "shift in units of the base's spread", shift, None, n),
     ]
     return {"rows": rows}
