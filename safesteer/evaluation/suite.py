@@ -288,12 +288,12 @@ def _refusals(job: _Job, label: str, name: str, chat: ChatModel) -> dict[str, An
     rows = [rate(kind, name, counts, [value is True for value in values])]
     if any(value is None for value in values):
         rows.append(rate(kind, name, "verdict unknown", [value is None for value in values]))
-    if kind == "over-refusal":
-        rows += quality_rows(name, prompts, answers)
     log_look(job.folder, chat, name, len(prompts), f"suite of {label}")
     if job.judge is refuses:  # the lenient form is reported apart
         anywhere = [refuses_anywhere(p, a) for p, a in zip(prompts, answers, strict=True)]
         rows.append(rate(kind, name, "refusal phrase anywhere", anywhere))
+    if kind == "over-refusal":
+        rows += quality_rows(name, prompts, answers)
     names = {"model": label, "set": name, "judge": judge_name(job.judge), "counts": counts}
     judged = [
         {**names, "prompt": p, "answer": a, "verdict": value}
