@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from conformance.families import build
 
 from conftest import assert_near
 from safesteer._errors import SafeSteerError
@@ -12,6 +13,7 @@ from safesteer.directions.extraction import prefill_contrast
 from safesteer.directions.finding import find_direction
 from safesteer.directions.inspection import component_contributions
 from safesteer.directions.sweeping import sweep
+from safesteer.models.bridge import to_bridge
 from safesteer.settings import DirectionConfig
 from safesteer.steering.direction import Direction
 
@@ -93,3 +95,10 @@ def test_a_model_that_does_not_refuse_is_read_by_prefill(tiny_llama):
     never = DirectionConfig(n_train=4, n_val=3, extraction="instruction")
     with pytest.raises(SafeSteerError, match="difference of means needs both"):
         find_direction(tiny_llama, config=never, judge=refuses_nothing)
+
+
+def test_a_model_that_transformer_lens_does_not_know_has_a_direction():
+    chat = build("helium")
+    with pytest.raises(SafeSteerError, match="cannot bridge"):
+        to_bridge(chat)
+    find_direction(chat, config=CONFIG, judge=refuses_nothing).check(chat)

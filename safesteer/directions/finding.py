@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from safesteer._errors import SafeSteerError
 from safesteer._progress import Progress, no_progress
 from safesteer.directions.calibration import choose_direction
 from safesteer.directions.extraction import (
@@ -74,6 +75,14 @@ class ChosenDirection(Direction):
         return f"<p>{'<br>'.join(map(html.escape, self.story()))}</p>{self.sweep._repr_html_()}"
 
 
+def _bridged(chat: ChatModel) -> ModelLike:
+    """Return the TransformerLens bridge of a model, or the model where there is none: both read alike."""
+    try:
+        return to_bridge(chat)
+    except SafeSteerError:
+        return chat
+
+
 def find_direction(
     chat: ModelLike,
     prompts: PromptSet | None = None,
@@ -114,7 +123,7 @@ def find_direction(
     scored, held_out = val.first(config.n_val), val.after(config.n_val)
     if extraction == "instruction":
         train, scored = (filter_by_refusal(chat, split, refusal.ids) for split in (train, scored))
-    candidates = EXTRACTIONS[extraction](to_bridge(chat), train, seed=config.seed)
+    candidates = EXTRACTIONS[extraction](_bridged(chat), train, seed=config.seed)
     # 3. Scores
     by_answers = config.coeff is None and config.rank_by != "ablation"
     share = 0.5 if by_answers and extraction == "prefill" else 1.0  # comparing answers costs about as much
