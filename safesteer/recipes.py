@@ -23,7 +23,16 @@ import tomlkit
 from rich.table import Table
 
 from safesteer._errors import SafeSteerError
-from safesteer._settings import TextOrNone, Words, describe, section, setting, setting_or_none, settings
+from safesteer._settings import (
+    TextOrNone,
+    Words,
+    describe,
+    named_values,
+    section,
+    setting,
+    setting_or_none,
+    settings,
+)
 from safesteer.settings import (
     DirectionConfig,
     DistillConfig,
@@ -76,12 +85,11 @@ class Recipe:
         Raises:
             SafeSteerError: For a template argument that is not name=value.
         """
-        args = dict(_argument(text) for text in self.template_args)
         return {
             "revision": self.revision,
             "trust_remote_code": self.trust_remote_code,
             "template": self.template,
-            "template_args": args,
+            "template_args": named_values(self.template_args),
         }
 
     @property
@@ -158,17 +166,6 @@ class Recipe:
             settings = {k: v for k, v in settings.items() if k.rpartition(".")[2] != "seed"} | {"seed": seed}
         settings |= changes
         return recipe(settings.pop("preset", "quick"), settings.pop("seed", None), **settings)
-
-
-def _argument(text: str) -> tuple[str, Any]:
-    """Read name=value; the value as JSON where it is, else as text."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise SafeSteerError(f"A template argument is name=value, not '{text}'.")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def _shown(value: Any) -> str:

@@ -27,6 +27,7 @@ from rich.console import Console
 from safesteer._errors import SafeSteerError
 from safesteer._files import locked, read_json, write_json, write_text
 from safesteer._intervals import bootstrap, wilson
+from safesteer._settings import named_values
 from safesteer.directions.inspection import representation_shift
 from safesteer.evaluation.capability import measure_capability
 from safesteer.evaluation.humaneval import problems, run_humaneval
@@ -165,7 +166,13 @@ def _load(target: str | Path | ModelLike, run: Path | None) -> dict[str, ChatMod
         manifest = read_json(run / "manifest.json")
         settings = manifest.get("recipe", {})
         trust = settings.get("trust_remote_code", False)
-        base = load_model(manifest["model"], revision=settings.get("revision"), trust_remote_code=trust)
+        base = load_model(
+            manifest["model"],
+            revision=settings.get("revision"),
+            trust_remote_code=trust,
+            template=settings.get("template"),
+            template_args=named_values(settings.get("template_args", ())),
+        )
         return {"base": base, "student": load_model(str(run / "model"), trust_remote_code=trust)}
     return {"model": load_model(str(target)) if isinstance(target, str | Path) else as_chat(target)}
 
