@@ -7,9 +7,8 @@
 makes a frozen dataclass. A value that does not fit raises a SafeSteerError that names the setting.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import wraps
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
@@ -102,24 +101,6 @@ def _sentence(name: str, error: ValidationError) -> str:
     for long, short in PLAIN.items():
         reason = reason.replace(long, short)
     return f"{shown} {reason}, not {first['input']!r}."
-
-
-def named_values(words: Iterable[str]) -> dict[str, Any]:
-    """Read words of the form name=value, as template arguments are written; a value is JSON, else text.
-
-    Raises:
-        SafeSteerError: For a word of another form.
-    """
-    values = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or not name.isidentifier():
-            raise SafeSteerError(f"A template argument is name=value, not '{word}'.")
-        try:
-            values[name] = json.loads(value)
-        except ValueError:
-            values[name] = value
-    return values
 
 
 def describe(kind: type) -> list[tuple[str, FieldInfo]]:

@@ -27,6 +27,7 @@ from safesteer._files import locked, write_text
 from safesteer.attribution.explanation import explain
 from safesteer.directions.finding import find_direction
 from safesteer.distillation.loop import Student, Training, restore_student, train_student
+from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.scores import evaluate
 from safesteer.exporting import check_reload, export, write_card
 from safesteer.judges.judge import Judge
@@ -175,12 +176,15 @@ def _export(run: Run, base: ChatModel) -> list[str]:
 
 def _evaluate(run: Run, base: ChatModel) -> list[str]:
     """Stage 5: scores and answers of base, teacher and student, and the model card that names them."""
-    direction, config = run.load_direction(base), run.recipe.evaluate
+    direction, config, student = run.load_direction(base), run.recipe.evaluate, run.load_student()
     with run.progress("evaluating") as progress:
         evaluation = evaluate(
-            base, run.load_student(), direction, run.prompts, config, judge=run.judge, progress=progress
+            base, student, direction, run.prompts, config, judge=run.judge, progress=progress
         )
     evaluation.save(run.path)
+    n = evaluation.scores["base"].n
+    for name, chat in (("base and teacher", base), ("student", student)):
+        log_look(run.path, chat, "test", n, f"stage evaluate: {name}")
     write_card(run.path / "model", base, direction, run.recipe.to_toml(), evaluation.scores, judge=run.judge)
     for line in evaluation.lines():
         run.say(line)

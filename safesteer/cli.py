@@ -180,7 +180,6 @@ def settings(
 
 
 def _evaluate(**options: Any) -> None:
-    from safesteer._settings import named_values
     from safesteer.evaluation.suite import run_suite  # heavy
     from safesteer.models.loading import load_model
 
@@ -191,8 +190,7 @@ def _evaluate(**options: Any) -> None:
             raise SafeSteerError(
                 "A run's recipe says which revision, code and template its model has: leave them out."
             )
-        args = named_values(source.pop("template_args") or ())
-        target = load_model(target, template_args=args, **source)
+        target = load_model(target, **source)
     table = run_suite(target, options.pop("suite"), options.pop("out"), console=console, **options)
     console.print(table.to_string(index=False, float_format="{:.3f}".format), highlight=False)
 

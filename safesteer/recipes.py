@@ -23,16 +23,7 @@ import tomlkit
 from rich.table import Table
 
 from safesteer._errors import SafeSteerError
-from safesteer._settings import (
-    TextOrNone,
-    Words,
-    describe,
-    named_values,
-    section,
-    setting,
-    setting_or_none,
-    settings,
-)
+from safesteer._settings import TextOrNone, Words, describe, section, setting, setting_or_none, settings
 from safesteer.settings import (
     DirectionConfig,
     DistillConfig,
@@ -80,17 +71,9 @@ class Recipe:
 
     @property
     def source(self) -> dict[str, Any]:
-        """What `load_model` takes beside the model's name, device and precision.
-
-        Raises:
-            SafeSteerError: For a template argument that is not name=value.
-        """
-        return {
-            "revision": self.revision,
-            "trust_remote_code": self.trust_remote_code,
-            "template": self.template,
-            "template_args": named_values(self.template_args),
-        }
+        """What `load_model` takes beside the model's name, device and precision."""
+        names = ("revision", "trust_remote_code", "template", "template_args")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def hash(self) -> str:

@@ -175,14 +175,18 @@ class DistillConfig:
         False, "Recompute activations in the backward pass: less memory, more time."
     )
     lr: float = setting(3e-4, "Peak learning rate of AdamW.", gt=0, le=1e30)
-    warmup: float = setting(0.1, "Share of the steps in which the rate rises.", unit="share", ge=0, le=1)
+    warmup: float = setting(
+        0.1, "Share of the steps in which the rate rises, from 0 at the first.", unit="share", ge=0, le=1
+    )
     weight_decay: float = setting(0.0, "Weight decay of AdamW.", ge=0, le=1e30)
     max_grad_norm: float = setting(1.0, "Norm at which gradients are clipped.", gt=0, le=1e30)
     micro_batch: int = setting(
         8, "Answers per forward pass: fewer need less memory; the loss is the same.", ge=1
     )
     checkpoint_every: int = setting(20, "Steps between checkpoints.", ge=1)
-    check_every: int = setting(0, "Steps between looks at val for early stopping; 0: never.")
+    check_every: int = setting(
+        0, "Steps between looks at val for early stopping, which leaves val out of training; 0: never."
+    )
     stop_refusal: float = setting(
         0.95, "Share of harmful val prompts refused at which training stops, and", unit="share", ge=0, le=1
     )

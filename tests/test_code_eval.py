@@ -97,3 +97,35 @@ def test_problem_files(tmp_path):
         problems(path)
     with pytest.raises(SafeSteerError, match="Cannot read"):
         problems(tmp_path / "none")
+
+
+FULL, BODY = "def twice(x):\n    return 2 * x\n", "    return 2 * x\n"
+HELPER = "def half(x):\n    return x\n\n\ndef twice(x):\n    return 2 * half(x)\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        FULL,
+        BODY,
+        *(f"```{name}\n{FULL}```" for name in ("", "python", "py", "Python3", " python")),
+        f"```python\n{FULL}",
+        f"```python\n{BODY}```",
+        f"```python\n{HELPER}```",
+        f"```python\nimport os\n{FULL}```",
+        "```python\n    def twice(x):\n        return 2 * x\n```",
+        f"Here it is:\n\n```python\n{FULL}```\nIt doubles x.",
+        f"```python\nprint(twice(2))\n```\nand\n```python\n{FULL}```",
+        f"```python\n{FULL}```\n```python\nassert twice(2) == 4\n```",
+        f"Sure, here it is:\n{FULL}\nThis doubles x.",
+        f"Sure:\n{BODY}It doubles.",
+        "return 2 * x",
+        "y = 2\n    return y * x",
+        "if x > 0:\n        return 2 * x\n    return 2 * x",
+    ],
+)
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_right_solution_is_read_from_every_wrapping(answer, newline):
+    space: dict = {}
+    exec("import math\n" + completion(PROBLEM["prompt"], answer.replace("\n", newline), "twice"), space)
+    assert space["twice"](2) == 4

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conformance.families import VARIANTS, build
+from transformers import TrainingArguments, get_cosine_schedule_with_warmup
 
 from conftest import assert_near, batch_of, copy_of, naive_logits, reference_divergence
 from safesteer._errors import SafeSteerError
@@ -260,8 +262,9 @@ def test_partial_reverse_pulls_even_without_a_teacher(run, direction):
 def test_a_full_anchor_changes_only_what_harmless_answers_teach(run):
     plain, _ = run(n_steps=3)
     full, _ = run(n_steps=3, anchor_support="full")
-    assert full[0] == pytest.approx(plain[0], rel=1e-5)  # the student is still the base
-    assert full[1]["loss"] != plain[1]["loss"]
+    for step in (0, 1):  # the student is still the base: the first step has rate 0
+        assert full[step] == pytest.approx(plain[step], rel=1e-5)
+    assert full[2]["loss"] != plain[2]["loss"]
     alone = [run(n_steps=3, harmless_per_step=0, anchor_support=a)[0] for a in ("same", "full")]
     assert alone[0] == alone[1]
 
@@ -335,20 +338,28 @@ def test_the_paper_preset_trains_as_published():
     assert config.harmful_per_step * config.n_rollouts == 32
     assert sorted(i for s in range(25) for i in prompt_indices(100, 4, s, config.seed)) == list(range(100))
     rates = [learning_rate(s, config) for s in range(25)]
-    assert rates[:3] == pytest.approx([0.5e-5, 1e-5, 1e-5])
-    want = [0.5e-5 * (1 + math.cos(math.pi * (s - 2) / 23)) for s in range(2, 25)]
-    assert rates[2:] == pytest.approx(want)
+    assert rates[:4] == pytest.approx([0.0, 1e-5 / 3, 2e-5 / 3, 1e-5])
+    want = [0.5e-5 * (1 + math.cos(math.pi * (s - 3) / 22)) for s in range(3, 25)]
+    assert rates[3:] == pytest.approx(want)
     assert config.max_grad_norm == 1
 
 
-def test_learning_rate_warms_up_and_falls_to_zero():
-    config = DistillConfig(n_steps=20, warmup=0.2, lr=2.0)
-    rates = [learning_rate(step, config) for step in range(21)]
-    assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
-    assert rates[12] == pytest.approx(1.0)  # half way down
-    assert rates[20] == pytest.approx(0.0, abs=1e-12)
-    assert rates[4:] == sorted(rates[4:], reverse=True)
-    assert rates[16] == pytest.approx(1 + math.cos(math.pi * 0.75))
+@pytest.mark.parametrize("n_steps", [1, 2, 20, 25, 50])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.2, 1.0])
+def test_the_learning_rate_is_that_of_transformers(n_steps, warmup):
+    config = DistillConfig(n_steps=n_steps, warmup=warmup, lr=2.0)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    # As transformers' trainer counts; where nothing but the warm-up would be left, one step is.
+    warm = (
+        min(TrainingArguments(warmup_steps=warmup).get_warmup_steps(n_steps), n_steps - 1)
+        if warmup < 1
+        else n_steps - 1
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, warm, n_steps)
+    for step in range(n_steps):
+        assert learning_rate(step, config) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        schedule.step()
 
 
 def test_records_carry_the_schedule(run):
@@ -620,6 +631,43 @@ def test_recomputing_activations_changes_nothing_but_the_work(run, tiny_llama):
     assert not state.student.model.training
 
 
+DROPOUT = {
+    "llama": {"attention_dropout": 0.3},
+    "qwen2": {"attention_dropout": 0.3},
+    "gpt2": {"resid_pdrop": 0.3, "attn_pdrop": 0.3, "embd_pdrop": 0.3},
+    "opt": {"dropout": 0.3, "attention_dropout": 0.3},  # its blocks ask their own flag
+    "phi": {"resid_pdrop": 0.3, "attention_dropout": 0.3},
+    "mixtral": {"attention_dropout": 0.3},
+}
+
+
+@pytest.mark.parametrize("family", DROPOUT)
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_recomputing_activations_has_no_dropout(family, lora_rank, direction, tokens, few, monkeypatch):
+    """Loss and gradient are those of the model in evaluation mode, whatever its config drops in training."""
+    monkeypatch.setitem(VARIANTS, "with dropout", (family, DROPOUT[family]))
+    results = []
+    for checkpointing in (False, True):
+        options = {"lora_rank": lora_rank, "rollouts": "student", "n_rollouts": 1}
+        config = one_call(checkpointing=checkpointing, **options)
+        base = build("with dropout")
+        base.model.train()  # as somebody may hand it over
+        state = prepare_student(base if lora_rank else copy_of(base), direction, config)
+        if lora_rank:  # away from the start, where half of the gradients are zero
+            for p in state.trained.values():
+                p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+        base.model.eval()
+        torch.manual_seed(7)
+        record = next(training_steps(state, Teacher(base, direction, tokens), few))
+        assert not any(m.training for m in state.student.model.modules())
+        results.append((record.loss, {n: p.grad.clone() for n, p in state.trained.items()}))
+    (loss, gradients), (again, recomputed) = results
+    assert again == pytest.approx(loss, rel=1e-5)
+    assert any(g.abs().max() > 1e-4 for g in gradients.values())
+    for name, gradient in gradients.items():
+        assert_near(recomputed[name], gradient, 1e-5)
+
+
 # --- the whole stage as one call ---
 
 
@@ -714,21 +762,46 @@ def test_a_student_is_restored_from_its_folder(tiny_llama, direction, tokens, fe
 
 
 def test_a_training_that_is_good_enough_stops_early_and_stays_there(
-    tiny_llama, direction, tokens, few, tmp_path
+    tiny_llama, direction, tokens, pairs, tmp_path
 ):
-    config, looks = one_call(check_every=2, stop_refusal=1.0, stop_kl=1e9), []
+    config, looks = one_call(check_every=2, stop_refusal=1.0, stop_kl=1e9, splits=("distill", "val")), []
 
     def judge(prompt: str, answer: str) -> bool:
         looks.append(prompt)
         return True
 
     for training in (Training(tmp_path, judge=judge), Training(tmp_path, judge=judge)):
-        student = distill(tiny_llama, direction, tokens, few, config, training=training)
+        student = distill(tiny_llama, direction, tokens, pairs, config, training=training)
         assert [r.step for r in student.history] == [1, 2]
-    assert set(looks) == set(few.harmful)
+    assert set(looks) == set(pairs.split("val").harmful)
     never = replace(config, stop_kl=0.0)
-    student = distill(tiny_llama, direction, tokens, few, never, training=Training(judge=judge))
+    student = distill(tiny_llama, direction, tokens, pairs, never, training=Training(judge=judge))
     assert len(student.history) == 4
+
+
+def test_what_early_stopping_measures_is_not_trained_on(
+    tiny_llama, direction, tokens, pairs, few, monkeypatch
+):
+    """Every prompt of a pass over the data; without early stopping val is among them."""
+    drawn = []
+
+    def note(state, teacher, prompts, sampler=None):
+        drawn.extend(prompts.texts)
+        state.step += 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safesteer.distillation.loop.take_step", note)
+    val = pairs.split("val")
+    for check_every, expected in ((0, True), (1000, False)):
+        drawn.clear()
+        options = {"harmful_per_step": 1000, "harmless_per_step": 1000, "splits": ("distill", "val")}
+        with pytest.raises(KeyboardInterrupt):
+            distill(tiny_llama, direction, tokens, pairs, one_call(check_every=check_every, **options))
+        for texts in (val.harmful, val.harmless):
+            assert bool(set(texts) & set(drawn)) == expected
+        assert set(drawn) >= {p.text for p in pairs.split("distill").prompts}
+    with pytest.raises(SafeSteerError, match="nothing is left to train on"):
+        distill(tiny_llama, direction, tokens, few, one_call(check_every=2))
 
 
 def test_a_student_prints_renders_and_is_a_model(tiny_llama, direction, tokens, few, tmp_path):

@@ -166,3 +166,20 @@ def test_kl_divergence_with_suppressed_tokens():
     ]
     assert_near(kl_divergence(p, q), want, 1e-6)
     assert float(kl_divergence(p[0], p[0])) == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logps_on_multiplies_half_precision_wide(dtype):
+    """Value and gradient as in float64 on the same states, but for the rounding of the gradient itself."""
+    generator = torch.Generator().manual_seed(0)
+    states, head = ((0.5 * torch.randn(n, 64, generator=generator)).to(dtype) for n in (40, 5000))
+    ids, results = torch.randint(5000, (40, 3), generator=generator), []
+    for cast_to in (torch.float64, dtype):
+        hidden, weight = (t.to(cast_to).requires_grad_() for t in (states, head))
+        logps = logps_on(hidden, weight, ids, chunk=7)
+        logps.sum().backward()
+        results.append((logps.detach().double(), hidden.grad.double(), weight.grad.double()))
+    (want, *slopes), (got, *gradients) = results
+    assert got.sub(want).abs().max() < 1e-5
+    for gradient, slope in zip(gradients, slopes, strict=True):
+        assert (gradient - slope).norm() < 0.5 * torch.finfo(dtype).eps * slope.norm()

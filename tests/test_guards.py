@@ -1,5 +1,6 @@
 """Judges that are models: recorded texts, a tiny classifier, and a stub server that misbehaves."""
 
+import copy
 import json
 import threading
 from dataclasses import replace
@@ -35,10 +36,21 @@ from safesteer.settings import EvaluateConfig
         ("unsafe\nS9", 1.0, "S9"),
         ("unsafe\nS1,S9", 1.0, "S1,S9"),
         ("No", 0.0, ""),
-        ("Yes, because it does.", 1.0, "because"),
+        ("Yes, because it does.", 1.0, ""),
         ("", None, ""),
         ("I cannot say", None, ""),
         ("unsafely", None, ""),
+        ("The answer is unsafe.", 1.0, ""),
+        ("Answer: safe", 0.0, ""),
+        ("**Verdict:** unsafe", 1.0, ""),
+        ("It is not safe.", 1.0, ""),
+        ("This isn't harmful at all.", 0.0, ""),
+        ("No, it is safe.", 0.0, ""),
+        ("<think>Is it unsafe? It asks for bread.</think>\nsafe", 0.0, ""),
+        ("<think>It is unsafe, but", None, ""),
+        ("The request is harmful. Verdict: safe", 0.0, ""),
+        ("The request is unsafe, and the answer is safe.", None, ""),
+        ("safe or unsafe?", None, ""),
         ("Harmful request: yes\nResponse refusal: no\nHarmful response: yes", 1.0, ""),
         ("Harmful request: yes\nResponse refusal: yes\nHarmful response: no", 0.0, ""),
     ],
@@ -131,6 +143,20 @@ def test_a_guard_keeps_the_order_and_the_reply(guard):
     }
     with pytest.raises(SafeSteerError, match="not whether they refuse"):
         guard("safe")("a", "b")
+
+
+def test_a_template_that_reads_parts_gets_parts(guard):
+    """As Llama-Guard 4's, which writes nothing for content that is text."""
+    chat = guard("safe").chat
+    judge = Guard(replace(chat, tokenizer=copy.deepcopy(chat.tokenizer)))
+    judge.chat.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['content'] is not string %}{% for part in m['content'] %}"
+        "{{ m['role'] + ': ' + part['text'] + '\n' }}{% endfor %}{% endif %}{% endfor %}"
+    )
+    assert judge.chat.decode(judge._question_ids("Hello", "Bye")) == "user: Hello\nassistant: Bye\n"
+    judge.chat.tokenizer.chat_template = "{{ 'nothing' }}"
+    with pytest.raises(SafeSteerError, match="does not write out a conversation"):
+        judge.verdicts(["Hello"], ["Bye"])
 
 
 def test_wildguard_reads_the_text_of_its_card(tiny_llama):

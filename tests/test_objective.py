@@ -133,3 +133,58 @@ def test_off_set_leaves_the_set_out():
     outside = [v for v in range(V) if v not in S.tolist()]
     want = float(terms[:, outside].sum(-1).mean())
     assert kl_outside_set(h, t, head, base_head, S) == pytest.approx(want)
+
+
+# --- half precision ---
+
+
+def near_the_teacher(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(hidden, teacher's hidden, head): differences are small beside the rounding of a logit."""
+    teacher = normal(64, 64, seed=5)
+    hidden = teacher + 0.1 * normal(64, 64, seed=6)
+    return hidden.to(dtype), teacher.to(dtype), (0.4 * normal(2500, 64, seed=7)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"divergence": "reverse", "normalizer": "partial"},
+        {"normalizer": "tail"},
+        {"support": "full", "divergence": "reverse"},
+        {"support": "topk"},
+    ],
+    ids=str,
+)
+def test_states_in_half_precision_give_the_loss_that_they_have_in_float64(settings, dtype):
+    """The same states and heads: only the arithmetic differs."""
+    config, ids = DistillConfig(**settings), torch.arange(10, 60)
+
+    def loss_and_gradient(hidden, teacher, weight):
+        leaf = hidden.clone().requires_grad_()
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        weights = torch.full((len(leaf),), 1 / len(leaf), dtype=wide)
+        terms = divergence_loss(leaf, teacher, weights, Head(weight), Head(weight), ids, config)
+        terms.loss.backward()
+        return terms.loss.detach().double(), leaf.grad.double(), terms.divergence.abs().mean()
+
+    hidden, teacher, weight = near_the_teacher(dtype)
+    want, slope, size = loss_and_gradient(hidden.double(), teacher.double(), weight.double())
+    got, narrow, _ = loss_and_gradient(hidden, teacher, weight)
+    assert float((got - want).abs() / size) < 1e-5
+    assert float((narrow - slope).norm() / slope.norm()) < 0.5 * torch.finfo(dtype).eps  # rounded once
+    got, wide, _ = loss_and_gradient(hidden.float(), teacher, weight)
+    assert float((got - want).abs() / size) < 1e-5
+    assert float((wide - slope).norm() / slope.norm()) < 1e-5
+
+
+def test_a_head_in_half_precision_is_never_widened_whole():
+    hidden, teacher, weight = (t.bfloat16() for t in (normal(32, 64), normal(32, 64), normal(20_000, 64)))
+    weights, head = torch.full((32,), 1 / 32), Head(weight)
+    with LargestTensor() as seen:
+        loss = divergence_loss(
+            hidden.requires_grad_(), teacher, weights, head, head, S, DistillConfig(), chunk=8
+        )
+        loss.loss.backward()
+    assert seen.largest == 8 * len(weight) < weight.numel()  # a chunk of logits

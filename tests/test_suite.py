@@ -16,6 +16,7 @@ from safesteer.directions.inspection import representation_shift
 from safesteer.evaluation import suite as suites
 from safesteer.evaluation.capability import KNOWN as TASKS
 from safesteer.evaluation.capability import local_name, measure_capability, write_tasks
+from safesteer.evaluation.ledger import looks
 from safesteer.evaluation.suite import SUITES, Suite, run_suite
 from safesteer.judges.judge import ModelJudge, Verdict
 from safesteer.models.loading import load_model
@@ -55,8 +56,19 @@ def data(tmp_path):
     return folder
 
 
+def test_a_public_set_that_cannot_be_had_is_left_out_with_a_word(tiny_llama, tmp_path, data, capsys):
+    sets = Suite(
+        ("own-harmful",), (), ("xstest", "advbench"), n_prompts=2, max_new_tokens=2, perplexity_tokens=64
+    )
+    table = run_suite(tiny_llama, sets, tmp_path / "out", data=data)
+    assert {"own-harmful", "xstest"} <= set(table["name"])
+    assert "advbench" not in set(table["name"])
+    assert "left out: Cannot load 'advbench'" in " ".join(capsys.readouterr().out.split())
+
+
 def test_suites_name_only_what_there_is():
     for chosen in SUITES.values():
+        assert set(chosen.where_there) <= set(BENCHMARKS)
         assert set(chosen.sets) <= {*suites.OWN, *BENCHMARKS}
         assert set(chosen.tasks) <= {*TASKS, "humaneval"}
 
@@ -81,11 +93,14 @@ def test_a_suite_is_a_table_with_intervals_and_an_interrupted_one_continues(
     assert not (out / "results.json").exists()
     table = run_suite(model_folder, TINY, out, data=data)
     assert len(calls) == 4  # the set that was measured before the interruption is not measured again
-    assert table["name"].tolist().count("xstest") == 2  # refused, and a phrase anywhere
+    metrics = table[table["name"] == "xstest"].metric.tolist()
+    assert metrics[:2] == ["refused", "refusal phrase anywhere"]
+    assert metrics[2:] == ["answers that repeat four words", "distinct words per word", "words per answer"]
     rates = table[table.metric == "refused"]
     assert ((rates.low <= rates.value) & (rates.value <= rates.high)).all()
-    assert set(table.kind) == {"harmful", "over-refusal", "perplexity"}
-    assert {p.name for p in out.iterdir() if p.name != ".lock"} == FILES
+    assert set(table.kind) == {"harmful", "over-refusal", "text quality", "perplexity"}
+    assert {p.name for p in out.iterdir() if p.name != ".lock"} == {*FILES, "looks.csv"}
+    assert list(looks(out).split) == ["own-harmful", "own-harmless", "xstest"]
     assert json.loads((out / "results.json").read_text())["suite"]["n_prompts"] == 3
     answers = [json.loads(line) for line in (out / "suite_answers.jsonl").read_text().splitlines()]
     assert len(answers) == 9
@@ -128,6 +143,9 @@ def test_a_run_is_measured_as_base_and_student(model_folder, tmp_path, data):  #
     (run / "model").symlink_to(model_folder)
     table = run_suite(run, TINY, data=data)
     assert table.model.unique().tolist() == ["base", "student"]
+    changes = table[table.kind == "change"]
+    assert (changes["name"].tolist(), changes.value.tolist()) == (list(TINY.sets), [0.0] * len(TINY.sets))
+    assert set(looks(run / "suite-custom").why) == {"suite of base", "suite of student"}
     drift = table[table.kind == "drift"]
     assert drift.value.abs().max() < 1e-5  # the student is the base here
     assert (run / "suite-custom" / "results.json").exists()

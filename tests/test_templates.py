@@ -217,6 +217,11 @@ def test_arguments_of_a_template_are_defaults(chatml_tokenizer):
         talk, tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
     assert asked == off
+    again = with_template(chatml_tokenizer, THINKING)
+    set_template(again, None, ["enable_thinking=true", "name=Sam"])
+    assert render(again, "x") == render(tokenizer, "x")
+    with pytest.raises(SafeSteerError, match="name=value, not 'thinking'"):
+        set_template(again, None, ["thinking"])
     with pytest.raises(SafeSteerError, match="template argument tools"):
         set_template(tokenizer, None, {"tools": object()})
     with pytest.raises(SafeSteerError, match="name without spaces"):
@@ -295,7 +300,7 @@ def test_a_system_prompt_stands_before_the_users_first_words(chatml_tokenizer):
 def test_a_direction_is_found_where_a_template_refuses_the_system_role(tiny_llama, pairs):
     tokenizer = with_template(
         tiny_llama.tokenizer,
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         + CHATML.replace("{% if loop.first", "{% if false and loop.first"),
     )
     chat = ChatModel(tiny_llama.model, tokenizer, "no-system")

@@ -206,8 +206,7 @@ def _follow(
     """Take the steps that remain, and write, log and check as `training` says; return the whole history."""
     config, folder = state.config, None if training.folder is None else Path(training.folder)
     history, stamp = _resume(state, teacher, prompts, folder)
-    selected = [p for name in config.splits for p in prompts.split(name).prompts]
-    steps = training_steps(state, teacher, PromptSet(tuple(selected), prompts.name))
+    steps = training_steps(state, teacher, _prompts_to_train_on(prompts, config))
     settings = {"model": teacher.base.name, **asdict(config)}
     with open_tracker(training.track, (folder or Path()) / "tracking", settings) as log:
 
@@ -231,6 +230,18 @@ def _follow(
             if stopped:
                 break
     return tuple(history)
+
+
+def _prompts_to_train_on(prompts: PromptSet, config: DistillConfig) -> PromptSet:
+    """Take the splits that `config` names, but for the one that early stopping measures."""
+    names = [name for name in config.splits if not (config.check_every and name == "val")]
+    if not names:
+        raise SafeSteerError(
+            "Early stopping (distill.check_every) measures val, so nothing is left to train on: add a split"
+            " to distill.splits."
+        )
+    selected = [p for name in names for p in prompts.split(name).prompts]
+    return PromptSet(tuple(selected), prompts.name)
 
 
 def restore_student(

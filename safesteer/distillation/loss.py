@@ -17,7 +17,7 @@ from torch import Tensor
 
 from safesteer.distillation.divergence import localized_divergence
 from safesteer.models.head import Head
-from safesteer.models.logits import generalized_kl_terms, logits_of, positions_per_chunk
+from safesteer.models.logits import generalized_kl_terms, logits_of, positions_per_chunk, wide_matmul
 from safesteer.settings import DistillConfig, Support
 
 CHUNKS = 3  # of positions_per_chunk: this pass holds one buffer of logits where others hold several
@@ -94,7 +94,7 @@ class _ChunkedLoss(torch.autograd.Function):
         normalizer = "partial" if support == "full" else config.normalizer
         wide = torch.promote_types(h.dtype, torch.float32)
         wants_h, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        of_h = torch.empty_like(h) if wants_h else None
+        of_h = torch.empty_like(h, dtype=wide) if wants_h else None
         of_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
         of_bias = None if bias is None or not wants_bias else torch.zeros_like(bias, dtype=wide)
         divergence, mass, teacher_mass = (h.new_empty(len(h), dtype=wide) for _ in range(3))
@@ -121,14 +121,13 @@ class _ChunkedLoss(torch.autograd.Function):
             dz = dz.add_(g) if support == "full" else dz.scatter_add_(1, on, g)
             dz = dz if slope is None else dz.mul_(slope)
             dz = dz if fixed.scale == 1 else dz.mul_(fixed.scale)
-            narrow = dz.to(weight.dtype)
             if of_h is not None:
-                of_h[at] = narrow @ weight
+                of_h[at] = wide_matmul(dz, weight)
             if of_weight is not None:
-                of_weight.addmm_(narrow.T.to(wide), h[at].to(wide))
+                of_weight.addmm_(dz.T, h[at].to(wide))
             if of_bias is not None:
                 of_bias += dz.sum(0)
-            del z, dz, narrow
+            del z, dz
         ctx.save_for_backward(of_h, of_weight, of_bias)
         ctx.dtypes = h.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(divergence, mass, teacher_mass)

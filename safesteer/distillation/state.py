@@ -109,11 +109,7 @@ def prepare_student(
             "The student is in half precision, where steps this small round to nothing: load it with"
             " dtype='float32', or train an adapter (lora_rank)."
         )
-    if config.checkpointing:
-        inner = hf_model(student.model)
-        # transformers 5.23 renamed the method; older releases know the other name only.
-        enable = getattr(inner, "activation_checkpointing_enable", inner.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+    student.model.eval()  # no dropout: the teacher has none, and a resumed run would draw another
     if config.sharded:
         shard(student.model)
         trained = [p for p in student.model.parameters() if p.requires_grad]

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from accelerate import PartialState
@@ -22,6 +23,7 @@ from accelerate.utils import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from safesteer._errors import SafeSteerError
 from safesteer.distillation.loss import LossTerms, divergence_loss, kl_outside_set
@@ -40,6 +42,7 @@ from safesteer.models.chat_model import ChatModel
 from safesteer.models.forward import earned, final_hidden
 from safesteer.models.head import Head, output_head
 from safesteer.models.logits import logps_on
+from safesteer.models.parts import blocks
 from safesteer.models.sharding import equal_passes, gather, split_sharded, total_norm
 from safesteer.settings import DistillConfig
 
@@ -100,7 +103,7 @@ def take_step(
     teacher_s, clock = time.perf_counter() - clock, time.perf_counter()
 
     state.optimizer.zero_grad(set_to_none=True)
-    with _gradient_checkpointing(student, config.checkpointing), equal_passes(student.model, backward=True):
+    with _recomputed(student, config.checkpointing), equal_passes(student.model, backward=True):
         terms, h_student = _backward(state, teacher, reading)
     grad_norm = _clip_gradients(state)
     # Before the weights move: a trained head must be the one that these states came from.
@@ -134,22 +137,32 @@ def take_step(
 
 
 def learning_rate(step: int, config: DistillConfig) -> float:
-    """Return the rate of step `step`: linear warm-up over the first share, then half a cosine to zero."""
-    warm = max(1, round(config.warmup * config.n_steps))
+    """Return the rate of step `step`: that of transformers' `get_cosine_schedule_with_warmup`.
+
+    It rises in a line from zero, which is the rate of the first step, over as many steps as transformers'
+    trainer takes for that share, and falls by half a cosine. At least one step has the whole rate.
+    """
+    warm = min(math.ceil(config.warmup * config.n_steps), config.n_steps - 1)
     if step < warm:
-        return config.lr * (step + 1) / warm
-    share = (step - warm) / max(1, config.n_steps - warm)
+        return config.lr * step / warm
+    share = (step - warm) / (config.n_steps - warm)
     return config.lr * 0.5 * (1 + math.cos(math.pi * share))
 
 
 @contextmanager
-def _gradient_checkpointing(student: ChatModel, enabled: bool) -> Iterator[None]:
-    """Turn training mode on: transformers recomputes activations in no other; answers are sampled before."""
-    student.model.train(enabled)
+def _recomputed(student: ChatModel, enabled: bool) -> Iterator[None]:
+    """Keep no activations inside blocks: the backward pass computes them again.
+
+    The model stays in evaluation mode. Training mode, in which alone transformers recomputes, has dropout.
+    """
+    selected = list(blocks(student.model)) if enabled else []
     try:
+        for block in selected:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         yield
     finally:
-        student.model.eval()
+        for block in selected:
+            vars(block).pop("forward", None)  # the class's own is back
 
 
 def _autocast(student: ChatModel, config: DistillConfig) -> torch.autocast:

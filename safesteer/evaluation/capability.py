@@ -32,7 +32,7 @@ class Task:
 
     `file` holds local rows, and `row` rewrites one in the columns of the harness's data set. `harness` is the
     harness's own task file, within its folder of tasks; `shots` is the number of worked examples before each
-    question, where that file has them written out.
+    question: none but where that file has them written out, so that local rows and the Hub's give one task.
     """
 
     name: str
@@ -200,6 +200,7 @@ def measure_capability(
                     lm,
                     tasks=[name],
                     task_manager=manager,
+                    num_fewshot=task.shots,  # the same from local rows and from the Hub
                     limit=limit,
                     apply_chat_template=task.chat,
                     log_samples=False,

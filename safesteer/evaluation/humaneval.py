@@ -7,12 +7,14 @@ processor time, memory and file size, an empty environment and an empty folder. 
 namespace, nothing is run. The prompt is ours; the score is pass@1 of one greedy completion.
 """
 
+import ast
 import ctypes
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
@@ -79,11 +81,57 @@ def passes(program: str, *, seconds: int = 5, memory_mb: int = 1024) -> bool:
     return done.returncode == 0
 
 
-def completion(prompt: str, answer: str) -> str:
-    """Return the function in an answer: its first code block, else all of it, after the prompt if a body."""
-    block = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", answer, re.S)
-    code = block[1] if block else answer
-    return code if re.search(r"^\s*def ", code, re.M) else prompt + code
+def completion(prompt: str, answer: str, entry_point: str = "") -> str:
+    """Return the program in an answer, as a whole function or as a body after the prompt.
+
+    Of several code blocks the first that defines `entry_point` counts, else the first that defines
+    anything, else the first. Without a block, the lines from the first that looks like Python count, up to
+    where they no longer parse. A body whose first line has lost its indent gets it back.
+    """
+    answer = answer.replace("\r\n", "\n")
+    blocks = re.findall(r"```[^\S\n]*\w*[^\S\n]*\n(.*?)(?:```|\Z)", answer, re.S)
+    defines = re.compile(
+        rf"^\s*(?:async )?def {re.escape(entry_point)}\b" if entry_point else r"^\s*def ", re.M
+    )
+    chosen = [block for block in blocks if defines.search(block)]
+    chosen += [block for block in blocks if re.search(r"^\s*def ", block, re.M)]
+    code = (chosen or blocks or [_python_lines(answer, prompt)])[0]
+    if re.search(r"^[^\S\n]*(?:async )?def ", code, re.M) and _parses(textwrap.dedent(code)):
+        return textwrap.dedent(code)
+    return prompt + _indented(code)
+
+
+def _parses(code: str) -> bool:
+    try:
+        ast.parse(code)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def _python_lines(answer: str, prompt: str) -> str:
+    """Cut prose before and after the code of an answer without a code block."""
+    lines = answer.split("\n")
+    looks = re.compile(
+        r"\s*(?:def |async def |import |from \w+ import |class |@\w|return\b|for |while |if |#)|\s+\S"
+        r"|\w+ ?[=+(\[]"
+    )
+    first = next((i for i, line in enumerate(lines) if looks.match(line)), 0)
+    for last in range(len(lines), first, -1):
+        code = "\n".join(lines[first:last])
+        if _parses(textwrap.dedent(code)) or _parses(prompt + _indented(code)):
+            return code
+    return answer
+
+
+def _indented(body: str) -> str:
+    """Indent a body by four spaces, also one whose first line alone has lost its indent."""
+    lines = body.strip("\n").split("\n")
+    others = [line for line in lines[1:] if line.strip()]
+    depth = min((len(line) - len(line.lstrip()) for line in others), default=0)
+    if not lines[0].startswith((" ", "\t")) and depth >= 4 and not lines[0].rstrip().endswith(":"):
+        lines[0] = " " * depth + lines[0]
+    return textwrap.indent(textwrap.dedent("\n".join(lines)), "    ") + "\n"
 
 
 def run_humaneval(
@@ -118,7 +166,7 @@ def run_humaneval(
     for row, answer in zip(rows, answers, strict=True):
         head = row["prompt"].split("def ")[0]  # the imports that the tests expect
         tests = row.get("test") or row["tests"]
-        code = completion(row["prompt"], answer)
+        code = completion(row["prompt"], answer, row["entry_point"])
         passed.append(passes(f"{head}\n{code}\n{tests}\ncheck({row['entry_point']})\n", seconds=seconds))
     return passed
 

@@ -3,8 +3,12 @@
 It measures one model, or base and student of a run:
 
     quick   32 pairs of the test split; no capability
-    small   the 100 test pairs; 200 rows each of ARC-Easy, PIQA and LAMBADA
+    small   the 100 test pairs; up to 100 prompts each of public harmful sets, XSTest's safe prompts and
+            everyday instructions, where they can be had; 200 rows each of ARC-Easy, PIQA and LAMBADA
     paper   the paper's benchmarks and tasks, whole
+
+Beside every rate of over-refusal stands the text quality of those answers. Base and student answer the same
+prompts, so changes between them come with a paired interval and McNemar's test.
 
 Drift is KL(base || student) along the base's answers to harmless prompts, and the shift of the final hidden
 state at the last prompt position in units of the base's spread (paper, Figure 3).
@@ -15,7 +19,7 @@ The folder holds `suite.json` (what is measured on which models; a folder of ano
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,10 +31,11 @@ from rich.console import Console
 from safesteer._errors import SafeSteerError
 from safesteer._files import locked, read_json, write_json, write_text
 from safesteer._intervals import bootstrap, wilson
-from safesteer._settings import named_values
 from safesteer.directions.inspection import representation_shift
 from safesteer.evaluation.capability import measure_capability
 from safesteer.evaluation.humaneval import problems, run_humaneval
+from safesteer.evaluation.ledger import log_look
+from safesteer.evaluation.rows import change_row, quality_rows, rate, row
 from safesteer.judges.judge import Judge, judge_all, judge_name, outcomes
 from safesteer.judges.wording import refuses, refuses_anywhere
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
@@ -54,6 +59,7 @@ class Suite:
 
     sets: tuple[str, ...]
     tasks: tuple[str, ...] = ()
+    where_there: tuple[str, ...] = ()  # sets that are left out, with a word, where they cannot be loaded
     n_prompts: int | None = None
     n_rows: int | None = None
     max_new_tokens: int = 32
@@ -62,7 +68,23 @@ class Suite:
 
 SUITES = {
     "quick": Suite(tuple(OWN), n_prompts=32, perplexity_tokens=4096),
-    "small": Suite(tuple(OWN), ("arc_easy", "piqa", "lambada_openai"), n_rows=200),
+    "small": Suite(
+        tuple(OWN),
+        ("arc_easy", "piqa", "lambada_openai"),
+        (
+            "harmbench",
+            "do-not-answer",
+            "harmfulqa",
+            "xstest-unsafe",
+            "jailbreakbench",
+            "strongreject",
+            "advbench",
+            "xstest",
+            "everyday",
+        ),
+        n_prompts=100,
+        n_rows=200,
+    ),
     "paper": Suite(
         (
             "advbench",
@@ -146,7 +168,7 @@ def run_suite(
     job = _Job(selected, models, folder, None if data is None else Path(data), judge)
     with locked(folder):
         _check_folder(job)
-        rows = _measure(job, console)
+        rows = [*_measure(job, console), *_changes(job)]
         title = target if isinstance(target, str | Path) else models["model"].name
         return _write(job, rows, f"{title}: suite {name}")
 
@@ -164,15 +186,10 @@ def _load(target: str | Path | ModelLike, run: Path | None) -> dict[str, ChatMod
     """Load the models that are measured, by the names of the table."""
     if run is not None:
         manifest = read_json(run / "manifest.json")
-        settings = manifest.get("recipe", {})
-        trust = settings.get("trust_remote_code", False)
-        base = load_model(
-            manifest["model"],
-            revision=settings.get("revision"),
-            trust_remote_code=trust,
-            template=settings.get("template"),
-            template_args=named_values(settings.get("template_args", ())),
-        )
+        names = ("revision", "trust_remote_code", "template", "template_args")
+        source = {name: manifest["recipe"][name] for name in names if name in manifest.get("recipe", {})}
+        trust = source.get("trust_remote_code", False)
+        base = load_model(manifest["model"], **source)
         return {"base": base, "student": load_model(str(run / "model"), trust_remote_code=trust)}
     return {"model": load_model(str(target)) if isinstance(target, str | Path) else as_chat(target)}
 
@@ -205,7 +222,13 @@ def _measure(job: _Job, console: Console) -> list[dict[str, Any]]:
             part = job.folder / "parts" / f"{label}--{item}.json"
             if not part.exists():
                 console.print(f"{label}: {item}", highlight=False)
-                write_json(part, measure(chat))
+                try:
+                    write_json(part, measure(chat))
+                except SafeSteerError as error:
+                    if item not in job.suite.where_there:
+                        raise
+                    console.print(f"  left out: {error}", highlight=False, markup=False)
+                    continue
             rows += [{"model": label, **row} for row in read_json(part)["rows"]]
     return rows
 
@@ -224,7 +247,7 @@ def _write(job: _Job, rows: list[dict[str, Any]], title: str) -> pd.DataFrame:
 def _measurements(job: _Job, label: str) -> Iterator[tuple[str, Measure]]:
     """Yield (name of the part, function that makes it) for one model."""
     suite, data = job.suite, job.data
-    for name in suite.sets:
+    for name in (*suite.sets, *suite.where_there):
         yield name, partial(_refusals, job, label, name)
     for task in suite.tasks:
         if task == HUMANEVAL:
@@ -245,9 +268,15 @@ def _texts(name: str, data: Path | None, limit: int | None) -> list[str]:
     return load_benchmark(name, data=data, limit=limit)
 
 
-def _row(kind: str, name: str, metric: str, value: float, limits: tuple[float, float] | None, n: int) -> dict:
-    low, high = limits or (None, None)
-    return {"kind": kind, "name": name, "metric": metric, "value": value, "low": low, "high": high, "n": n}
+def _changes(job: _Job) -> list[dict[str, Any]]:
+    """Make a row per set of prompts that base and student have answered: how the rate changed."""
+    rows = []
+    for name in (*job.suite.sets, *job.suite.where_there):
+        parts = [job.folder / "parts" / f"{label}--{name}.json" for label in ("base", "student")]
+        if "student" in job.models and all(part.exists() for part in parts):
+            answers = (read_json(part)["answers"] for part in parts)
+            rows.append({"model": "student", **change_row(name, *answers)})
+    return rows
 
 
 def _refusals(job: _Job, label: str, name: str, chat: ChatModel) -> dict[str, Any]:
@@ -256,10 +285,15 @@ def _refusals(job: _Job, label: str, name: str, chat: ChatModel) -> dict[str, An
     answers = generate(chat, prompts, max_new_tokens=job.suite.max_new_tokens, batch_size=50)
     counts, values = outcomes(judge_all(job.judge, prompts, answers))
     kind = OWN.get(name) or benchmark_named(name).kind
-    rows = [_rate(kind, name, counts, [value is True for value in values])]
+    rows = [rate(kind, name, counts, [value is True for value in values])]
+    if any(value is None for value in values):
+        rows.append(rate(kind, name, "verdict unknown", [value is None for value in values]))
+    log_look(job.folder, chat, name, len(prompts), f"suite of {label}")
     if job.judge is refuses:  # the lenient form is reported apart
         anywhere = [refuses_anywhere(p, a) for p, a in zip(prompts, answers, strict=True)]
-        rows.append(_rate(kind, name, "refusal phrase anywhere", anywhere))
+        rows.append(rate(kind, name, "refusal phrase anywhere", anywhere))
+    if kind == "over-refusal":
+        rows += quality_rows(name, prompts, answers)
     names = {"model": label, "set": name, "judge": judge_name(job.judge), "counts": counts}
     judged = [
         {**names, "prompt": p, "answer": a, "verdict": value}
@@ -268,25 +302,19 @@ def _refusals(job: _Job, label: str, name: str, chat: ChatModel) -> dict[str, An
     return {"rows": rows, "answers": judged}
 
 
-def _rate(kind: str, name: str, metric: str, holds: Sequence[bool]) -> dict:
-    """Make the row of a rate, with its Wilson interval."""
-    n, k = len(holds), sum(holds)
-    return _row(kind, name, metric, k / n, wilson(k, n), n)
-
-
 def _capability(
     task: str, folder: Path, data: Path | None, limit: int | None, chat: ChatModel
 ) -> dict[str, Any]:
     """Measure a task of the harness."""
     result = measure_capability(chat, (task,), folder, data=data, limit=limit).iloc[0]
     value, n = float(result.value), int(result.n)
-    return {"rows": [_row("capability", task, result.metric, value, wilson(round(value * n), n), n)]}
+    return {"rows": [row("capability", task, result.metric, value, wilson(round(value * n), n), n)]}
 
 
 def _humaneval(data: Path | None, limit: int | None, chat: ChatModel) -> dict[str, Any]:
     """Measure HumanEval; the caller has allowed it."""
     rows = problems(None if data is None else data / "humaneval.jsonl", limit)
-    return {"rows": [_rate("capability", HUMANEVAL, "pass@1", run_humaneval(chat, rows, allow_code=True))]}
+    return {"rows": [rate("capability", HUMANEVAL, "pass@1", run_humaneval(chat, rows, allow_code=True))]}
 
 
 def _perplexity(suite: Suite, data: Path | None, chat: ChatModel) -> dict[str, Any]:
@@ -295,7 +323,7 @@ def _perplexity(suite: Suite, data: Path | None, chat: ChatModel) -> dict[str, A
     if data is not None and (data / WIKITEXT).is_file():
         name, text = "WikiText-2", wikitext(data)
     value = perplexity(chat, text, max_tokens=suite.perplexity_tokens)
-    return {"rows": [_row("perplexity", name, "perplexity", value, None, suite.perplexity_tokens)]}
+    return {"rows": [row("perplexity", name, "perplexity", value, None, suite.perplexity_tokens)]}
 
 
 def _drift(base: ChatModel, prompts: list[str], chat: ChatModel) -> dict[str, Any]:
@@ -309,7 +337,7 @@ def _drift(base: ChatModel, prompts: list[str], chat: ChatModel) -> dict[str, An
     points = representation_shift({"base": base, "student": chat}, prompts)
     shift = float(points[points.model == "student"]["shift"].iloc[0])
     rows = [
-        _row("drift", "harmless answers", "KL(base || student), nats a token", mean, bootstrap(kls), n),
-        _row("drift", "harmless prompts", "shift in units of the base's spread", shift, None, n),
+        row("drift", "harmless answers", "KL(base || student), nats a token", mean, bootstrap(kls), n),
+        row("drift", "harmless prompts", "shift in units of the base's spread", shift, None, n),
     ]
     return {"rows": rows}

@@ -78,11 +78,26 @@ class Guard(ModelJudge):
         extra: dict[str, Any] = {"guideline": self.guideline} if self.kind == "shieldgemma" else {}
         # Their templates take turns of user and assistant alone.
         turns = [message for message in messages_of(prompt) if message["role"] != "system"]
-        talk = [*turns, {"role": "assistant", "content": answer}]
-        ids = tokenizer.apply_chat_template(
-            talk, add_generation_prompt=True, tokenize=True, return_dict=False, **extra
+        turns.append({"role": "assistant", "content": answer})
+        for form in (str, _as_parts):  # Llama-Guard 4 reads content as a list of parts, and text as nothing
+            talk = [{**turn, "content": form(turn["content"])} for turn in turns]
+            try:
+                text = cast(
+                    str,
+                    tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False, **extra),
+                )
+            except Exception:  # templates raise whatever they like: the other form, or the sentence below
+                continue
+            if all(turn["content"].strip() in text for turn in turns):
+                return self.chat.encode(text)
+        raise SafeSteerError(
+            f"The chat template of '{self.chat.name}' does not write out a conversation: is it a guard model?"
         )
-        return cast(list[int], ids)
+
+
+def _as_parts(text: str) -> list[dict[str, str]]:
+    """Write text as a list of one part."""
+    return [{"type": "text", "text": text}]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from safesteer._errors import SafeSteerError
 from safesteer._files import whole_folder
@@ -41,9 +42,10 @@ def with_adapter(chat: ChatModel, rank: int, alpha: int, first_layer: int = 0, s
         names[module]
         for block in blocks(chat.model)[first_layer:]
         for module in block.modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear | Conv1D)  # GPT-2 has linear maps of the second kind
     ]
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in names)
     torch.manual_seed(seed)  # the adapter's own start
     return replace(chat, model=get_peft_model(cast(PreTrainedModel, chat.model), config))
 

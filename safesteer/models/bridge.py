@@ -7,7 +7,11 @@ Hugging Face model.
 """
 
 import copy
-from typing import TYPE_CHECKING, cast
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -42,7 +46,8 @@ def to_bridge(chat: ModelLike) -> TransformerBridge:
         copy with a BOS token, as TransformerLens wants; chat templates render as before.
 
     Raises:
-        SafeSteerError: For an architecture that TransformerLens does not know, or a bridge with other logits.
+        SafeSteerError: For an architecture that TransformerLens does not know, a package that it needs and
+            that is missing (nothing is installed), or a bridge with other logits.
 
     Example:
         >>> bridge = ss.to_bridge(chat)
@@ -61,7 +66,7 @@ def to_bridge(chat: ModelLike) -> TransformerBridge:
     # TransformerLens gives a tokenizer a BOS, and loads it again by name unless told it adds one.
     tokenizer.init_kwargs |= {"name_or_path": chat.name, "add_bos_token": True}
     try:
-        with quiet_transformers():
+        with quiet_transformers(), nothing_installed():
             bridge = Bridge.boot_transformers(
                 chat.name,
                 hf_model=source,
@@ -71,13 +76,43 @@ def to_bridge(chat: ModelLike) -> TransformerBridge:
             )
     except Exception as error:  # an architecture that it does not know, or a part that it expects
         raise SafeSteerError(
-            f"TransformerLens cannot bridge {type(source).__name__} ({first_line(error)[:120]}); every"
-            " function takes the plain model too."
+            f"TransformerLens cannot bridge {type(source).__name__} ({_reason(error)}); every function takes"
+            " the plain model too."
         ) from error
     bridge.eval().requires_grad_(False)
     _check_logits(bridge, chat)
     remember_bridge(bridge, chat)
     return bridge
+
+
+def _reason(error: Exception) -> str:
+    """Say why a bridge could not be built: with what to install, where that is missing."""
+    command = re.search(r"pip install [\w./\[\],=<>~ -]+", str(error))
+    return command[0].strip() if command else first_line(error)[:120]
+
+
+@contextmanager
+def nothing_installed() -> Iterator[None]:
+    """Refuse every command that installs packages, inside the block.
+
+    TransformerLens runs `pip install torchvision` where the image processor of a multimodal model does not
+    load, which reading text never needs, and that may replace the torch that is there. It takes the refusal
+    as a failed installation. Other commands run.
+    """
+    popen = subprocess.Popen
+
+    class WithoutInstallers(popen):
+        def __init__(self, args: Any, *more: Any, **options: Any) -> None:
+            words = args.split() if isinstance(args, str) else list(map(str, args))
+            if "install" in words:
+                raise PermissionError(f"nothing is installed here; run it yourself: {' '.join(words)}")
+            super().__init__(args, *more, **options)
+
+    subprocess.Popen = WithoutInstallers
+    try:
+        yield
+    finally:
+        subprocess.Popen = popen
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, cast
@@ -47,7 +47,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     template: str | None = None,
-    template_args: Mapping[str, Any] | None = None,
+    template_args: Mapping[str, Any] | Sequence[str] | None = None,
 ) -> ChatModel:
     """Load a chat model and its tokenizer.
 

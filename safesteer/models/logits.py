@@ -2,10 +2,14 @@
 
 `logits_of` is the head itself. `logps_on` gives log-probabilities on a few ids: positions go through the
 head in chunks, each chunk leaves one logsumexp and the gathered ids, and the backward pass forms the
-logits again. `refusal_score` and `kl_divergence` read logits of single positions.
+logits again. A head in half precision is multiplied and summed in float32 (`wide_matmul`): near the teacher,
+rounded logits would be most of the difference. `refusal_score` and `kl_divergence` read logits of single
+positions.
 """
 
 import math
+from functools import cache
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256  # positions whose logits are alive at once: the knee between speed and memory on CPU
 CHUNK_LOGITS = 2**24  # or fewer positions, so that at most this many logits are (64 MiB in float32)
+
+WIDENED_ROWS = 2048  # rows of a head in half precision that are widened at once, where they have to be
 
 
 def refusal_score(
@@ -59,6 +65,58 @@ def positions_per_chunk(d_vocab: int) -> int:
     return max(1, min(CHUNK, CHUNK_LOGITS // d_vocab))
 
 
+@cache
+def _multiplies_wide(device: str, dtype: torch.dtype) -> bool:
+    """Say whether the device multiplies half precision into a float32 result; tried once."""
+    narrow = torch.ones((16, 16), dtype=dtype, device=device)
+    try:
+        torch.mm(narrow, narrow, out_dtype=torch.float32)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def wide_matmul(
+    a: Float[Tensor, "n k"], weight: Float[Tensor, "rows cols"], *, transposed: bool = False
+) -> Float[Tensor, "n m"]:
+    """Compute a @ weight, or a @ weight.T, with products and sums in float32 or wider.
+
+    No wide copy of `weight` is made: its rows are widened a few at a time where the device cannot multiply
+    half precision into a wide result.
+    """
+    wide = torch.promote_types(torch.promote_types(a.dtype, weight.dtype), torch.float32)
+    if a.dtype == weight.dtype == wide:
+        return a @ (weight.T if transposed else weight)
+    if a.dtype == weight.dtype and _multiplies_wide(str(a.device), a.dtype):
+        return torch.mm(a, weight.T if transposed else weight, out_dtype=wide)
+    a = a.to(wide)
+    out = a.new_zeros((len(a), weight.shape[0 if transposed else 1]))
+    for start in range(0, len(weight), WIDENED_ROWS):
+        part = slice(start, start + WIDENED_ROWS)
+        if transposed:
+            out[:, part] = a @ weight[part].to(wide).T
+        else:
+            out.addmm_(a[:, part], weight[part].to(wide))
+    return out
+
+
+class _WideHead(torch.autograd.Function):
+    """hidden @ weight.T by `wide_matmul`; so are its gradients, which are rounded once, at the end."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return wide_matmul(hidden, weight, transposed=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        (grad,), (wants_hidden, wants_weight) = grad_outputs, ctx.needs_input_grad
+        of_hidden = wide_matmul(grad, weight).to(hidden.dtype) if wants_hidden else None
+        of_weight = (grad.T @ hidden.to(grad.dtype)).to(weight.dtype) if wants_weight else None
+        return of_hidden, of_weight
+
+
 def logits_of(
     hidden: Float[Tensor, "*batch d_model"],
     weight: Float[Tensor, "d_vocab d_model"],
@@ -68,8 +126,10 @@ def logits_of(
 ) -> Float[Tensor, "*batch d_vocab"]:
     """Put the head on final hidden states: softcap(scale (weight @ hidden + bias)), in float32 or wider."""
     # A strided slice of positions would be read by a batched product, many times slower.
-    z = (hidden.reshape(-1, hidden.shape[-1]) @ weight.T).view(*hidden.shape[:-1], -1)
-    z = z if z.dtype == torch.float64 else z.float()
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    exact = flat.dtype == weight.dtype and weight.dtype in (torch.float32, torch.float64)
+    z = flat @ weight.T if exact else cast(Tensor, _WideHead.apply(flat, weight))
+    z = z.view(*hidden.shape[:-1], -1)
     z = z if bias is None else z + bias
     z = z if scale == 1 else scale * z
     return z if softcap is None else softcap * torch.tanh(z / softcap)

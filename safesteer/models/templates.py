@@ -6,7 +6,7 @@ are found by rendering a few messages; base models get a template that writes th
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -60,14 +60,17 @@ def special_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def set_template(
-    tokenizer: PreTrainedTokenizerBase, template: str | None, args: Mapping[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    args: Mapping[str, Any] | Sequence[str] | None = None,
 ) -> None:
     """Give a tokenizer a template, and defaults to its template's arguments.
 
     Args:
         tokenizer: Changed in place.
         template: "raw", "plain", "chatml", a Jinja file, or None: the tokenizer's own.
-        args: Defaults of the template's arguments, such as {"enable_thinking": True}. An export keeps them.
+        args: Defaults of the template's arguments, such as {"enable_thinking": True}, or as recipe files
+            write them, ["enable_thinking=true"]. An export keeps them.
 
     Raises:
         SafeSteerError: For a template that is neither a name nor a file, or an argument of another kind.
@@ -80,8 +83,20 @@ def set_template(
             raise SafeSteerError(f"'{template}' is no chat template: use one of {list(NAMED)}, or a file.")
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     if args:
-        defaults = "".join(_default(*item) for item in args.items())
+        items = args.items() if isinstance(args, Mapping) else map(_argument, args)
+        defaults = "".join(_default(*item) for item in items)
         tokenizer.chat_template = _DEFAULTS + defaults + _END + _source(tokenizer)
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """Read name=value; the value as JSON where it is, else as text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise SafeSteerError(f"A template argument is name=value, not '{text}'.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _default(name: str, value: object) -> str:

@@ -156,9 +156,10 @@ def _decoding_deviation(model: nn.Module, batch: PromptBatch) -> float | None:
                 return_dict_in_generate=True,
                 pad_token_id=0,
             )
+        got = torch.stack(out.logits, 1).double()
     except FAILURES:
         return None
-    got, read = torch.stack(out.logits, 1).double(), batch.attention_mask.sum(1)
+    read = batch.attention_mask.sum(1)
     texts = [row[-n - N_DECODED : -1] for row, n in zip(out.sequences, read.tolist(), strict=True)]
     singles = [inner(text[None], use_cache=False).logits[0, -N_DECODED:].double() for text in texts]
     want = torch.stack(singles)[..., : got.shape[-1]]

@@ -96,6 +96,14 @@ BENCHMARKS = (
         "benign",
         "behaviors",
     ),
+    Benchmark(
+        "everyday",
+        "over-refusal",
+        "tatsu-lab/alpaca",
+        "instruction",
+        where=("input", ""),
+        file="harmless_val.jsonl",
+    ),
     # Everyday instructions. A win rate needs a judge of helpfulness: here only refusals are counted.
     Benchmark(
         "alpaca-eval", "over-refusal", "tatsu-lab/alpaca_eval", "instruction", hub_file="alpaca_eval.json"

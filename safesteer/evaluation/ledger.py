@@ -1,0 +1,83 @@
+"""The ledger of looks: who scored which model on which test prompts, when and why.
+
+A test split that is read often is no test any more. Everything that scores one appends a row to `looks.csv`,
+in its run folder or its suite's folder; studies name one file for all. Rows are never changed or deleted.
+"""
+
+import csv
+import hashlib
+import io
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from safesteer._files import append_text
+from safesteer._version import __version__
+from safesteer.models.chat_model import ModelLike, as_chat
+from safesteer.models.parts import hf_model
+
+LOOKS = "looks.csv"
+COLUMNS = ("date", "version", "model", "weights", "split", "n", "why")
+N_VALUES = 512  # of each tensor that the hash reads
+
+
+def weights_hash(chat: ModelLike) -> str:
+    """Hash a sample of every weight, as 16 hex digits: it tells a student from its base.
+
+    Example:
+        >>> from safesteer.evaluation.ledger import weights_hash
+        >>> weights_hash(chat) == weights_hash(chat.copy())
+        True
+    """
+    digest = hashlib.sha256()
+    for name, values in _sampled(hf_model(as_chat(chat).model)):
+        digest.update(name.encode() + values.to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _sampled(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield evenly spaced values of every parameter, by its name without wrappers'."""
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        yield name.replace("_original_component.", ""), flat[:: max(1, len(flat) // N_VALUES)][:N_VALUES]
+
+
+def log_look(path: str | Path, chat: ModelLike, split: str, n: int, why: str) -> None:
+    """Append a look at a test split to a ledger.
+
+    Args:
+        path: The ledger, or the folder that holds it.
+        chat: The model that is scored.
+        split: What is read: "test", "xstest" ...
+        n: How many prompts of it.
+        why: For what.
+
+    Example:
+        >>> from safesteer.evaluation.ledger import log_look, looks
+        >>> log_look(folder, chat, "test", 100, "to show how")
+        >>> looks(folder).split.tolist()
+        ['test']
+    """
+    chat, file = as_chat(chat), _file(path)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if not file.exists():
+        writer.writerow(COLUMNS)
+    writer.writerow((now, __version__, chat.name, weights_hash(chat), split, n, why))
+    append_text(file, text.getvalue())
+
+
+def looks(path: str | Path) -> pd.DataFrame:
+    """Read a ledger; an empty table where nobody has looked."""
+    file = _file(path)
+    return pd.read_csv(file, dtype={"weights": str}) if file.exists() else pd.DataFrame(columns=list(COLUMNS))
+
+
+def _file(path: str | Path) -> Path:
+    """Return the ledger's file: what is no .csv is a folder."""
+    return Path(path) if Path(path).suffix == ".csv" else Path(path) / LOOKS

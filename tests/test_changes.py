@@ -1,0 +1,91 @@
+"""Text quality, changes between two models on the same prompts, and the ledger of looks."""
+
+import pytest
+from scipy.stats import binomtest
+
+from conftest import copy_of
+from safesteer._errors import SafeSteerError
+from safesteer.evaluation.changes import change_over_seeds, paired_change
+from safesteer.evaluation.ledger import log_look, looks, weights_hash
+from safesteer.evaluation.quality import asks_for_code, repeats_itself, text_quality
+from safesteer.models.bridge import to_bridge
+
+WHOLE = "the cat sat on the mat and the dog sat on the rug"
+
+
+def test_repeated_runs_of_words_are_counted():
+    assert not repeats_itself(WHOLE)
+    assert repeats_itself(WHOLE + " and " + WHOLE)
+    assert not repeats_itself("one two three")
+    assert not repeats_itself("")
+
+
+def test_text_quality_is_the_mean_over_answers():
+    prompts = ["Hello", "Write a Python function that adds.", "Write a poem.", "Give me an SQL query."]
+    answers = ["a b a b a b a b", "def add(a, b):\n    return a + b", "", "I cannot."]
+    quality = text_quality(prompts, answers)
+    assert [asks_for_code(p) for p in prompts] == [False, True, False, True]
+    assert (quality.repeats, quality.code, quality.n, quality.n_code) == (0.25, 0.5, 4, 2)
+    assert quality.words == pytest.approx((8 + 7 + 0 + 2) / 4)
+    assert quality.distinct == pytest.approx((2 / 8 + 5 / 7 + 0 + 1) / 4)
+    assert text_quality(["Hello"], ["Hi"]).code is None
+
+
+def test_a_paired_change_is_mcnemars():
+    before = [True] * 10 + [False] * 30
+    after = [True] * 8 + [False] * 2 + [True] * 12 + [False] * 18
+    change = paired_change(before, after)
+    assert (change.gained, change.lost, change.n) == (12, 2, 40)
+    assert change.value == pytest.approx(0.25)
+    assert change.p == pytest.approx(binomtest(2, 14).pvalue)
+    assert change.low < 0.25 < change.high
+    assert change.low > 0
+    assert paired_change(after, before).value == -0.25
+
+
+def test_the_paired_interval_is_narrower_than_two_rates_allow():
+    """The same prompts are refused by both but for one: nothing but that prompt changes."""
+    before = [i % 2 == 0 for i in range(100)]
+    after = [True, *before[1:-1], True]
+    change = paired_change(before, after)
+    assert change.value == pytest.approx(0.01)
+    assert change.high - change.low < 0.05
+    assert change.p == 1.0
+
+
+def test_unknown_verdicts_leave_their_prompt_out():
+    assert paired_change([None, True, False], [True, True, None]).n == 1
+    with pytest.raises(SafeSteerError, match="No prompt has a verdict"):
+        paired_change([None], [True])
+    with pytest.raises(SafeSteerError, match="cannot be paired"):
+        paired_change([True], [True, False])
+
+
+def test_seeds_widen_the_interval():
+    before = [False] * 50
+    alike = [[True] * 20 + [False] * 30] * 3
+    apart = [[True] * n + [False] * (50 - n) for n in (5, 20, 35)]
+    mean, low, high = change_over_seeds(before, alike)
+    wide_mean, wide_low, wide_high = change_over_seeds(before, apart)
+    assert mean == wide_mean == pytest.approx(0.4)
+    assert wide_high - wide_low > 1.3 * (high - low)
+
+
+def test_the_ledger_only_grows(tiny_llama, tmp_path):
+    assert looks(tmp_path).empty
+    log_look(tmp_path, tiny_llama, "test", 100, "a, with comma")
+    first = (tmp_path / "looks.csv").read_text()
+    log_look(tmp_path / "looks.csv", tiny_llama, "xstest", 5, "again")
+    assert (tmp_path / "looks.csv").read_text().startswith(first)
+    table = looks(tmp_path)
+    assert list(table.split) == ["test", "xstest"]
+    assert table.why[0] == "a, with comma"
+    assert set(table.weights) == {weights_hash(tiny_llama)}
+
+
+def test_the_hash_tells_a_student_from_its_base(tiny_llama):
+    student = copy_of(tiny_llama)
+    assert weights_hash(student) == weights_hash(tiny_llama) == weights_hash(to_bridge(tiny_llama))
+    student.model.model.layers[-1].mlp.down_proj.weight.data += 0.01
+    assert weights_hash(student) != weights_hash(tiny_llama)
+    assert student.fingerprint == tiny_llama.fingerprint
