@@ -70,7 +70,8 @@ def align(
         console: Where to print; None: the terminal.
 
     Raises:
-        SafeSteerError: For an unknown stage, a folder of other settings, or a second run at work in it.
+        SafeSteerError: For an unknown stage, a template for an open model, a folder of other settings, or
+            a second run at work in it.
     """
     for stage in stages:
         if stage not in STAGES:
@@ -84,6 +85,11 @@ def align(
     base = source
     if isinstance(base, str):
         base = load_model(base, dtype=recipe.dtype, **recipe.source)
+    elif recipe.template or recipe.template_args:
+        raise SafeSteerError(
+            "template and template_args are settings of a model that is loaded by name: give them to"
+            " load_model, or pass the name."
+        )
     processes = PartialState(cpu=base.device.type == "cpu")
     first = processes.is_main_process
     console = (console or Console()) if first else Console(quiet=True)

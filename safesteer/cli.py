@@ -12,6 +12,7 @@ Nothing heavy is imported before a command runs, so that --help answers at once.
 import os
 import signal
 import sys
+from collections.abc import Callable
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,20 +68,41 @@ UP_TO = {
 }
 
 
-# Options of every command that runs stages: name in Python, what it is, default.
+# Options of commands: name in Python, what it is, default. Where a model comes from:
+SOURCE: dict[str, tuple[Any, Any]] = {
+    "revision": (Revision, None),
+    "trust_remote_code": (TrustRemoteCode, False),
+    "template": (Template, None),
+    "template_args": (TemplateArgs, None),
+}
+# Of every command that runs stages:
 OPTIONS: dict[str, tuple[Any, Any]] = {
     "model": (Model, "smollm2-135m"),
     "out": (Out, Path("run")),
     "preset": (Preset, "quick"),
     "recipe": (RecipeFile, None),
     "seed": (Seed, None),
-    "revision": (Revision, None),
-    "trust_remote_code": (TrustRemoteCode, False),
-    "template": (Template, None),
-    "template_args": (TemplateArgs, None),
+    **SOURCE,
     "prompts": (Prompts, None),
     "changes": (Changes, None),
     "track": (Track, None),
+}
+# Of the benchmarks:
+EVALUATE: dict[str, tuple[Any, Any]] = {
+    "target": (
+        Annotated[str, typer.Argument(help="A run folder (base and student), or a model.")],
+        Parameter.empty,
+    ),
+    "suite": (Annotated[str, typer.Option(help="'quick', 'small' or 'paper'.")], "quick"),
+    "out": (Annotated[Path | None, typer.Option(help="Folder to write or continue.")], None),
+    "data": (Annotated[Path | None, typer.Option(help="Folder of local benchmark rows.")], None),
+    "allow_code": (
+        Annotated[
+            bool, typer.Option("--allow-code", help="Run what the model writes, confined (HumanEval).")
+        ],
+        False,
+    ),
+    **SOURCE,
 }
 
 
@@ -94,8 +116,7 @@ def _recipe(options: dict[str, Any]) -> Any:
             raise SafeSteerError(f"--set takes NAME=VALUE, not '{key}'.")
         if key == "preset":
             raise SafeSteerError("The preset is chosen with --preset, not with --set.")
-    names = ("revision", "trust_remote_code", "template", "template_args")
-    source = {name: options[name] for name in names if options[name]}
+    source = {name: options[name] for name in SOURCE if options[name]}
     values = source | {key: value for key, _, value in pairs}
     if options["recipe"] is not None:
         return recipes.Recipe.load(options["recipe"], seed=options["seed"], **values)
@@ -120,14 +141,21 @@ def _command(name: str, last: str | None, help_text: str) -> None:
         if last is None and (path / "report.html").exists():
             console.print(f"Report: {path / 'report.html'}   Model: {path / 'model'}", highlight=False)
 
-    # typer reads a command's options from its signature.
-    command.__annotations__ = {option: kind for option, (kind, _) in OPTIONS.items()}
-    command.__signature__ = Signature(
+    _add(name, help_text, OPTIONS, command)
+
+
+def _add(
+    name: str, help_text: str, options: dict[str, tuple[Any, Any]], command: Callable[..., None]
+) -> None:
+    """Add a command that takes `options`: typer reads them from its signature."""
+    command.__annotations__ = {option: kind for option, (kind, _) in options.items()}
+    signature = Signature(
         [
             Parameter(option, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-            for option, (kind, default) in OPTIONS.items()
+            for option, (kind, default) in options.items()
         ]
     )
+    setattr(command, "__signature__", signature)  # noqa: B010  (functions have no such field for checkers)
     app.command(name, help=help_text)(command)
 
 
@@ -151,29 +179,28 @@ def settings(
         Console().print(chosen)
 
 
-@app.command()
-def evaluate(
-    target: Annotated[str, typer.Argument(help="A run folder (base and student), or a model.")],
-    suite: Annotated[str, typer.Option(help="'quick', 'small' or 'paper'.")] = "quick",
-    out: Annotated[Path | None, typer.Option(help="Folder to write or continue.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of local benchmark rows.")] = None,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run what the model writes, confined (HumanEval).")
-    ] = False,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
-    """Refusals, over-refusals, capability, drift and perplexity, as one table with intervals."""
+def _evaluate(**options: Any) -> None:
     from safesteer.evaluation.suite import run_suite  # heavy
     from safesteer.models.loading import load_model
 
-    console, measured = Console(), target
-    if revision or trust_remote_code:
+    target, console = options.pop("target"), Console()
+    source = {name: options.pop(name) for name in SOURCE}
+    if any(source.values()):
         if (Path(target) / "manifest.json").is_file():
-            raise SafeSteerError("A run's recipe says which revision and code its model has: leave them out.")
-        measured = load_model(target, revision=revision, trust_remote_code=trust_remote_code)
-    table = run_suite(measured, suite, out, data=data, allow_code=allow_code, console=console)
+            raise SafeSteerError(
+                "A run's recipe says which revision, code and template its model has: leave them out."
+            )
+        target = load_model(target, **source)
+    table = run_suite(target, options.pop("suite"), options.pop("out"), console=console, **options)
     console.print(table.to_string(index=False, float_format="{:.3f}".format), highlight=False)
+
+
+_add(
+    "evaluate",
+    "Refusals, over-refusals, capability, drift and perplexity, as one table with intervals.",
+    EVALUATE,
+    _evaluate,
+)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from test_pipeline import SMALL, model_folder  # noqa: F401
 
@@ -142,3 +143,25 @@ def test_evaluate_takes_a_revision_of_a_model_but_not_of_a_run(monkeypatch, tmp_
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(SafeSteerError, match="run's recipe says"):
         CliRunner().invoke(app, ["evaluate", str(tmp_path), *options], catch_exceptions=False)
+
+
+def test_benchmarks_of_a_base_model_take_its_template(tiny_llama, monkeypatch, tmp_path):
+    from typer.testing import CliRunner
+
+    from safesteer.cli import app
+    from safesteer.evaluation import suite
+    from safesteer.models.templates import render
+
+    folder, measured = tmp_path / "base", []
+    tiny_llama.model.save_pretrained(folder)
+    tiny_llama.tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
+    monkeypatch.setattr(
+        suite, "run_suite", lambda target, *_, **__: measured.append(target) or pd.DataFrame({"value": [1.0]})
+    )
+    done = CliRunner().invoke(app, ["evaluate", str(folder), "--template", "plain"])
+    assert done.exit_code == 0, done.output
+    assert render(measured[0].tokenizer, "Hi") == "User: Hi\n\nAssistant:"
+    (tmp_path / "manifest.json").touch()
+    done = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--template", "plain"])
+    assert "leave them out" in str(done.exception)

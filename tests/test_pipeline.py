@@ -14,8 +14,10 @@ from safesteer._errors import SafeSteerError
 from safesteer.alignment import align
 from safesteer.distillation import loop
 from safesteer.distillation import loop as _  # noqa: F401  (the import hook sees the package first)
+from safesteer.evaluation import suite
 from safesteer.evaluation.scores import Evaluation
 from safesteer.judges.wording import refuses
+from safesteer.models.templates import render
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.recipes import Recipe, recipe
 from safesteer.run_folder import STAGES, Run, finished
@@ -150,6 +152,26 @@ def test_an_open_model_is_aligned_as_its_folder_is_and_stays_as_it_was(run, tiny
     out = align(chat, tmp_path / "run", recipe(**SMALL), stages=STAGES[:4], console=QUIET)
     assert (out / "model/model.safetensors").read_bytes() == (run / "model/model.safetensors").read_bytes()
     assert all(torch.equal(p, before[name]) for name, p in tiny_llama.model.named_parameters())
+
+
+def test_an_open_model_brings_its_template(tiny_llama, tmp_path):
+    for settings in ({"template": "raw"}, {"template_args": "enable_thinking=true"}):
+        with pytest.raises(SafeSteerError, match="give them to load_model"):
+            align(tiny_llama, tmp_path / "run", recipe(**SMALL, **settings), console=QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_model_is_aligned_with_a_template_that_stays(tiny_llama, tmp_path):
+    """Every stage and the benchmarks after it use the template of the recipe; the export holds it."""
+    folder = tmp_path / "base"
+    tiny_llama.model.save_pretrained(folder)
+    tiny_llama.tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
+    run = align(str(folder), tmp_path / "run", recipe(**SMALL, template="plain"), console=QUIET)
+    models = suite._load(run, run)
+    texts = {render(chat.tokenizer, "Name a river.") for chat in models.values()}
+    assert texts == {"User: Name a river.\n\nAssistant:"}
+    assert {"base", "student"} == models.keys()
 
 
 def test_the_run_folder_holds_its_recipe(run):

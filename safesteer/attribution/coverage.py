@@ -22,6 +22,7 @@ from safesteer.attribution.tracing import answer_ids
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden
 from safesteer.models.logits import generalized_kl_terms
+from safesteer.prompts.conversation import PromptLike, as_prompts
 from safesteer.steering.direction import Direction, steer
 from safesteer.tokens.sampling import AnswerStates, logp_rows
 
@@ -121,7 +122,7 @@ class Controls:
 def read_answers(
     chat: ModelLike,
     direction: Direction,
-    prompts: Sequence[str],
+    prompts: Sequence[PromptLike],
     answers: Sequence[str | Sequence[int]],
     *,
     max_tokens: int = 32,
@@ -139,7 +140,7 @@ def read_answers(
     """
     chat = as_chat(chat)
     ids = [answer_ids(chat, answer, max_tokens) for answer in answers]
-    texts = [prompt for prompt, row in zip(prompts, ids, strict=True) if row]
+    texts = [prompt for prompt, row in zip(as_prompts(prompts), ids, strict=True) if row]
     ids = [row for row in ids if row]
     shape = (len(ids), max(map(len, ids), default=1))
     dtype = next(chat.model.parameters()).dtype

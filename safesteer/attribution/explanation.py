@@ -33,6 +33,7 @@ from safesteer.attribution.tracing import Trace, trace
 from safesteer.attribution.votes import allowed_ids
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.generation import generate
+from safesteer.prompts.conversation import from_row
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.settings import ExplainConfig, TokenConfig
 from safesteer.steering.direction import Direction, steer
@@ -80,8 +81,8 @@ def explain(
         tokens: The safety tokens S.
         student: The distilled model, if there is one; it appears in traces.
         prompts: The prompts that S was selected on; by default the val split of our own.
-        answers: Rows of answers.jsonl (prompt, label, the answer of each model, `base_refuses` ...). Without
-            them a few answers are generated.
+        answers: Rows of answers.jsonl (prompt, label, the answer of each model, `base_refuses` ...; of a
+            conversation its messages). Without them a few answers are generated.
         config: How much to compute.
         progress: Receives the share of the work that is done.
 
@@ -103,7 +104,7 @@ def explain(
         tokens=tokens,
         student=None if student is None else as_chat(student),
         prompts=prompts or load_prompts().split("val"),
-        answers=answers,
+        answers=[{**row, "prompt": from_row(row)} for row in answers],
         config=config or ExplainConfig(),
     )
     sampled = _sample(subject)

@@ -25,6 +25,7 @@ from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden
 from safesteer.models.head import output_head
 from safesteer.models.logits import generalized_kl_terms, logits_of
+from safesteer.prompts.conversation import PromptLike, as_prompts
 from safesteer.steering.direction import Direction, steer
 from safesteer.tokens.token_set import TokenSet
 
@@ -142,7 +143,7 @@ def trace(
     chat: ModelLike,
     direction: Direction,
     tokens: TokenSet,
-    prompts: Sequence[str],
+    prompts: Sequence[PromptLike],
     answers: Sequence[str | Sequence[int]],
     student: ModelLike | None = None,
     *,
@@ -173,6 +174,7 @@ def trace(
         4
     """
     chat, student = as_chat(chat), None if student is None else as_chat(student)
+    prompts = as_prompts(prompts)
     names = authors or [""] * len(prompts)
     traces = []
     for prompt, answer, author in zip(prompts, answers, names, strict=True):

@@ -26,6 +26,7 @@ from safesteer.models.forward import last_logits
 from safesteer.models.generation import generate, with_greedy_tokens
 from safesteer.models.logits import kl_divergence
 from safesteer.models.text_loss import general_text, perplexity
+from safesteer.prompts.conversation import PromptLike
 from safesteer.prompts.prompt_set import LABELS, PromptSet
 from safesteer.steering.direction import Direction, steer
 
@@ -35,7 +36,7 @@ ANSWER_TOKENS = 20  # length of the answers that are judged
 PERPLEXITY_TOKENS = 1024  # plain text read per strength
 
 
-def _refusal_rate(chat: ChatModel, prompts: Sequence[str], judge: Judge, max_new_tokens: int) -> float:
+def _refusal_rate(chat: ChatModel, prompts: Sequence[PromptLike], judge: Judge, max_new_tokens: int) -> float:
     """Return the share of greedy answers that refuse."""
     answers = generate(chat, prompts, max_new_tokens=max_new_tokens)
     return sum(refusals(judge_all(judge, prompts, answers))) / len(prompts)
@@ -44,7 +45,7 @@ def _refusal_rate(chat: ChatModel, prompts: Sequence[str], judge: Judge, max_new
 def choose_coeff(
     chat: ModelLike,
     directions: Sequence[Direction],
-    prompts: Sequence[str],
+    prompts: Sequence[PromptLike],
     judge: Judge,
     *,
     coeffs: Sequence[float] = (1.2, 1.4, 1.6, 1.8),
@@ -91,7 +92,7 @@ def choose_coeff(
 def choose_direction(
     chat: ModelLike,
     directions: Sequence[Direction],
-    prompts: Sequence[str],
+    prompts: Sequence[PromptLike],
     judge: Judge,
     *,
     n_best: int = 3,
@@ -128,7 +129,7 @@ def choose_direction(
 def drift(
     chat: ModelLike,
     direction: Direction,
-    prompts: Sequence[str],
+    prompts: Sequence[PromptLike],
     coeff: float,
     *,
     n_tokens: int = 3,
@@ -160,7 +161,9 @@ class _BaseBatch(NamedTuple):
 
 
 @torch.no_grad()
-def _read_base(chat: ChatModel, prompts: Sequence[str], n_tokens: int, batch_size: int) -> list[_BaseBatch]:
+def _read_base(
+    chat: ChatModel, prompts: Sequence[PromptLike], n_tokens: int, batch_size: int
+) -> list[_BaseBatch]:
     """Read the base once, for any number of coefficients."""
     batches = []
     for rows, batch in chat.batched(prompts, batch_size):
@@ -185,7 +188,7 @@ def _drift(
 def calibrate_to_kl(
     chat: ModelLike,
     direction: Direction,
-    prompts: Sequence[str],
+    prompts: Sequence[PromptLike],
     *,
     target_kl: float,
     max_coeff: float = 16.0,

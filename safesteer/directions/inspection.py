@@ -33,6 +33,7 @@ from safesteer.models.bridge import to_bridge
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden
 from safesteer.models.parts import blocks, hf_model
+from safesteer.prompts.conversation import PromptLike, as_prompts
 from safesteer.prompts.prompt_set import LABELS, PromptSet
 from safesteer.steering.direction import Direction
 from safesteer.steering.hooks import Edit, Edits, apply_hooks
@@ -264,7 +265,7 @@ def residual_pca(
 
 @torch.no_grad()
 def representation_shift(
-    models: Mapping[str, ModelLike], prompts: Sequence[str], *, batch_size: int = 32
+    models: Mapping[str, ModelLike], prompts: Sequence[PromptLike], *, batch_size: int = 32
 ) -> pd.DataFrame:
     """Place final hidden states in the first model's principal plane (Figure 3).
 
@@ -278,7 +279,7 @@ def representation_shift(
         shift: the distance of a model's mean from the first model's, in units of the first model's spread
         (root mean squared distance from its mean).
     """
-    rows, reference = [], None
+    prompts, rows, reference = as_prompts(prompts), [], None
     for name, model in models.items():
         chat = as_chat(model)
         states = torch.zeros((len(prompts), chat.d_model), dtype=torch.float64)

@@ -27,6 +27,8 @@ from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import last_logits
 from safesteer.models.generation import generate_ids
 from safesteer.models.logits import refusal_score
+from safesteer.models.templates import control_ids
+from safesteer.prompts.conversation import PromptLike, as_prompts
 from safesteer.prompts.prompt_set import LABELS, Prompt, PromptSet
 
 REFUSALS = (
@@ -85,7 +87,7 @@ class RefusalTokens:
 
 def refusal_scores(
     chat: ModelLike,
-    texts: Sequence[str],
+    texts: Sequence[PromptLike],
     refusal_ids: Int[Tensor, " n_refusal"],
     *,
     batch_size: int = 32,
@@ -134,8 +136,8 @@ def refusal_token_ids(
 
 def learn_refusal_tokens(
     chat: ModelLike,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Sequence[PromptLike],
+    harmless: Sequence[PromptLike],
     judge: Judge,
     *,
     n_candidates: int = 16,
@@ -167,7 +169,8 @@ def learn_refusal_tokens(
         >>> learn_refusal_tokens(chat, val.harmful, val.harmless, judge=lambda prompt, answer: False)
         RefusalTokens('I'; taken from written refusals)
     """
-    chat, harmful, harmless = as_chat(chat), list(harmful[:n_prompts]), list(harmless[:n_prompts])
+    chat = as_chat(chat)
+    harmful, harmless = as_prompts(harmful)[:n_prompts], as_prompts(harmless)[:n_prompts]
     if not harmful or not harmless:
         raise SafeSteerError("Learning refusal tokens needs harmful and harmless prompts.")
     candidates = _likely_first_tokens(chat, harmful, harmless, n_candidates)
@@ -187,7 +190,7 @@ def _likely_first_tokens(
     """Collect the candidates (step 1): a row each, with its mean probability as first token."""
     p_harmful, p_harmless = (_first_probabilities(chat, texts) for texts in (harmful, harmless))
     p_refusing = _first_probabilities(chat, harmful, REFUSING_SYSTEM)
-    special = set(chat.tokenizer.all_special_ids)
+    special = set(control_ids(chat.tokenizer))
     p_any = torch.stack([p_harmful, p_harmless, p_refusing]).amax(0)
     likely = [i for i in p_any.topk(n_candidates + len(special)).indices.tolist() if i not in special]
     written = [_first_id(chat.tokenizer, text) for text in (*REFUSALS, *COMPLIANCES)]

@@ -27,6 +27,7 @@ from safesteer.models.drift import kl_on_answers
 from safesteer.models.generation import generate
 from safesteer.models.precision import in_precision, weight_dtype
 from safesteer.models.text_loss import general_text, perplexity
+from safesteer.prompts.conversation import to_row
 from safesteer.prompts.prompt_set import LABELS, PromptSet, load_prompts
 from safesteer.settings import EvaluateConfig
 from safesteer.steering.direction import Direction, steer
@@ -164,7 +165,7 @@ def _rows(test: PromptSet, answers: dict[str, dict[str, list[str]]], judge: Judg
         texts = [p.text for p in prompts]
         verdicts = {n: [v.refuses for v in judge_all(judge, texts, by[label])] for n, by in answers.items()}
         for i, prompt in enumerate(prompts):
-            row: dict[str, Any] = {"prompt": prompt.text, "label": label, "category": prompt.category}
+            row: dict[str, Any] = {**to_row(prompt.text), "label": label, "category": prompt.category}
             for name in answers:
                 row |= {name: answers[name][label][i], f"{name}_refuses": verdicts[name][i]}
             rows.append(row)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from safesteer._errors import SafeSteerError
+from safesteer.prompts.conversation import PromptLike, as_prompts
 
 THRESHOLD = 0.5  # a probability from here on counts as yes
 
@@ -75,7 +76,7 @@ def judge_name(judge: Judge) -> str:
     return getattr(judge, "__name__", type(judge).__name__)
 
 
-def judge_all(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+def judge_all(judge: Judge, prompts: Sequence[PromptLike], answers: Sequence[str]) -> list[Verdict]:
     """Judge every answer.
 
     Args:
@@ -88,6 +89,7 @@ def judge_all(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> l
         One verdict per answer, in their order. An answer that the judge gives no clear reply to has a
         verdict that is unknown.
     """
+    prompts = as_prompts(prompts)
     if isinstance(judge, ModelJudge):
         return judge.verdicts(prompts, answers)
     name = judge_name(judge)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from safesteer.models.templates import ids_of, render
+from safesteer.prompts.conversation import PromptLike, as_prompts
 
 Continuation: TypeAlias = str | Sequence[int]  # what follows a prompt, as text or as ids
 
@@ -36,7 +37,7 @@ class PromptBatch:
     def of(
         cls,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[str],
+        prompts: Sequence[PromptLike],
         continuations: Sequence[Continuation] | None = None,
         *,
         system: str | None = None,
@@ -46,12 +47,12 @@ class PromptBatch:
 
         Args:
             tokenizer: The model's own, with a chat template.
-            prompts: What the user says.
+            prompts: What the user says, as text or as messages.
             continuations: One per prompt: what stands after the template, such as an answer.
             system: A system prompt (None: what the template writes by itself).
             device: Where the tensors are put.
         """
-        heads = [ids_of(tokenizer, render(tokenizer, p, system=system)) for p in prompts]
+        heads = [ids_of(tokenizer, render(tokenizer, p, system=system)) for p in as_prompts(prompts)]
         tails: list[list[int]] = [[] for _ in prompts]
         if continuations is not None:
             tails = [ids_of(tokenizer, c) if isinstance(c, str) else list(c) for c in continuations]
@@ -139,10 +140,14 @@ def _common_prefix(rows: Sequence[Sequence[int]], limit: int) -> int:
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int, *, system: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[PromptLike],
+    batch_size: int,
+    *,
+    system: str | None = None,
 ) -> list[list[int]]:
     """Group the indices of `prompts` in batches of similar token length: less padding, less work."""
-    lengths = [len(ids_of(tokenizer, render(tokenizer, p, system=system))) for p in prompts]
+    lengths = [len(ids_of(tokenizer, render(tokenizer, p, system=system))) for p in as_prompts(prompts)]
     order = sorted(range(len(prompts)), key=lambda i: (lengths[i], i))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 

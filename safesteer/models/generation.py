@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
@@ -103,11 +103,13 @@ def generate_ids(
             ids,
             attention_mask=mask,
             past_key_values=cache,
-            max_new_tokens=max_new_tokens,
             logits_processor=processors,
-            eos_token_id=eos or None,
-            pad_token_id=eos[0] if eos else 0,
-            use_cache=traits_of(chat.model).decodes_cached,
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                eos_token_id=eos or None,
+                pad_token_id=eos[0] if eos else 0,
+                use_cache=traits_of(chat.model).decodes_cached,
+            ),
         )
     return out[:, ids.shape[1] :]
 

@@ -9,11 +9,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
 from safesteer._errors import SafeSteerError, first_line
-from safesteer.prompts.conversation import messages_of
+from safesteer.prompts.conversation import PromptLike, messages_of
 
 # Templates for models that have none, by name; the special tokens that a tokenizer puts first come before.
 NAMED = {
@@ -30,19 +31,30 @@ NAMED = {
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
 }
-_DEFAULTS, _END = "{#- defaults #}", "{#- end of defaults #}"  # around what a user chose
-_UNDATED = "{%- macro strftime_now(format) %}{{ format }}{% endmacro %}"  # in place of the clock
+# Around what a user chose, and before a named template. "+" keeps a line break that follows.
+_DEFAULTS, _END, _NAMED = "{#- defaults #}", "{#- end of defaults +#}", "{#- text after special tokens +#}"
+_UNDATED = "{%- macro strftime_now(format) %}{{ format }}{% endmacro +%}"  # in place of the clock
 _MARK = "Qz7"  # content that no template writes by itself
+# The end of turn of a tokenizer, for the template and the number of tokens at which it was found.
+_TURNS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, int, int | None]] = WeakKeyDictionary()
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the ids of rendered text: the template has written the special tokens already."""
-    return cast(list[int], tokenizer(text, add_special_tokens=False).input_ids)
+    """Return the ids of rendered text: the template has written the special tokens already.
+
+    What a named template writes after them is read as the tokenizer reads a text from its start on: some
+    tokenizers put a space there, and none after a special token.
+    """
+    start = special_start(tokenizer) if _NAMED in _source(tokenizer) else []
+    head = cast(str, tokenizer.decode(start)) if start else ""
+    if not text.startswith(head):
+        start, head = [], ""
+    return [*start, *cast(list[int], tokenizer(text[len(head) :], add_special_tokens=False).input_ids)]
 
 
 def special_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the special tokens that the tokenizer puts before plain text: most often BOS or nothing."""
-    plain, whole = ids_of(tokenizer, "x"), cast(list[int], tokenizer("x").input_ids)
+    plain, whole = (cast(list[int], tokenizer("x", add_special_tokens=a).input_ids) for a in (False, True))
     starts = (i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain)
     return whole[: next(starts, 0)]
 
@@ -65,7 +77,7 @@ def set_template(
     """
     if template in NAMED:
         start = tokenizer.decode(special_start(tokenizer))
-        tokenizer.chat_template = (f"{{{{ {json.dumps(start)} }}}}" if start else "") + NAMED[template]
+        tokenizer.chat_template = _NAMED + (f"{{{{ {start!r} }}}}" if start else "") + NAMED[template]
     elif template is not None:
         if not Path(template).is_file():
             raise SafeSteerError(f"'{template}' is no chat template: use one of {list(NAMED)}, or a file.")
@@ -88,11 +100,14 @@ def _argument(text: str) -> tuple[str, Any]:
 
 
 def _default(name: str, value: object) -> str:
+    if not name.isidentifier():
+        raise SafeSteerError(f"A template argument has a name without spaces and signs, not {name!r}.")
     try:
-        literal = json.dumps(value)
-    except TypeError as error:
+        plain = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
         raise SafeSteerError(f"The template argument {name} must be text, a number or a bool.") from error
-    return f"{{%- if {name} is not defined %}}{{%- set {name} = {literal} %}}{{%- endif %}}"
+    # Jinja reads Python's literals.
+    return f"{{%- if {name} is not defined %}}{{%- set {name} = {plain!r} %}}{{%- endif %}}"
 
 
 def _source(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -105,7 +120,7 @@ def _apply(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], answering: bool, **extra: Any
 ) -> str:
     """Apply the template. Thinking is switched off, where a template can and no default says otherwise."""
-    defaults = _source(tokenizer).partition(_END)[0] if _source(tokenizer).startswith(_DEFAULTS) else ""
+    defaults = _source(tokenizer).rpartition(_END)[0] if _source(tokenizer).startswith(_DEFAULTS) else ""
     thinking = {} if "set enable_thinking " in defaults else {"enable_thinking": False}
     text = tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=answering, **thinking, **extra
@@ -114,13 +129,13 @@ def _apply(
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, *, system: str | None = None, **extra: Any
+    tokenizer: PreTrainedTokenizerBase, prompt: PromptLike, *, system: str | None = None, **extra: Any
 ) -> str:
     """Return the chat text up to where the answer starts.
 
     Args:
         tokenizer: The model's own, with a chat template.
-        prompt: What the user says, or a `Conversation`.
+        prompt: What the user says, or a conversation.
         system: A system prompt, in the place of the conversation's own. Where the template has no system
             turn, it stands before the user's first words.
         extra: Arguments of the template.
@@ -138,20 +153,23 @@ def render(
     messages = messages_of(prompt)
     if system is not None:
         messages = [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]
-    with_system = messages[0]["role"] == "system"
+    if messages[0]["role"] == "system" and not _has_system_turn(tokenizer):
+        first, *messages = messages
+        at = next(i for i, message in enumerate(messages) if message["role"] == "user")
+        messages[at] = {"role": "user", "content": f"{first['content']}\n\n{messages[at]['content']}"}
     try:
-        text = _apply(tokenizer, messages, True, **extra)
-        if not with_system or messages[0]["content"].strip() in text:
-            return text
+        return _apply(tokenizer, messages, True, **extra)
     except Exception as error:  # templates raise whatever they like
-        if not with_system:
-            raise SafeSteerError(f"The chat template of '{name}' failed: {first_line(error)}") from error
-    first, user, *others = messages
-    folded = {**user, "content": f"{first['content']}\n\n{user['content']}"}
-    try:
-        return _apply(tokenizer, [folded, *others], True, **extra)
-    except Exception as error:
         raise SafeSteerError(f"The chat template of '{name}' failed: {first_line(error)}") from error
+
+
+def _has_system_turn(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the template writes a system turn: some refuse it, some drop it without a word."""
+    talk = [{"role": "system", "content": _MARK}, {"role": "user", "content": "Hello"}]
+    try:
+        return _MARK in _apply(tokenizer, talk, True)
+    except Exception:  # templates raise whatever they like
+        return False
 
 
 def suffix_length(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -177,25 +195,36 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the special token with which the template ends an assistant's turn; None where there is none."""
+    source, n_tokens = _source(tokenizer), len(tokenizer)
+    if _TURNS.get(tokenizer, ("", 0, None))[:2] != (source, n_tokens):
+        tail = ids_of(tokenizer, _answered(tokenizer).rpartition(_MARK)[2].lstrip())
+        is_mark = tail and tail[0] in tokenizer.added_tokens_decoder
+        _TURNS[tokenizer] = source, n_tokens, tail[0] if is_mark else None
+    return _TURNS[tokenizer][2]
+
+
+def _answered(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Render a short conversation that ends with an answer; empty where the template cannot."""
     talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _MARK}]
     try:
         text = _apply(tokenizer, talk, False)
     except Exception:  # templates raise whatever they like
-        return None
-    tail = ids_of(tokenizer, text.rpartition(_MARK)[2]) if _MARK in text else []
-    return tail[0] if tail and tail[0] in tokenizer.added_tokens_decoder else None
+        return ""
+    return text if _MARK in text else ""
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids of special tokens, and of added ones that are marks and not words.
 
-    A mark stands in the template, or between brackets, or holds a bar: [INST], <start_of_turn>, <|user|>.
-    Tokens of white space, which some code models add, are text.
+    A mark is written by the template, or stands between brackets, or holds a bar: [INST], <start_of_turn>,
+    <|user|>. Tokens of white space, which some code models add, are text.
     """
-    ids, template = set(tokenizer.all_special_ids), _source(tokenizer)
+    ids, written = set(tokenizer.all_special_ids), set()
+    if _source(tokenizer):
+        written = {*ids_of(tokenizer, render(tokenizer, _MARK)), *ids_of(tokenizer, _answered(tokenizer))}
     for i, token in tokenizer.added_tokens_decoder.items():
         text = token.content.strip()
         bracketed = len(text) > 1 and text[0] + text[-1] in ("<>", "[]", "{}")
-        if text and (token.special or bracketed or "|" in text or text in template):
+        if text and (token.special or bracketed or "|" in text or i in written):
             ids.add(i)
     return sorted(ids)

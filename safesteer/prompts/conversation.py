@@ -2,9 +2,10 @@
 
 A conversation is still a string, the user's last words, so that tables and figures show it as any prompt.
 Two are equal where all their turns are. `as_prompts` reads what people have: strings and lists of messages.
+Files hold a conversation as its messages beside the last words (`to_row`, `from_row`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from safesteer._errors import SafeSteerError
@@ -72,35 +73,65 @@ def _turn(message: object, at: int) -> tuple[str, str]:
         raise SafeSteerError("A system message must be the first one.")
     if not isinstance(content, str) or not content.strip():
         raise SafeSteerError(f"Message {at + 1} has no text; content in parts is not read.")
+    if not is_readable(content):
+        raise SafeSteerError(f"Message {at + 1} holds a NUL or a lone surrogate character.")
     return role, content
 
 
+def is_readable(text: str) -> bool:
+    """Return whether tokenizers can read it: there is no NUL and no half of a surrogate pair."""
+    return not any(0xD800 <= ord(c) <= 0xDFFF or c == "\0" for c in text)
+
+
 def as_prompt(value: PromptLike) -> str:
-    """Return a string as it is, and a list of messages as a `Conversation`.
+    """Return a string as it is, and a list of messages as a `Conversation`; one message is plain text.
 
     Raises:
         SafeSteerError: For anything else.
     """
+    if isinstance(value, Conversation):
+        return value if len(value.turns) > 1 else str(value)
     if isinstance(value, str):
         return value
     if isinstance(value, Sequence):
-        return Conversation(value)
+        return as_prompt(Conversation(value))
     raise SafeSteerError(f"A prompt is text or a list of messages, not a {type(value).__name__}.")
 
 
-def as_prompts(values: Sequence[Any]) -> list[str]:
+def as_prompts(values: Iterable[Any]) -> list[str]:
     """Return prompts, each a string or a `Conversation`.
 
     Raises:
         SafeSteerError: For a single string, or a single list of messages, where a list of prompts belongs.
     """
-    if isinstance(values, str):
-        raise SafeSteerError("Prompts come as a list, and one prompt was given: write [prompt].")
-    if values and isinstance(values[0], Mapping):
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        kind = "one prompt" if isinstance(values, str) else f"a {type(values).__name__}"
+        raise SafeSteerError(f"Prompts come as a list, and {kind} was given: write [prompt].")
+    prompts = list(values)
+    if prompts and isinstance(prompts[0], Mapping):
         raise SafeSteerError("Prompts come as a list, and one list of messages was given: write [messages].")
-    return [as_prompt(value) for value in values]
+    return [as_prompt(value) for value in prompts]
 
 
-def messages_of(prompt: str) -> list[dict[str, str]]:
+def messages_of(prompt: PromptLike) -> list[dict[str, str]]:
     """Return the turns of a prompt; a plain string is one turn of the user."""
+    prompt = as_prompt(prompt)
     return prompt.messages if isinstance(prompt, Conversation) else [{"role": "user", "content": prompt}]
+
+
+def transcript(prompt: str) -> str:
+    """Return a conversation as text for a reader: a line per turn. A plain string stays as it is."""
+    if not isinstance(prompt, Conversation):
+        return prompt
+    return "\n".join(f"{role.capitalize()}: {content}" for role, content in prompt.turns)
+
+
+def to_row(prompt: str) -> dict[str, Any]:
+    """Return what a file holds of a prompt: the user's last words, and all messages of a conversation."""
+    turns = {"messages": prompt.messages} if isinstance(prompt, Conversation) else {}
+    return {"prompt": str(prompt), **turns}
+
+
+def from_row(row: Mapping[str, Any]) -> str:
+    """Return the prompt that `to_row` wrote."""
+    return as_prompt(row.get("messages") or row["prompt"])

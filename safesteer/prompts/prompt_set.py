@@ -19,7 +19,14 @@ import pandas as pd
 
 from safesteer._errors import SafeSteerError
 from safesteer._files import text_lines
-from safesteer.prompts.conversation import Conversation, PromptLike, as_prompts, messages_of
+from safesteer.prompts.conversation import (
+    Conversation,
+    PromptLike,
+    as_prompt,
+    as_prompts,
+    is_readable,
+    messages_of,
+)
 
 Label = Literal["harmful", "harmless"]
 LABELS: tuple[Label, Label] = ("harmful", "harmless")
@@ -228,7 +235,10 @@ def _with_system(prompt: str, system: object, where: str) -> str:
     messages = messages_of(prompt)
     if messages[0]["role"] == "system":
         raise SafeSteerError(f"{where} has a system prompt twice: as a key and as a message.")
-    return Conversation([{"role": "system", "content": system}, *messages])
+    try:
+        return Conversation([{"role": "system", "content": system}, *messages])
+    except SafeSteerError as error:
+        raise SafeSteerError(f"{where}: the key 'system' is not a system prompt. {error}") from error
 
 
 def _plain_row(prompt: Prompt) -> dict[str, Any]:
@@ -240,12 +250,12 @@ def _plain_row(prompt: Prompt) -> dict[str, Any]:
 def _checked_text(text: object, where: str) -> str:
     if isinstance(text, list):
         try:
-            text = Conversation(text)
+            text = as_prompt(text)
         except SafeSteerError as error:
             raise SafeSteerError(f"{where}: {error}") from error
     if not isinstance(text, str) or not text.strip():
         raise SafeSteerError(f"{where} has an empty prompt or one that is not text.")
-    if any(0xD800 <= ord(c) <= 0xDFFF or c == "\0" for c in text):
+    if not is_readable(text):
         raise SafeSteerError(f"{where} holds a NUL or a lone surrogate character.")
     return text
 

@@ -22,6 +22,7 @@ from safesteer.models.forward import final_hidden, prefill
 from safesteer.models.generation import generate_ids, uniforms
 from safesteer.models.head import output_head
 from safesteer.models.logits import logits_of
+from safesteer.prompts.conversation import PromptLike, as_prompts
 from safesteer.settings import TokenConfig
 from safesteer.steering.direction import Direction, steer
 
@@ -41,7 +42,7 @@ class AnswerStates:
 
 @torch.no_grad()
 def sample_answers(
-    chat: ModelLike, direction: Direction, prompts: Sequence[str], config: TokenConfig
+    chat: ModelLike, direction: Direction, prompts: Sequence[PromptLike], config: TokenConfig
 ) -> AnswerStates:
     """Sample answers from the teacher (or the base), then read both models on the same tokens.
 
@@ -55,7 +56,7 @@ def sample_answers(
         n_samples rows per prompt of `horizon` steps each, prompts of similar length side by side. A sample
         depends on the seed and its prompt's place, not on the batches.
     """
-    chat = as_chat(chat)
+    chat, prompts = as_chat(chat), as_prompts(prompts)
     parts, prompt_of_row = [], []
     for rows, batch in chat.batched(prompts, config.batch_size):
         uniform = torch.cat([uniforms((config.seed, i), config.n_samples, config.horizon) for i in rows])

@@ -22,7 +22,7 @@ from safesteer._errors import SafeSteerError
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.logits import generalized_kl_terms
 from safesteer.models.templates import control_ids
-from safesteer.prompts.conversation import PromptLike, as_prompts
+from safesteer.prompts.conversation import PromptLike
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.settings import TokenConfig
 from safesteer.steering.direction import Direction
@@ -69,7 +69,7 @@ def select_tokens(
     chat, config = as_chat(chat), config or TokenConfig()
     if sampled is None:
         prompts = load_prompts().split("val").texts(config.prompts) if prompts is None else prompts
-        sampled = sample_answers(chat, direction, as_prompts(prompts), config)
+        sampled = sample_answers(chat, direction, prompts, config)
     means = _means(chat, sampled)
     allowed = _allowed(chat, means, config)
     votes = _votes(chat, sampled, allowed, config)
