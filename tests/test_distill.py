@@ -13,6 +13,7 @@ from transformers import TrainingArguments, get_cosine_schedule_with_warmup
 from conftest import assert_near, batch_of, copy_of, naive_logits, reference_divergence
 from safesteer._errors import SafeSteerError
 from safesteer.directions.refusal_tokens import REFUSING_SYSTEM
+from safesteer.distillation.early_stopping import look_at
 from safesteer.distillation.loop import (
     Student,
     Training,
@@ -87,8 +88,12 @@ def run(tiny_llama, direction, tokens, few):
     return start
 
 
+def weights_of(chat: ChatModel) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in chat.model.named_parameters()}
+
+
 def weights(state: DistillState) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in state.student.model.named_parameters()}
+    return weights_of(state.student)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -854,3 +859,14 @@ def test_what_cannot_be_taught_is_one_sentence(tiny_llama, direction, tokens, fe
 def test_a_bridge_is_exported_as_its_plain_model(tiny_qwen2, tmp_path):
     export(to_bridge(tiny_qwen2), tmp_path / "model")
     assert reload_difference(tmp_path / "model") < 1e-4
+
+
+def test_early_stopping_reads_the_student_in_the_precision_of_its_base(tiny_llama, few):
+    """Equal weights show no drift; and the student trains on in float32."""
+    base, student = copy_of(tiny_llama), copy_of(tiny_llama)
+    base.model.bfloat16()
+    before = weights_of(student)
+    look = look_at(student, base, few, judge=lambda prompt, answer: False)
+    assert look.kl == 0.0
+    assert same(before, weights_of(student))
+    assert student.model.dtype == torch.float32

@@ -6,10 +6,11 @@ import numpy as np
 
 from safesteer.judges.judge import Judge, judge_all, refusals
 from safesteer.judges.wording import refuses
-from safesteer.models.adapter import as_base
+from safesteer.models.adapter import as_base, shares_weights
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.drift import kl_on_answers
 from safesteer.models.generation import generate
+from safesteer.models.precision import in_precision, weight_dtype
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.settings import DistillConfig
 
@@ -29,10 +30,12 @@ class Look:
 def look_at(
     student: ChatModel, base: ChatModel, prompts: PromptSet, judge: Judge = refuses, *, n_tokens: int = 16
 ) -> Look:
-    """Measure the student on held-out prompts. The base may carry the student's adapter."""
-    answers = generate(student, prompts.harmful, max_new_tokens=n_tokens)
-    with as_base(base, student):
-        base_answers = generate(base, prompts.harmless, max_new_tokens=n_tokens)
-    kls = kl_on_answers(base, student, prompts.harmless, base_answers, n_tokens=n_tokens)
+    """Measure the student on held-out prompts, in the base's precision. The base may carry its adapter."""
+    dtype = None if shares_weights(base, student) else weight_dtype(base.model)
+    with in_precision(student.model, dtype):
+        answers = generate(student, prompts.harmful, max_new_tokens=n_tokens)
+        with as_base(base, student):
+            base_answers = generate(base, prompts.harmless, max_new_tokens=n_tokens)
+        kls = kl_on_answers(base, student, prompts.harmless, base_answers, n_tokens=n_tokens)
     refused = sum(refusals(judge_all(judge, prompts.harmful, answers)))
     return Look(refused / len(prompts.harmful), float(np.mean(kls)))
