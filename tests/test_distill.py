@@ -35,6 +35,7 @@ from safesteer.models.chat_model import ChatModel, as_chat
 from safesteer.models.forward import final_hidden
 from safesteer.models.head import output_head
 from safesteer.models.parts import blocks
+from safesteer.models.precision import cast_weights
 from safesteer.recipes import recipe
 from safesteer.settings import DistillConfig, EvaluateConfig
 from safesteer.steering.direction import Direction, steer
@@ -864,7 +865,7 @@ def test_a_bridge_is_exported_as_its_plain_model(tiny_qwen2, tmp_path):
 def test_early_stopping_reads_the_student_in_the_precision_of_its_base(tiny_llama, few):
     """Equal weights show no drift; and the student trains on in float32."""
     base, student = copy_of(tiny_llama), copy_of(tiny_llama)
-    base.model.bfloat16()
+    cast_weights(base.model, torch.bfloat16)
     before = weights_of(student)
     look = look_at(student, base, few, judge=lambda prompt, answer: False)
     assert look.kl == 0.0
