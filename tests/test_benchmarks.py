@@ -36,6 +36,11 @@ ROWS = {  # two rows and a repeated one, in the columns that the repository has
     ],
     "or-bench": [{"prompt": p, "category": "c"} for p in "AB"],
     "jailbreakbench-benign": [{"Index": i, "Goal": p} for i, p in enumerate("AB")],
+    "everyday": [
+        {"instruction": "A", "input": ""},
+        {"instruction": "c", "input": "x"},
+        {"instruction": "B", "input": ""},
+    ],
     "alpaca-eval": [{"instruction": p, "output": "x", "generator": "g", "dataset": "d"} for p in "AB"],
 }
 

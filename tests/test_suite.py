@@ -94,8 +94,8 @@ def test_a_suite_is_a_table_with_intervals_and_an_interrupted_one_continues(
     table = run_suite(model_folder, TINY, out, data=data)
     assert len(calls) == 4  # the set that was measured before the interruption is not measured again
     metrics = table[table["name"] == "xstest"].metric.tolist()
-    assert metrics[:2] == ["refused", "refusal phrase anywhere"]
-    assert metrics[2:] == ["answers that repeat four words", "distinct words per word", "words per answer"]
+    assert metrics[:3] == ["refused", "refusal phrase anywhere", "declined, by sentences"]
+    assert metrics[3:] == ["answers that repeat four words", "distinct words per word", "words per answer"]
     rates = table[table.metric == "refused"]
     assert ((rates.low <= rates.value) & (rates.value <= rates.high)).all()
     assert set(table.kind) == {"harmful", "over-refusal", "text quality", "perplexity"}

@@ -37,6 +37,7 @@ from safesteer.evaluation.humaneval import problems, run_humaneval
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.rows import change_row, quality_rows, rate, row
 from safesteer.judges.judge import Judge, judge_all, judge_name, outcomes
+from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses, refuses_anywhere
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.drift import kl_on_answers
@@ -289,9 +290,11 @@ def _refusals(job: _Job, label: str, name: str, chat: ChatModel) -> dict[str, An
     if any(value is None for value in values):
         rows.append(rate(kind, name, "verdict unknown", [value is None for value in values]))
     log_look(job.folder, chat, name, len(prompts), f"suite of {label}")
-    if job.judge is refuses:  # the lenient form is reported apart
+    if job.judge is refuses:  # the lenient and the strict form are reported apart
         anywhere = [refuses_anywhere(p, a) for p, a in zip(prompts, answers, strict=True)]
         rows.append(rate(kind, name, "refusal phrase anywhere", anywhere))
+        strict = [declines(p, a) for p, a in zip(prompts, answers, strict=True)]
+        rows.append(rate(kind, name, "declined, by sentences", strict))
     if kind == "over-refusal":
         rows += quality_rows(name, prompts, answers)
     names = {"model": label, "set": name, "judge": judge_name(job.judge), "counts": counts}

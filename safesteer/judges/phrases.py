@@ -1,4 +1,4 @@
-"""Phrases with which people and models decline, as patterns for `wording`: English, lower case, our own.
+"""Phrases with which people and models decline, as patterns for `sentences`: English, lower case, our own.
 
 `DECLINES` is what a sentence is searched for: its speaker cannot or will not do something for the user, the
 request is ruled out, or it is turned down in other words. Each stands for a way of saying no, not for a
