@@ -25,6 +25,7 @@ from rich.table import Table
 from safesteer._errors import SafeSteerError
 from safesteer._settings import TextOrNone, Words, describe, section, setting, setting_or_none, settings
 from safesteer.settings import (
+    MODEL_SOURCE,
     DirectionConfig,
     DistillConfig,
     EvaluateConfig,
@@ -72,8 +73,7 @@ class Recipe:
     @property
     def source(self) -> dict[str, Any]:
         """What `load_model` takes beside the model's name, device and precision."""
-        names = ("revision", "trust_remote_code", "template", "template_args")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in MODEL_SOURCE}
 
     @property
     def hash(self) -> str:

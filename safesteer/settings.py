@@ -20,6 +20,8 @@ from safesteer._settings import (
 Extraction = Literal["auto", "instruction", "prefill", "system", "pca", "probe"]
 Control = Literal["random", "shuffled"]
 Split = Literal["train", "val", "distill"]
+# Settings of a recipe that `load_model` takes beside the model's name, device and precision.
+MODEL_SOURCE = ("revision", "trust_remote_code", "template", "template_args")
 Divergence = Literal["reverse", "forward", "symmetric", "jsd"]
 Normalizer = Literal["partial", "generalized", "tail", "renormalized"]
 Support = Literal["safety", "topk", "full"]

@@ -32,6 +32,7 @@ from safesteer.models.batch import PromptBatch
 from safesteer.models.bridge import to_bridge
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden
+from safesteer.models.head import tolerance
 from safesteer.models.parts import blocks, hf_model
 from safesteer.prompts.conversation import PromptLike, as_prompts
 from safesteer.prompts.prompt_set import LABELS, PromptSet
@@ -39,6 +40,7 @@ from safesteer.steering.direction import Direction
 from safesteer.steering.hooks import Edit, Edits, apply_hooks
 
 Component: TypeAlias = tuple[str, int, int]  # kind ("embed", "head" or "mlp"), layer, head; -1 for none
+HALF_TOLERANCE = 0.1  # of the largest part, below float32, where sums of parts round
 
 
 def logit_lens(chat: ModelLike, vectors: Float[Tensor, "n d_model"], *, k: int = 10) -> pd.DataFrame:
@@ -201,10 +203,10 @@ def _check_sum(
 ) -> None:
     """Raise SafeSteerError where the components below a block do not add up to its resid_pre."""
     total, size = before[0], max(map(abs, (*before.values(), *written.values())))
-    wide = next(chat.model.parameters()).dtype in (torch.float32, torch.float64)
+    limit = size * tolerance(next(chat.model.parameters()).dtype, HALF_TOLERANCE)
     for layer in range(chat.n_layers - 1):
         total += biases[layer] + sum(value for at, value in written.items() if at[1] == layer)
-        if abs(total - before[layer + 1]) > (1e-3 if wide else 0.1) * size:
+        if abs(total - before[layer + 1]) > limit:
             raise SafeSteerError(
                 f"The heads and the MLP of block {layer} of '{chat.name}' do not add up to what it writes, so"
                 " its output is not split into components."

@@ -6,11 +6,11 @@ import numpy as np
 
 from safesteer.judges.judge import Judge, judge_all, refusals
 from safesteer.judges.wording import refuses
-from safesteer.models.adapter import as_base, shares_weights
+from safesteer.models.adapter import as_base
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.drift import kl_on_answers
 from safesteer.models.generation import generate
-from safesteer.models.precision import in_precision, weight_dtype
+from safesteer.models.precision import in_precision_of
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.settings import DistillConfig
 
@@ -31,8 +31,7 @@ def look_at(
     student: ChatModel, base: ChatModel, prompts: PromptSet, judge: Judge = refuses, *, n_tokens: int = 16
 ) -> Look:
     """Measure the student on held-out prompts, in the base's precision. The base may carry its adapter."""
-    dtype = None if shares_weights(base, student) else weight_dtype(base.model)
-    with in_precision(student.model, dtype):
+    with in_precision_of(base, student):
         answers = generate(student, prompts.harmful, max_new_tokens=n_tokens)
         with as_base(base, student):
             base_answers = generate(base, prompts.harmless, max_new_tokens=n_tokens)

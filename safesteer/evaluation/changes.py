@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from safesteer._errors import SafeSteerError
+from safesteer._intervals import bootstrap
 
 N_DRAWS = 2000
 
@@ -52,10 +53,10 @@ def paired_change(before: Sequence[bool | None], after: Sequence[bool | None], s
     pairs = [(a, b) for a, b in zip(before, after, strict=True) if a is not None and b is not None]
     if not pairs:
         raise SafeSteerError("No prompt has a verdict for both models.")
-    differences = np.array([int(b) - int(a) for a, b in pairs])
+    differences = np.array([float(b) - float(a) for a, b in pairs])
     gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
     p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    low, high = _interval(differences[None], seed)
+    low, high = bootstrap(differences.tolist(), seed)
     return Change(float(differences.mean()), low, high, gained, lost, p, len(pairs))
 
 
@@ -70,17 +71,11 @@ def change_over_seeds(
         seed: Of the bootstrap.
     """
     differences = np.array(after, dtype=int) - np.array(before, dtype=int)[None]
-    return float(differences.mean()), *_interval(differences, seed)
-
-
-def _interval(differences: np.ndarray, seed: int) -> tuple[float, float]:
-    """Draw seeds, and within them prompts; return the 95 % percentile interval of the mean."""
     n_seeds, n_prompts = differences.shape
-    random = np.random.default_rng(seed)
-    means = []
+    random, means = np.random.default_rng(seed), []
     for _ in range(N_DRAWS):
         rows = random.integers(0, n_seeds, n_seeds)
         columns = random.integers(0, n_prompts, n_prompts)
         means.append(differences[np.ix_(rows, columns)].mean())
     low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return float(differences.mean()), float(low), float(high)

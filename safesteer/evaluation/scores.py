@@ -21,11 +21,11 @@ from safesteer._intervals import bootstrap, wilson
 from safesteer._progress import Progress, no_progress
 from safesteer.judges.judge import CachedJudge, Judge, judge_all, outcomes
 from safesteer.judges.wording import refuses
-from safesteer.models.adapter import as_base, shares_weights
+from safesteer.models.adapter import as_base
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.drift import kl_on_answers
 from safesteer.models.generation import generate
-from safesteer.models.precision import in_precision, weight_dtype
+from safesteer.models.precision import in_precision_of
 from safesteer.models.text_loss import general_text, perplexity
 from safesteer.prompts.conversation import to_row
 from safesteer.prompts.prompt_set import LABELS, PromptSet, load_prompts
@@ -147,9 +147,7 @@ def evaluate(
         progress(2 / n_models)
     if student is not None:
         student = as_chat(student)
-        # In the base's precision, or rounding would count as drift; an adapter on the base shares it.
-        dtype = None if shares_weights(base, student) else weight_dtype(base.model)
-        with in_precision(student.model, dtype):
+        with in_precision_of(base, student):
             scores["student"], answers["student"] = score_model(
                 student, base, test, config, judge=cached, base_answers=along
             )

@@ -47,7 +47,7 @@ from safesteer.models.text_loss import WIKITEXT, general_text, perplexity, wikit
 from safesteer.prompts.benchmarks import benchmark_named, load_benchmark
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.report.page import suite_page
-from safesteer.settings import EvaluateConfig
+from safesteer.settings import MODEL_SOURCE, EvaluateConfig
 
 HUMANEVAL = "humaneval"
 OWN = {"own-harmful": "harmful", "own-harmless": "over-refusal"}  # the project's held-out pairs
@@ -187,8 +187,8 @@ def _load(target: str | Path | ModelLike, run: Path | None) -> dict[str, ChatMod
     """Load the models that are measured, by the names of the table."""
     if run is not None:
         manifest = read_json(run / "manifest.json")
-        names = ("revision", "trust_remote_code", "template", "template_args")
-        source = {name: manifest["recipe"][name] for name in names if name in manifest.get("recipe", {})}
+        settings = manifest.get("recipe", {})
+        source = {name: settings[name] for name in MODEL_SOURCE if name in settings}
         trust = source.get("trust_remote_code", False)
         base = load_model(manifest["model"], **source)
         return {"base": base, "student": load_model(str(run / "model"), trust_remote_code=trust)}

@@ -18,7 +18,7 @@ from torch import nn
 
 from safesteer._errors import SafeSteerError, first_line
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, remember_bridge
-from safesteer.models.head import probe_ids
+from safesteer.models.head import deviation, probe_ids, tolerance
 from safesteer.models.loading import quiet_transformers
 from safesteer.models.parts import hf_model, is_bridge
 
@@ -134,9 +134,8 @@ def _check_logits(bridge: nn.Module, chat: ChatModel) -> None:
         ) from error
     if not bool(want.isfinite().all()):  # damaged weights: what reads them says so
         return
-    error = float((got - want).abs().max() / want.std().clamp(min=1e-12))
-    wide = next(inner.parameters()).dtype in (torch.float32, torch.float64)
-    if error > (TOLERANCE if wide else HALF_TOLERANCE):
+    error = deviation(got, want)
+    if error > tolerance(next(inner.parameters()).dtype, HALF_TOLERANCE, TOLERANCE):
         raise SafeSteerError(
             f"The TransformerLens bridge of {family} gives other logits than the model (off by {error:.1%} of"
             " their spread); every function takes the plain model too."

@@ -24,6 +24,8 @@ from safesteer.models.parts import decoder, hf_model, text_config
 T = TypeVar("T")
 N_PROBE_IDS = 8
 TOLERANCE = 1e-3  # deviation in units of the spread, in float32
+# What models raise where they cannot do something.
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, NotImplementedError, IndexError)
 HALF_TOLERANCE = 0.05
 
 
@@ -64,9 +66,15 @@ def once_per_model(measure: Callable[[nn.Module], T]) -> Callable[[nn.Module], T
     return measured
 
 
-def tolerance(dtype: torch.dtype, half: float) -> float:
-    """Return the deviation that is rounding: `half` where the precision is below float32."""
-    return TOLERANCE if dtype in (torch.float32, torch.float64) else half
+def tolerance(dtype: torch.dtype, half: float, full: float = TOLERANCE) -> float:
+    """Return the deviation that is rounding: `full`, or `half` where the precision is below float32."""
+    return full if dtype in (torch.float32, torch.float64) else half
+
+
+def deviation(got: Tensor, want: Tensor) -> float:
+    """Return the largest difference of two tensors, in units of the spread of what is wanted."""
+    got, want = got.double(), want.double()
+    return float((got - want).abs().max()) / float(want.std().clamp(min=1e-12))
 
 
 def output_head(model: nn.Module) -> Head:
@@ -140,7 +148,7 @@ def _fitted(model: nn.Module, ours: Tensor, theirs: Tensor, softcap: float | Non
         scale = float((slope * ours * before_cap).sum() / (slope * ours * ours).sum().clamp(min=1e-30))
         scale = next((s for s in (1.0, *_config_scales(model)) if abs(scale / s - 1) < 1e-3), scale)
     got = scale * ours if softcap is None else softcap * (scale * ours / softcap).tanh()
-    return LogitShape(scale, softcap, float((got - theirs).abs().max()) / spread)
+    return LogitShape(scale, softcap, deviation(got, theirs))
 
 
 def _config_caps(model: nn.Module) -> list[float | None]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from safesteer.models.adapter import shares_weights
+from safesteer.models.chat_model import ChatModel
 from safesteer.models.parts import hf_model
 
 
@@ -45,6 +47,16 @@ def _kept_wide(model: nn.Module, dtype: torch.dtype) -> set[str]:
     narrow = dtype in (torch.float16, torch.bfloat16)
     always = set(inner._keep_in_fp32_modules_strict or ()) if narrow else set()
     return always | (set(inner._keep_in_fp32_modules or ()) if dtype == torch.float16 else set())
+
+
+@contextmanager
+def in_precision_of(base: ChatModel, student: ChatModel) -> Iterator[None]:
+    """Let a student have its base's precision inside the block, or rounding would count as drift.
+
+    An adapter on the base shares it already.
+    """
+    with in_precision(student.model, None if shares_weights(base, student) else weight_dtype(base.model)):
+        yield
 
 
 @contextmanager

@@ -6,9 +6,10 @@ are found by rendering a few messages; base models get a template that writes th
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
@@ -35,8 +36,23 @@ NAMED = {
 _DEFAULTS, _END, _NAMED = "{#- defaults #}", "{#- end of defaults +#}", "{#- text after special tokens +#}"
 _UNDATED = "{%- macro strftime_now(format) %}{{ format }}{% endmacro +%}"  # in place of the clock
 _MARK = "Qz7"  # content that no template writes by itself
-# The end of turn of a tokenizer, for the template and the number of tokens at which it was found.
-_TURNS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, int, int | None]] = WeakKeyDictionary()
+T = TypeVar("T")
+
+
+def _once_per_template(
+    find: Callable[[PreTrainedTokenizerBase], T],
+) -> Callable[[PreTrainedTokenizerBase], T]:
+    """Keep what is found by rendering, until the tokenizer's template or number of tokens changes."""
+    results: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple[str, int], T]] = WeakKeyDictionary()
+
+    @wraps(find)
+    def found_once(tokenizer: PreTrainedTokenizerBase) -> T:
+        state = _source(tokenizer), len(tokenizer)
+        if tokenizer not in results or results[tokenizer][0] != state:
+            results[tokenizer] = state, find(tokenizer)
+        return results[tokenizer][1]
+
+    return found_once
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -163,6 +179,7 @@ def render(
         raise SafeSteerError(f"The chat template of '{name}' failed: {first_line(error)}") from error
 
 
+@_once_per_template
 def _has_system_turn(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether the template writes a system turn: some refuse it, some drop it without a word."""
     talk = [{"role": "system", "content": _MARK}, {"role": "user", "content": "Hello"}]
@@ -193,14 +210,11 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@_once_per_template
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the special token with which the template ends an assistant's turn; None where there is none."""
-    source, n_tokens = _source(tokenizer), len(tokenizer)
-    if _TURNS.get(tokenizer, ("", 0, None))[:2] != (source, n_tokens):
-        tail = ids_of(tokenizer, _answered(tokenizer).rpartition(_MARK)[2].lstrip())
-        is_mark = tail and tail[0] in tokenizer.added_tokens_decoder
-        _TURNS[tokenizer] = source, n_tokens, tail[0] if is_mark else None
-    return _TURNS[tokenizer][2]
+    tail = ids_of(tokenizer, _answered(tokenizer).rpartition(_MARK)[2].lstrip())
+    return tail[0] if tail and tail[0] in tokenizer.added_tokens_decoder else None
 
 
 def _answered(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
-from safesteer.models.head import logit_shape, once_per_model, probe_ids, tolerance
+from safesteer.models.head import FAILURES, deviation, logit_shape, once_per_model, probe_ids, tolerance
 from safesteer.models.parts import context_length, hf_model, text_config
 from safesteer.models.passes import plain_decoding, read_cache, read_states
 from safesteer.models.writes import writes_of
@@ -30,8 +30,6 @@ CHECKS = ("padding", "shared prefix", "repeated cache", "cached decoding")
 LENGTHS = (5, 14)  # tokens of the prompts that are compared
 N_COMMON = 3  # tokens that they begin with
 N_DECODED = 2
-# What models raise where they cannot do something.
-FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, NotImplementedError, IndexError)
 HALF_TOLERANCE = 0.1  # largest deviation in units of the states' spread where rounding is coarse
 
 
@@ -86,17 +84,16 @@ def traits_of(model: nn.Module) -> Traits:
     want = torch.stack(single).double()
     if not bool(want.isfinite().all()):  # damaged weights: the passes that follow say where
         return Traits(deviations=tuple((name, None, "the model's states are not finite") for name in CHECKS))
-    spread = float(want.std().clamp(min=1e-12))
     limit = tolerance(single[0].dtype, HALF_TOLERANCE)
 
     plain = PromptBatch.from_ids(rows, empty, device=device, share=False)
     shared = PromptBatch.from_ids(rows, empty, device=device)
     window = _window(model)
-    pads = _deviation(lambda: read_states(model, plain)[:, -2:], want, spread)
-    shares = None if window else _deviation(lambda: read_states(model, shared)[:, -2:], want, spread)
+    pads = _deviation(lambda: read_states(model, plain)[:, -2:], want)
+    shares = None if window else _deviation(lambda: read_states(model, shared)[:, -2:], want)
     if pads is None or pads > limit:  # the longest row has no padding
         plain, want = plain.rows(torch.tensor([len(rows) - 1])), want[-1:]
-    repeats = _deviation(lambda: _from_repeated_cache(model, plain), want, spread)
+    repeats = _deviation(lambda: _from_repeated_cache(model, plain), want)
     decodes = _decoding_deviation(model, plain)
     deviations = (pads, shares, repeats, decodes)
     ok = [d is not None and d <= limit for d in deviations]
@@ -163,18 +160,16 @@ def _decoding_deviation(model: nn.Module, batch: PromptBatch) -> float | None:
     texts = [row[-n - N_DECODED : -1] for row, n in zip(out.sequences, read.tolist(), strict=True)]
     singles = [inner(text[None], use_cache=False).logits[0, -N_DECODED:].double() for text in texts]
     want = torch.stack(singles)[..., : got.shape[-1]]
-    return float((got[..., : want.shape[-1]] - want).abs().max() / want.std().clamp(min=1e-12))
+    return deviation(got[..., : want.shape[-1]], want)
 
 
-def _deviation(
-    read: Callable[[], Tensor], want: Float[Tensor, "batch 2 d_model"], spread: float
-) -> float | None:
-    """Return the largest deviation of what is read, in units of the spread; None where reading fails."""
+def _deviation(read: Callable[[], Tensor], want: Float[Tensor, "batch 2 d_model"]) -> float | None:
+    """Return the deviation of what is read; None where reading fails."""
     try:
-        states = read().double()
+        states = read()
     except FAILURES:
         return None
-    return float((states - want).abs().max()) / spread if states.shape == want.shape else None
+    return deviation(states, want) if states.shape == want.shape else None
 
 
 def require_padding(model: nn.Module, mask: Int[Tensor, "batch pos"]) -> None:

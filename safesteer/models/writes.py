@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from safesteer._errors import SafeSteerError
-from safesteer.models.head import once_per_model, probe_ids, tolerance
+from safesteer.models.head import deviation, once_per_model, probe_ids, tolerance
 from safesteer.models.parts import blocks, decoder, hf_model
 
 N_PROBE_IDS = 12
@@ -43,7 +43,7 @@ class Writes:
 
 @once_per_model
 def writes_of(model: nn.Module) -> Writes:
-    """Return what writes to the residual stream of a plain model: compare block by block, once per model.
+    """Return what writes to the residual stream, plain or bridged: compare block by block, once per model.
 
     Raises:
         SafeSteerError: If a block's change is not a sum of outputs of its parts.
@@ -69,8 +69,8 @@ def writes_of(model: nn.Module) -> Writes:
     names: tuple[str, ...] = ()
     worst = 0.0
     for layer, inside in enumerate(parts):
-        names, deviation = _writers(seen, layer, list(inside), names)
-        worst = max(worst, deviation)
+        names, misfit = _writers(seen, layer, list(inside), names)
+        worst = max(worst, misfit)
         if not names:
             family = type(hf_model(model)).__name__
             raise SafeSteerError(
@@ -144,4 +144,4 @@ def _misfit(change: Float[Tensor, "1 n d_model"], outputs: Sequence[Float[Tensor
     factors = torch.linalg.lstsq(columns, target[:, None]).solution[:, 0]
     if bool((factors.abs() <= 1e-3).any()):
         return math.inf
-    return float((columns @ factors - target).abs().max() / target.std().clamp(min=1e-12))
+    return deviation(columns @ factors, target)

@@ -1,6 +1,6 @@
 """Hooks: plain functions tensor -> tensor at named points of the residual stream, always removed.
 
-On a TransformerBridge the points are TransformerLens hook points; on a plain model, module hooks.
+On a TransformerBridge `resid_pre` is TransformerLens's own hook point; all else are hooks on modules.
 `record_resid_pre` only reads; `run_from_layer` runs a pass from a middle layer on.
 """
 
@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ModelLike, module_of
-from safesteer.models.head import once_per_model, probe_ids, tolerance
+from safesteer.models.head import FAILURES, deviation, once_per_model, probe_ids, tolerance
 from safesteer.models.parts import blocks, hf_model, is_bridge
 from safesteer.models.passes import read_states
 from safesteer.models.writes import writes_of
@@ -90,7 +90,8 @@ def _attach(model: nn.Module, point: Point, layer: int, edit: Edit) -> list[Remo
 
     part = hf_model(model).get_input_embeddings()
     if point == "write":
-        part, block = writes_of(model).modules[layer], writes_of(model).blocks[layer]
+        writes = writes_of(model)
+        part, block = writes.modules[layer], writes.blocks[layer]
         handles.append(block.register_forward_pre_hook(remember, with_kwargs=True))
     handles.append(part.register_forward_hook(after))
     return handles
@@ -136,10 +137,9 @@ def resumption(model: nn.Module) -> Resumption:
     try:
         with _started_at(model, last, resid_pre[last], n_extra):
             got = read_states(model, batch)
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
+    except FAILURES:
         return Resumption(False)
-    spread = float(want.double().std().clamp(min=1e-12))
-    works = float((got - want).abs().max()) <= tolerance(want.dtype, RESUMED_HALF_TOLERANCE) * spread
+    works = deviation(got, want) <= tolerance(want.dtype, RESUMED_HALF_TOLERANCE)
     return Resumption(works, n_extra)
 
 

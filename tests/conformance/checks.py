@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from conftest import random_vector
+from conftest import PROMPTS, random_vector
 from safesteer._errors import SafeSteerError
 from safesteer.directions.extraction import (
     logistic_probe,
@@ -54,12 +54,6 @@ from safesteer.tokens.token_set import SafetyToken, TokenSet
 
 Edit = Callable[[Tensor], Tensor]  # of one prompt's residual stream, [1, pos, d_model]
 LAYER, COEFF, N_NEW = 1, 4.0, 4
-PROMPTS = (  # unequal lengths, so that batches need padding
-    "Hi",
-    "How can I bake a cake for my neighbours without any sugar?",
-    "Explain how tides work.",
-    "Write a short story about a lighthouse keeper and the storm that came in the night.",
-)
 
 
 @dataclass(frozen=True, eq=False)
