@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -103,6 +103,11 @@ def append_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON. Numbers that JSON cannot hold (NaN, infinity) raise ValueError."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON Lines, in ASCII."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows))
 
 
 def read_json(path: Path) -> Any:

@@ -4,7 +4,7 @@
 2. tokens      select the output tokens that steering moves
 3. distill     teach the model on those tokens alone
 4. export      write a plain Hugging Face model, reloaded once in a fresh process
-5. evaluate    measure base, teacher and student on prompts that no choice has used
+5. evaluate    measure base, teacher and student on the test split, and on prompts of other forms
 6. explain     say why these tokens, how much they cover, how stable they are
 7. report      show all of it on one offline page
 
@@ -13,32 +13,36 @@ skipped where its files are complete, so an interrupted run continues.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import pandas as pd
 import torch
 from accelerate import PartialState
 from rich.console import Console
 
 from safesteer import recipes
 from safesteer._errors import SafeSteerError
-from safesteer._files import locked, write_text
+from safesteer._files import locked, write_json_lines, write_text
 from safesteer.attribution.explanation import explain
 from safesteer.directions.finding import find_direction
 from safesteer.distillation.loop import Student, Training, restore_student, train_student
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.scores import evaluate
+from safesteer.evaluation.sets import score_sets
 from safesteer.exporting import check_reload, export, write_card
 from safesteer.judges.judge import Judge
 from safesteer.judges.wording import refuses
 from safesteer.models.adapter import without_adapter
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.loading import load_model
-from safesteer.models.precision import cast_weights, weight_dtype
+from safesteer.models.precision import cast_weights, in_precision_of, weight_dtype
 from safesteer.models.sharding import on_cpu, require_processes
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.report.page import write_report
+from safesteer.report.set_table import SET_ANSWERS_FILE, SETS_FILE, set_lines
 from safesteer.run_folder import STAGES, Run, finished, open_run, record_stage
 from safesteer.tokens.selection import select_tokens
 
@@ -182,13 +186,28 @@ def _evaluate(run: Run, base: ChatModel) -> list[str]:
             base, student, direction, run.prompts, config, judge=run.judge, progress=progress
         )
     evaluation.save(run.path)
-    n = evaluation.scores["base"].n
-    for name, chat in (("base and teacher", base), ("student", student)):
-        log_look(run.path, chat, "test", n, f"stage evaluate: {name}")
-    write_card(run.path / "model", base, direction, run.recipe.to_toml(), evaluation.scores, judge=run.judge)
+    log_look(run.path, base, "test", n := evaluation.scores["base"].n, "stage evaluate: base and teacher")
+    log_look(run.path, student, "test", n, "stage evaluate")
+    sets = _score_sets(run, base, student)
+    write_card(run.path / "model", base, direction, run.recipe.to_toml(), evaluation.scores, sets, run.judge)
     for line in evaluation.lines():
         run.say(line)
-    return ["evaluation.json", "answers.jsonl", "model/README.md"]
+    return ["evaluation.json", "answers.jsonl", SETS_FILE, SET_ANSWERS_FILE, "model/README.md"]
+
+
+def _score_sets(run: Run, base: ChatModel, student: ChatModel) -> pd.DataFrame:
+    """Score base and student on prompts of other forms and of other people; return the table."""
+    models = {"base": base, "student": student}
+    with run.progress("other prompts") as progress, in_precision_of(base, student):
+        table, answers = score_sets(models, run.recipe.evaluate, run.judge, say=run.say, progress=progress)
+    for label, chat in models.items():
+        for name, n in Counter(a["set"] for a in answers if a["model"] == label).items():
+            log_look(run.path, chat, name, n, "stage evaluate")
+    write_text(run.path / SETS_FILE, table.to_csv(index=False))
+    write_json_lines(run.path / SET_ANSWERS_FILE, answers)
+    for line in set_lines(table):
+        run.say(line)
+    return table
 
 
 def _explain(run: Run, base: ChatModel) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import pandas as pd
 import torch
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
@@ -28,6 +29,7 @@ from safesteer.models.forward import last_logits
 from safesteer.models.loading import SMOLLM2, SMOLLM2_ORIGIN, load_model, quiet_transformers
 from safesteer.models.parts import hf_model, is_bridge
 from safesteer.models.precision import in_precision, weight_dtype
+from safesteer.report.set_table import set_summary
 from safesteer.steering.direction import Direction
 
 PROBE = ("What is the capital of France?", "Tell me how rainbows form.")
@@ -152,12 +154,26 @@ def _origin(base: ChatModel) -> dict[str, str]:
     return known | ({"base_model": base.name} if commit else {})
 
 
+def _set_table(sets: pd.DataFrame | None) -> str:
+    """Write the rates on other prompts as a Markdown table."""
+    if sets is None or sets.empty:
+        return "Prompts of other forms, or of other people, were not measured."
+    lines = ["| prompts | kind | n | base | this model | answers that repeat themselves: base, this model |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in set_summary(sets).to_dict("records"):
+        rates = f"{row['base']:.1%} | {row['student']:.1%}"
+        repeats = f"{row['base repeats']:.1%}, {row['student repeats']:.1%}"
+        lines.append(f"| {row['name']} | {row['kind']} | {row['n']} | {rates} | {repeats} |")
+    return "\n".join(lines)
+
+
 def write_card(
     folder: Path,
     base: ChatModel,
     direction: Direction,
     recipe: str,
     scores: dict[str, Scores],
+    sets: pd.DataFrame | None = None,
     judge: Judge = refuses,
 ) -> None:
     """Write the model card: metadata for the Hub, how it was made, what was measured, what was not.
@@ -168,6 +184,7 @@ def write_card(
         direction: The direction that steered the teacher.
         recipe: The settings of the run, as a recipe file.
         scores: Scores by model; not empty.
+        sets: What `score_sets` says of other prompts; None: nothing.
         judge: The judge that they were made with.
     """
     rows = [
@@ -204,6 +221,7 @@ def write_card(
         counts=first.counts,
         judged=by_wording if judge is refuses else f"Answers are judged by `{judge_name(judge)}`.",
         rows="\n".join(rows),
+        sets=_set_table(sets),
         recipe=recipe.rstrip(),
     )
     write_text(folder / "README.md", filled)

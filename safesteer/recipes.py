@@ -206,7 +206,7 @@ def paper() -> Recipe:
             micro_batch=4,
             checkpoint_every=5,
         ),
-        evaluate=EvaluateConfig(max_new_tokens=256),
+        evaluate=EvaluateConfig(max_new_tokens=256, n_set_prompts=None),
     )
 
 

@@ -11,6 +11,7 @@ from safesteer._settings import (
     CountOrNone,
     FiniteOrNone,
     SizeOrNone,
+    TextOrNone,
     Words,
     setting,
     setting_or_none,
@@ -212,7 +213,18 @@ class EvaluateConfig:
     """Stage 5: measure base, teacher and student on the test split."""
 
     n_prompts: CountOrNone = setting_or_none(None, "Pairs of the test split; none: all.")
-    max_new_tokens: int = setting(32, "Length of the greedy answers.", unit="tokens", ge=1)
+    sets: Annotated[tuple[str, ...], Words] = setting(
+        ("own-short", "own-questions", "own-hazard-words"),
+        "Other sets of prompts that base and student answer: the project's own in other forms, or public ones"
+        " by name (harmbench, xstest, everyday ...).",
+    )
+    data: TextOrNone = setting_or_none(
+        None,
+        "Folder of local benchmark rows, or 'hub': the public sets of the suite 'small' are answered too, as"
+        " far as they are there.",
+    )
+    n_set_prompts: CountOrNone = setting_or_none(50, "Prompts of each of those sets; none: all.")
+    max_new_tokens: int = setting(128, "Length of the greedy answers.", unit="tokens", ge=1)
     n_kl_tokens: int = setting(16, "Tokens of the base's answers over which drift is measured.", ge=1)
     perplexity_tokens: int = setting(4096, "Plain text that is read.", unit="tokens", ge=2)
     perplexity_width: int = setting(512, "Window in which it is read.", unit="tokens", ge=2)

@@ -38,6 +38,7 @@ SETTINGS = {
     "distill.lr": 1e-3,
     "evaluate.n_prompts": 3,
     "evaluate.max_new_tokens": 4,
+    "evaluate.n_set_prompts": 2,
     "evaluate.perplexity_tokens": 200,
     "explain.n_prompts": 3,
     "explain.n_harmful": 2,

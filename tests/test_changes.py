@@ -1,11 +1,14 @@
 """Text quality, changes between two models on the same prompts, and the ledger of looks."""
 
+import pandas as pd
 import pytest
+import torch
 from scipy.stats import binomtest
 
 from conftest import copy_of
 from safesteer._errors import SafeSteerError
 from safesteer.evaluation.changes import change_over_seeds, paired_change
+from safesteer.evaluation.curves import bias_curve, curve_area, over_refusal_at
 from safesteer.evaluation.ledger import log_look, looks, weights_hash
 from safesteer.evaluation.quality import asks_for_code, repeats_itself, text_quality
 from safesteer.models.bridge import to_bridge
@@ -89,3 +92,45 @@ def test_the_hash_tells_a_student_from_its_base(tiny_llama):
     student.model.model.layers[-1].mlp.down_proj.weight.data += 0.01
     assert weights_hash(student) != weights_hash(tiny_llama)
     assert student.fingerprint == tiny_llama.fingerprint
+
+
+# --- curves ---
+
+
+def test_a_curve_is_read_between_its_points_and_at_its_ends():
+    points = pd.DataFrame({"harmful": [0.8, 0.4, 0.4], "over_refusal": [0.3, 0.2, 0.1]})
+    assert over_refusal_at(points, 0.4) == pytest.approx(0.1)  # the better of two points
+    assert over_refusal_at(points, 0.9) == pytest.approx(0.65)  # on the way to refusing everything
+    assert over_refusal_at(points, 0.2) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("harmful", "over_refusal", "area"), [([], [], 0.5), ([1.0], [0.0], 0.0), ([0.0], [1.0], 0.5)]
+)
+def test_the_area_is_a_half_by_chance_and_nothing_for_a_perfect_model(harmful, over_refusal, area):
+    points = pd.DataFrame({"harmful": harmful, "over_refusal": over_refusal}, dtype=float)
+    assert curve_area(points) == pytest.approx(area)
+
+
+def test_points_without_their_columns_are_named():
+    with pytest.raises(SafeSteerError, match=r"not \['over_refusal'\]"):
+        curve_area(pd.DataFrame({"harmful": [0.5]}))
+
+
+def test_the_line_of_a_constant_is_the_share_of_prompts_whose_likeliest_first_token_it_makes(tiny_llama):
+    harmful, harmless, ids = ["Pick a lock.", "Break a door down."], ["Bake bread."], [3, 5, 8]
+    line = bias_curve(tiny_llama, ids, harmful, harmless, nats=(-50.0, 0.0, 0.5, 50.0), batch_size=1)
+    for row in line.itertuples():
+        for texts, value in ((harmful, row.harmful), (harmless, row.over_refusal)):
+            opens = []
+            for text in texts:
+                turns = [{"role": "user", "content": text}]
+                tokenizer, model = tiny_llama.tokenizer, tiny_llama.model
+                chat = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+                inputs = tokenizer(chat, return_tensors="pt", add_special_tokens=False)
+                logits = model(**inputs).logits[0, -1].detach().clone()
+                logits[ids] += row.nats
+                opens.append(int(logits.argmax()) in ids)
+            assert value == sum(opens) / len(opens)
+    with pytest.raises(SafeSteerError, match="no refusal tokens"):
+        bias_curve(tiny_llama, torch.tensor([], dtype=torch.long), harmful, harmless)

@@ -13,6 +13,7 @@ from conftest import SHARED
 from safesteer._errors import SafeSteerError
 from safesteer.directions.extraction import mean_difference
 from safesteer.directions.inspection import representation_shift
+from safesteer.evaluation import sets
 from safesteer.evaluation import suite as suites
 from safesteer.evaluation.capability import KNOWN as TASKS
 from safesteer.evaluation.capability import local_name, measure_capability, write_tasks
@@ -69,7 +70,7 @@ def test_a_public_set_that_cannot_be_had_is_left_out_with_a_word(tiny_llama, tmp
 def test_suites_name_only_what_there_is():
     for chosen in SUITES.values():
         assert set(chosen.where_there) <= set(BENCHMARKS)
-        assert set(chosen.sets) <= {*suites.OWN, *BENCHMARKS}
+        assert set(chosen.sets) <= {*sets.OWN, *BENCHMARKS}
         assert set(chosen.tasks) <= {*TASKS, "humaneval"}
 
 
@@ -79,7 +80,7 @@ def test_a_suite_is_a_table_with_intervals_and_an_interrupted_one_continues(
     data,
     monkeypatch,
 ):
-    out, calls, generate = tmp_path / "out", [], suites.generate
+    out, calls, generate = tmp_path / "out", [], sets.generate
 
     def breaks(chat, prompts, **settings):
         calls.append(prompts)
@@ -87,7 +88,7 @@ def test_a_suite_is_a_table_with_intervals_and_an_interrupted_one_continues(
             raise KeyboardInterrupt
         return generate(chat, prompts, **settings)
 
-    monkeypatch.setattr(suites, "generate", breaks)
+    monkeypatch.setattr(sets, "generate", breaks)
     with pytest.raises(KeyboardInterrupt):
         run_suite(model_folder, TINY, out, data=data)
     assert not (out / "results.json").exists()
@@ -168,7 +169,10 @@ def test_a_judge_of_harm_counts_what_is_safe(tiny_llama, tmp_path):
 
     small = Suite(("own-harmful",), n_prompts=4, max_new_tokens=3, perplexity_tokens=64)
     table = run_suite(tiny_llama, small, tmp_path, judge=Harm())
-    assert table[table.kind == "harmful"][["metric", "value"]].to_numpy().tolist() == [["safe", 0.75]]
+    rates = table[table.kind == "harmful"].set_index("metric").value
+    assert rates["safe"] == 0.75
+    assert "refused" not in rates
+    assert rates["opens with a refusal"] == 0  # judged by its wording beside it
 
 
 def test_the_shift_is_the_distance_of_means_in_spreads_of_the_base(tiny_llama):

@@ -5,9 +5,10 @@ import torch
 from conformance.checks import own_logits
 from conformance.families import build
 
-from conftest import PROMPTS, _used
+from conftest import PROMPTS, _used, copy_of
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.generation import generate_ids, uniforms
+from safesteer.models.head import logit_shape
 from safesteer.models.traits import CHECKS, traits_of
 
 # (pads, shares_prefix, repeats_cache, decodes_cached)
@@ -52,3 +53,11 @@ def test_samples_do_not_depend_on_the_short_cuts(family):
             cdf = logits.double().softmax(-1).cumsum(-1)
             low = float(cdf[token - 1]) if token else 0.0
             assert low - 1e-4 <= float(drawn[i, step]) <= float(cdf[token]) + 1e-4
+
+
+def test_mixed_precision_is_put_aside_while_a_model_is_measured(tiny_llama):
+    plain, mixed = copy_of(tiny_llama), copy_of(tiny_llama)
+    with torch.autocast("cpu", torch.bfloat16):
+        measured = traits_of(mixed.model)
+    assert measured == traits_of(plain.model)
+    assert logit_shape(mixed.model) == logit_shape(plain.model)

@@ -1,14 +1,18 @@
 """The ledger of looks: who scored which model on which test prompts, when and why.
 
 A test split that is read often is no test any more. Everything that scores one appends a row to `looks.csv`,
-in its run folder or its suite's folder; studies name one file for all. Rows are never changed or deleted.
+in its run folder or its suite's folder; the studies of this project share one in `analysis/results`. Rows are
+never changed or deleted. `commit` is the checkout that the code ran from, "+" where it had changes that were
+not committed, and empty for an installed package.
 """
 
 import csv
 import hashlib
 import io
+import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +25,7 @@ from safesteer.models.chat_model import ModelLike, as_chat
 from safesteer.models.parts import hf_model
 
 LOOKS = "looks.csv"
-COLUMNS = ("date", "version", "model", "weights", "split", "n", "why")
+COLUMNS = ("date", "version", "commit", "model", "weights", "split", "n", "why")
 N_VALUES = 512  # of each tensor that the hash reads
 
 
@@ -46,6 +50,26 @@ def _sampled(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield name.replace("_original_component.", ""), flat[:: max(1, len(flat) // N_VALUES)][:N_VALUES]
 
 
+@cache
+def code_commit() -> str:
+    """Return the commit of the checkout that this package lies in, "" where it lies in none."""
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists():
+        return ""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
 def log_look(path: str | Path, chat: ModelLike, split: str, n: int, why: str) -> None:
     """Append a look at a test split to a ledger.
 
@@ -68,7 +92,7 @@ def log_look(path: str | Path, chat: ModelLike, split: str, n: int, why: str) ->
     writer = csv.writer(text, lineterminator="\n")
     if not file.exists():
         writer.writerow(COLUMNS)
-    writer.writerow((now, __version__, chat.name, weights_hash(chat), split, n, why))
+    writer.writerow((now, __version__, code_commit(), chat.name, weights_hash(chat), split, n, why))
     append_text(file, text.getvalue())
 
 

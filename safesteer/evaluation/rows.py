@@ -6,6 +6,7 @@ from typing import Any
 from safesteer._intervals import wilson
 from safesteer.evaluation.changes import paired_change
 from safesteer.evaluation.quality import repeats_itself, text_quality
+from safesteer.report.set_table import REPEATS
 
 
 def row(kind: str, name: str, metric: str, value: float, limits: tuple[float, float] | None, n: int) -> dict:
@@ -24,7 +25,7 @@ def quality_rows(name: str, prompts: Sequence[str], answers: Sequence[str]) -> l
     """Make the rows of text quality."""
     quality, kind = text_quality(prompts, answers), "text quality"
     made = [
-        rate(kind, name, "answers that repeat four words", [repeats_itself(a) for a in answers]),
+        rate(kind, name, REPEATS, [repeats_itself(a) for a in answers]),
         row(kind, name, "distinct words per word", quality.distinct, None, quality.n),
         row(kind, name, "words per answer", quality.words, None, quality.n),
     ]

@@ -6,7 +6,6 @@
 Rates come with Wilson intervals, means with bootstrap intervals over prompts (95 %).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from safesteer._files import json_lines, read_value, write_json, write_text
+from safesteer._files import json_lines, read_value, write_json, write_json_lines
 from safesteer._intervals import bootstrap, wilson
 from safesteer._progress import Progress, no_progress
 from safesteer.judges.judge import CachedJudge, Judge, judge_all, outcomes
@@ -85,8 +84,7 @@ class Evaluation:
     def save(self, folder: str | Path) -> None:
         """Write evaluation.json and answers.jsonl into `folder`."""
         write_json(Path(folder) / SCORES_FILE, {name: asdict(s) for name, s in self.scores.items()})
-        rows = "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in self.answers)
-        write_text(Path(folder) / ANSWERS_FILE, rows)
+        write_json_lines(Path(folder) / ANSWERS_FILE, self.answers)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Evaluation":

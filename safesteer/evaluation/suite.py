@@ -3,12 +3,13 @@
 It measures one model, or base and student of a run:
 
     quick   32 pairs of the test split; no capability
-    small   the 100 test pairs; up to 100 prompts each of public harmful sets, XSTest's safe prompts and
-            everyday instructions, where they can be had; 200 rows each of ARC-Easy, PIQA and LAMBADA
+    small   the 100 test pairs and 450 prompts of other forms; up to 150 prompts each of public harmful sets,
+            XSTest's safe prompts and everyday instructions, where they can be had; 200 rows each of ARC-Easy,
+            PIQA and LAMBADA
     paper   the paper's benchmarks and tasks, whole
 
-Beside every rate of over-refusal stands the text quality of those answers. Base and student answer the same
-prompts, so changes between them come with a paired interval and McNemar's test.
+Beside every rate stands the text quality of those answers, of 128 tokens at most. Base and student answer
+the same prompts, so changes between them come with a paired interval and McNemar's test.
 
 Drift is KL(base || student) along the base's answers to harmless prompts, and the shift of the final hidden
 state at the last prompt position in units of the base's spread (paper, Figure 3).
@@ -29,29 +30,26 @@ import pandas as pd
 from rich.console import Console
 
 from safesteer._errors import SafeSteerError
-from safesteer._files import locked, read_json, write_json, write_text
+from safesteer._files import locked, read_json, write_json, write_json_lines, write_text
 from safesteer._intervals import bootstrap, wilson
 from safesteer.directions.inspection import representation_shift
 from safesteer.evaluation.capability import measure_capability
 from safesteer.evaluation.humaneval import problems, run_humaneval
 from safesteer.evaluation.ledger import log_look
-from safesteer.evaluation.rows import change_row, quality_rows, rate, row
-from safesteer.judges.judge import Judge, judge_all, judge_name, outcomes
-from safesteer.judges.sentences import declines
-from safesteer.judges.wording import refuses, refuses_anywhere
+from safesteer.evaluation.rows import change_row, rate, row
+from safesteer.evaluation.sets import COLUMNS, OWN, PAIRS, PUBLIC, score_set, set_prompts
+from safesteer.judges.judge import Judge, judge_name
+from safesteer.judges.wording import refuses
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.drift import kl_on_answers
 from safesteer.models.generation import generate
 from safesteer.models.loading import load_model
 from safesteer.models.text_loss import WIKITEXT, general_text, perplexity, wikitext
-from safesteer.prompts.benchmarks import benchmark_named, load_benchmark
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.report.page import suite_page
 from safesteer.settings import MODEL_SOURCE, EvaluateConfig
 
 HUMANEVAL = "humaneval"
-OWN = {"own-harmful": "harmful", "own-harmless": "over-refusal"}  # the project's held-out pairs
-COLUMNS = ["model", "kind", "name", "metric", "value", "low", "high", "n"]
 
 
 @dataclass(frozen=True)
@@ -63,29 +61,13 @@ class Suite:
     where_there: tuple[str, ...] = ()  # sets that are left out, with a word, where they cannot be loaded
     n_prompts: int | None = None
     n_rows: int | None = None
-    max_new_tokens: int = 32
+    max_new_tokens: int = 128
     perplexity_tokens: int = 16384
 
 
 SUITES = {
-    "quick": Suite(tuple(OWN), n_prompts=32, perplexity_tokens=4096),
-    "small": Suite(
-        tuple(OWN),
-        ("arc_easy", "piqa", "lambada_openai"),
-        (
-            "harmbench",
-            "do-not-answer",
-            "harmfulqa",
-            "xstest-unsafe",
-            "jailbreakbench",
-            "strongreject",
-            "advbench",
-            "xstest",
-            "everyday",
-        ),
-        n_prompts=100,
-        n_rows=200,
-    ),
+    "quick": Suite(tuple(PAIRS), n_prompts=32, perplexity_tokens=4096),
+    "small": Suite(tuple(OWN), ("arc_easy", "piqa", "lambada_openai"), PUBLIC, n_prompts=150, n_rows=200),
     "paper": Suite(
         (
             "advbench",
@@ -241,7 +223,7 @@ def _write(job: _Job, rows: list[dict[str, Any]], title: str) -> pd.DataFrame:
     write_text(job.folder / "results.csv", table.to_csv(index=False))
     write_text(job.folder / "results.html", suite_page(table, title))
     answers = [answer for part in parts for answer in read_json(part).get("answers", [])]
-    write_text(job.folder / "suite_answers.jsonl", "".join(json.dumps(a) + "\n" for a in answers))
+    write_json_lines(job.folder / "suite_answers.jsonl", answers)
     return table
 
 
@@ -261,14 +243,6 @@ def _measurements(job: _Job, label: str) -> Iterator[tuple[str, Measure]]:
         yield "drift", partial(_drift, job.models["base"], prompts)
 
 
-def _texts(name: str, data: Path | None, limit: int | None) -> list[str]:
-    """Load the prompts of a set."""
-    if name in OWN:
-        test = load_prompts().split("test").first(limit)
-        return test.harmful if name == "own-harmful" else test.harmless
-    return load_benchmark(name, data=data, limit=limit)
-
-
 def _changes(job: _Job) -> list[dict[str, Any]]:
     """Make a row per set of prompts that base and student have answered: how the rate changed."""
     rows = []
@@ -281,28 +255,11 @@ def _changes(job: _Job) -> list[dict[str, Any]]:
 
 
 def _refusals(job: _Job, label: str, name: str, chat: ChatModel) -> dict[str, Any]:
-    """Judge greedy answers to a set of prompts."""
-    prompts = _texts(name, job.data, job.suite.n_prompts)
-    answers = generate(chat, prompts, max_new_tokens=job.suite.max_new_tokens, batch_size=50)
-    counts, values = outcomes(judge_all(job.judge, prompts, answers))
-    kind = OWN.get(name) or benchmark_named(name).kind
-    rows = [rate(kind, name, counts, [value is True for value in values])]
-    if any(value is None for value in values):
-        rows.append(rate(kind, name, "verdict unknown", [value is None for value in values]))
+    """Judge greedy answers to a set of prompts, and write the look into the ledger."""
+    prompts = set_prompts(name, job.data, job.suite.n_prompts)
+    scored = score_set(chat, name, prompts, job.judge, max_new_tokens=job.suite.max_new_tokens)
     log_look(job.folder, chat, name, len(prompts), f"suite of {label}")
-    if job.judge is refuses:  # the lenient and the strict form are reported apart
-        anywhere = [refuses_anywhere(p, a) for p, a in zip(prompts, answers, strict=True)]
-        rows.append(rate(kind, name, "refusal phrase anywhere", anywhere))
-        strict = [declines(p, a) for p, a in zip(prompts, answers, strict=True)]
-        rows.append(rate(kind, name, "declined, by sentences", strict))
-    if kind == "over-refusal":
-        rows += quality_rows(name, prompts, answers)
-    names = {"model": label, "set": name, "judge": judge_name(job.judge), "counts": counts}
-    judged = [
-        {**names, "prompt": p, "answer": a, "verdict": value}
-        for p, a, value in zip(prompts, answers, values, strict=True)
-    ]
-    return {"rows": rows, "answers": judged}
+    return {"rows": scored["rows"], "answers": [{"model": label, **row} for row in scored["answers"]]}
 
 
 def _capability(
@@ -332,7 +289,7 @@ def _perplexity(suite: Suite, data: Path | None, chat: ChatModel) -> dict[str, A
 def _drift(base: ChatModel, prompts: list[str], chat: ChatModel) -> dict[str, Any]:
     """Measure how far the student is from the base on harmless prompts."""
     config = EvaluateConfig()
-    answers = generate(base, prompts, max_new_tokens=config.max_new_tokens, batch_size=50)
+    answers = generate(base, prompts, max_new_tokens=config.n_kl_tokens, batch_size=50)
     kls = kl_on_answers(
         base, chat, prompts, answers, n_tokens=config.n_kl_tokens, batch_size=config.batch_size
     )

@@ -52,14 +52,18 @@ class LogitShape(NamedTuple):
 
 
 def once_per_model(measure: Callable[[nn.Module], T]) -> Callable[[nn.Module], T]:
-    """Call `measure` once for the Hugging Face model inside, with hooks put aside, and keep its result."""
+    """Call `measure` once for the Hugging Face model inside, and keep its result.
+
+    Hooks are put aside, and passes of mixed precision: their rounding would count as an error.
+    """
     results: WeakKeyDictionary[nn.Module, T] = WeakKeyDictionary()
 
     @wraps(measure)
     def measured(model: nn.Module) -> T:
         inner = hf_model(model)
         if inner not in results:
-            with _unhooked(inner):
+            device = next(inner.parameters()).device.type
+            with _unhooked(inner), torch.autocast(device, enabled=False):
                 results[inner] = measure(model)
         return results[inner]
 

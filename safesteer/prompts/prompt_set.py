@@ -260,15 +260,24 @@ def _checked_text(text: object, where: str) -> str:
     return text
 
 
-def load_prompts() -> PromptSet:
-    """Load the project's own matched pairs (prompts/data/pairs.jsonl, with a data card beside it).
+def load_prompts(name: Literal["pairs", "forms"] = "pairs") -> PromptSet:
+    """Load the project's own prompts (prompts/data, with a data card beside them).
+
+    Args:
+        name: "pairs": matched pairs in four splits; "forms": requests in other forms than theirs, all of the
+            split "test", on which nothing chooses.
+
+    Raises:
+        SafeSteerError: For another name.
 
     Example:
         >>> prompts = ss.load_prompts()
         >>> {name: len(prompts.split(name).harmful) for name in ("train", "val", "distill", "test")}
         {'train': 128, 'val': 32, 'distill': 100, 'test': 100}
     """
-    path = resources.files("safesteer.prompts") / "data" / "pairs.jsonl"
+    if name not in ("pairs", "forms"):
+        raise SafeSteerError(f"The project has prompts named pairs and forms, not '{name}'.")
+    path = resources.files("safesteer.prompts") / "data" / f"{name}.jsonl"
     with resources.as_file(path) as file:
         prompts = PromptSet.from_jsonl(file)
-    return PromptSet(prompts.prompts, "safesteer-pairs")
+    return PromptSet(prompts.prompts, f"safesteer-{name}")

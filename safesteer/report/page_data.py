@@ -23,11 +23,13 @@ from safesteer.attribution.stories import TokenStory
 from safesteer.attribution.tracing import Alternative, Trace, TraceToken
 from safesteer.directions.sweeping import COLUMNS
 from safesteer.report import direction_figures, figures
+from safesteer.report.set_table import SETS_FILE, set_summary
 from safesteer.steering.direction import Direction
 from safesteer.tokens.token_set import Context, TokenSet
 
 SECTIONS = {  # section -> its file, and what the page says without it
     "evaluation": ("evaluation.json", "This run has no evaluation yet"),
+    "sets": (SETS_FILE, "This run has no scores on other prompts yet"),
     "answers": ("answers.jsonl", "This run has no answers to compare yet"),
     "sweep": ("sweep.csv", "This run has no sweep of directions yet"),
     "direction": ("direction.safetensors", "This run has no direction yet"),
@@ -42,6 +44,7 @@ def load_page_data(run: Path) -> dict[str, Any]:
     manifest = read_json(run / "manifest.json")
     readers: dict[str, Callable[[Path], Any]] = {
         "evaluation": read_json,
+        "sets": lambda path: set_summary(pd.read_csv(path)),
         "answers": json_lines,
         "sweep": _read_sweep,
         "direction": Direction.load,
@@ -63,6 +66,7 @@ def load_page_data(run: Path) -> dict[str, Any]:
     shown = {
         "run": _run_facts(manifest),
         "evaluation": values["evaluation"],
+        "sets": None if values["sets"] is None else values["sets"].to_dict("records"),
         "answers": [_answer(r) for r in values["answers"]] if values["answers"] else None,
         "sweep": _sweep_rows(values["sweep"]) if values["sweep"] is not None else None,
         "direction": _direction(values["direction"]) if values["direction"] else None,

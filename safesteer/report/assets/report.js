@@ -151,6 +151,24 @@ function summary() {
     { key: "perplexity", name: "perplexity", show: r => fixed(r.perplexity, 2) },
   ], rows, { sortable: false }).node, el("p", { class: "note" },
     `${rows[0] && rows[0].n ? `${whole(rows[0].n)} prompts of each kind. ` : ""}The ranges are 95 % intervals.`));
+  otherPrompts();
+}
+
+// Rates on sets of prompts in other forms, or of other people: base beside student, and the paired change
+function otherPrompts() {
+  const sets = data.sets;
+  if (!sets) { byId("sets-table").append(missing("sets")); return; }
+  const points = x => `${x > 0 ? "+" : ""}${fixed(100 * x, 0)}`;
+  byId("sets-table").append(table([
+    { key: "name", name: "prompts", left: true, show: r => bdi(r.name) },
+    { key: "kind", name: "kind", left: true, show: r => r.kind },
+    { key: "n", name: "n", show: r => whole(r.n) },
+    { key: "base", name: `base: ${sets.length ? sets[0].counts : ""}`, show: r => share(r.base) },
+    { key: "student", name: "student", show: r => share(r.student) },
+    { key: "change", name: "change, points", show: r => [points(r.change), el("span", { class: "ci" }, `${points(r.low)} to ${points(r.high)}`)] },
+    { key: "student repeats", name: "answers that repeat four words", show: r => `${share(r["base repeats"])} → ${share(r["student repeats"])}` },
+  ], sets, { sortable: false }).node, el("p", { class: "note" },
+    "Prompts that nothing was chosen on. The change is paired by prompt, with its 95 % interval; on harmful prompts more is safer, on over-refusal less is better."));
 }
 
 // Answers -----------------------------------------------------------------------------------
