@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import PROMPTS, near_duplicates
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch, batches
 from safesteer.models.templates import render, suffix_length, template_hash
-from safesteer.prompts.prompt_set import SPLITS, PromptSet
+from safesteer.prompts.prompt_set import SPLITS, PromptSet, load_prompts
 
 GOOD = '{"harmful": "Make a bomb", "harmless": "Make a cake"}'
 TOKENIZERS = ["chatml_tokenizer", "llama3_tokenizer"]
@@ -159,6 +160,27 @@ def test_shipped_prompts_are_ascii_and_unique(pairs):
 @pytest.mark.parametrize("label", ["harmful", "harmless"])
 def test_shipped_prompts_have_no_near_duplicates(pairs, label):
     assert near_duplicates([p.text for p in pairs.prompts if p.label == label]) == []
+
+
+def test_prompts_of_other_forms_are_held_out_and_new(pairs):
+    forms = load_prompts("forms")
+    assert {p.split for p in forms.prompts} == {"test"}
+    kinds = Counter((p.form, p.label) for p in forms.prompts)
+    assert kinds == {("short", "harmful"): 150, ("question", "harmful"): 150, ("hazard word", "harmless"): 150}
+    for form, n in (("short", 10), ("question", 10), ("hazard word", 30)):
+        assert set(Counter(p.category for p in forms.prompts if p.form == form).values()) == {n}
+    texts = [p.text for p in (*forms.prompts, *pairs.prompts)]
+    assert all(t.isascii() and t == t.strip() for t in texts)
+    assert near_duplicates([p.text for p in forms.prompts]) == []
+    new = set(forms.harmful + forms.harmless)
+    assert not [pair for pair in near_duplicates(texts) if new & set(pair)]
+    # The first prompts of a set hold every category, so that a small sample does too.
+    assert len({p.category for p in forms.prompts[:15]}) == 15
+
+
+def test_the_project_has_no_other_prompts():
+    with pytest.raises(SafeSteerError, match="pairs and forms, not 'alpaca'"):
+        load_prompts("alpaca")
 
 
 # --- templates and batches ---

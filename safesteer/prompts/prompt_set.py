@@ -260,7 +260,7 @@ def _checked_text(text: object, where: str) -> str:
     return text
 
 
-def load_prompts(name: Literal["pairs", "forms"] = "pairs") -> PromptSet:
+def load_prompts(name: str = "pairs") -> PromptSet:
     """Load the project's own prompts (prompts/data, with a data card beside them).
 
     Args:

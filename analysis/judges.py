@@ -1,0 +1,162 @@
+"""How good the judges of refusals are, on labelled answers of six models.
+
+    python analysis/judges.py [--encoder MINILM_FOLDER] [--chat QWEN_FOLDER] [--out analysis/results]
+
+Claim: the default judge has precision and recall of 0.95 for "refuses" on answers of 128 tokens. It is refuted
+here if its interval lies below that.
+
+    wording      refuses (how the answer opens), refuses_anywhere, declines (its sentences)
+    embeddings   logistic regression on all-MiniLM: fitted on the answers of all prompts but a fifth, and judged
+                 on that fifth (five folds, all answers to one prompt in one fold); and fitted on the project's
+                 hard wordings alone
+    chat         Qwen2.5-Coder-1.5B-Instruct, by the logits of yes and no
+
+Verdicts go to `judge_verdicts.csv` (a row per answer and judge, kept), rates with 95 % intervals (bootstrap over
+answers) to `judges.csv`, seconds with them. An unknown verdict counts as "does not refuse". `second_reader` is
+another reader's label on a part of the answers, where the file has it.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import cohen_kappa_score
+from sklearn.model_selection import GroupKFold
+
+import safesteer as ss
+from safesteer._files import json_lines
+from safesteer.judges.chat_judge import ChatJudge
+from safesteer.judges.embeddings import fit_embedding_judge
+from safesteer.judges.encoder import load_encoder
+from safesteer.judges.judge import Judge, Verdict, judge_all, judge_version
+from safesteer.judges.sentences import declines
+from safesteer.judges.wording import refuses, refuses_anywhere
+
+HERE = Path(__file__).parent
+LABELLED = HERE / "results" / "labelled_answers.jsonl"
+WORDINGS = HERE.parent / "tests" / "wordings.jsonl"
+N_DRAWS, N_FOLDS = 2000, 5
+PARTS = {
+    "all": lambda rows: rows.index == rows.index,
+    "128 tokens": lambda rows: rows.tokens == 128,
+    "32 tokens": lambda rows: rows.tokens == 32,
+    "smollm": lambda rows: rows.model.str.startswith("smollm"),
+    "qwen": lambda rows: rows.model.str.startswith("qwen"),
+}
+
+
+def measured(judge: Judge, rows: pd.DataFrame) -> tuple[list[Verdict], float]:
+    """Judge all answers; return the verdicts and the seconds they took."""
+    started = time.perf_counter()
+    verdicts = judge_all(judge, rows.prompt.tolist(), rows.answer.tolist())
+    return verdicts, time.perf_counter() - started
+
+
+def crossed(encoder: str, rows: pd.DataFrame) -> tuple[list[Verdict], float]:
+    """Judge every answer by a regression that has not seen any answer to its prompt."""
+    started, verdicts = time.perf_counter(), [None] * len(rows)
+    loaded, label = load_encoder(encoder), (rows.label == "refuses").to_numpy()
+    for train, test in GroupKFold(N_FOLDS).split(rows, groups=rows.prompt):
+        seen, unseen = rows.iloc[train], rows.iloc[test]
+        judge = fit_embedding_judge(loaded, seen.prompt.tolist(), seen.answer.tolist(), label[train].tolist())
+        for i, verdict in zip(test, measured(judge, unseen)[0], strict=True):
+            verdicts[i] = verdict
+    return verdicts, time.perf_counter() - started
+
+
+def from_wordings(encoder: str, rows: pd.DataFrame) -> tuple[list[Verdict], float]:
+    """Judge by a regression on the project's hard wordings, which no model wrote."""
+    hard = pd.DataFrame(json_lines(WORDINGS))
+    judge = fit_embedding_judge(encoder, hard.prompt.tolist(), hard.answer.tolist(), hard.refuses.tolist())
+    return measured(judge, rows)
+
+
+def precision(label: np.ndarray, says: np.ndarray) -> float:
+    return float((label & says).sum() / says.sum()) if says.any() else float("nan")
+
+
+def recall(label: np.ndarray, says: np.ndarray) -> float:
+    return float((label & says).sum() / label.sum()) if label.any() else float("nan")
+
+
+def kappa(label: np.ndarray, says: np.ndarray) -> float:
+    return float(cohen_kappa_score(label, says))
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "precision": precision,
+    "recall": recall,
+    "kappa": kappa,
+}
+
+
+def scored(label: Sequence[bool], says: Sequence[bool]) -> dict[str, float]:
+    """Return each metric with its 95 % interval, resampling answers."""
+    truth, said_so = np.array(label, dtype=bool), np.array(says, dtype=bool)
+    draws = np.random.default_rng(0).integers(0, len(truth), (N_DRAWS, len(truth)))
+    row: dict[str, float] = {}
+    for name, metric in METRICS.items():
+        values = [metric(truth[d], said_so[d]) for d in draws] if name != "kappa" else []
+        low, high = np.nanpercentile(values, [2.5, 97.5]) if values else (np.nan, np.nan)
+        row |= {name: metric(truth, said_so), f"{name}_low": low, f"{name}_high": high}
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--labelled", type=Path, default=LABELLED)
+    parser.add_argument("--encoder", help="all-MiniLM-L6-v2: a folder or a name")
+    parser.add_argument("--chat", help="a chat model: a folder or a name")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+    rows = pd.DataFrame(json_lines(args.labelled))
+    judged = {judge.__name__: (measured(judge, rows), judge) for judge in (refuses, refuses_anywhere, declines)}
+    runs = {name: (*result, judge_version(judge)) for name, (result, judge) in judged.items()}
+    if args.encoder:
+        for name, run in (("embeddings, other prompts", crossed), ("embeddings, wordings", from_wordings)):
+            verdicts, seconds = run(args.encoder, rows)
+            runs[name] = verdicts, seconds, verdicts[0].version
+    if args.chat:
+        judge = ChatJudge(ss.load_model(args.chat, dtype="bfloat16"))
+        verdicts, seconds = measured(judge, rows)
+        runs[f"chat, {Path(args.chat).name}"] = verdicts, seconds, verdicts[0].version
+    kept = args.out / "judge_verdicts.csv"
+    new = pd.DataFrame(
+        {"id": i, "judge": name, "version": version, "p_refuses": v.p_refuses, "seconds": round(seconds, 2)}
+        for name, (verdicts, seconds, version) in runs.items()
+        for i, v in zip(rows.id, verdicts, strict=True)
+    )
+    before = pd.read_csv(kept, dtype={"id": str}) if kept.exists() else new.iloc[:0]
+    before = before[~before.judge.isin(runs)]
+    table = pd.concat([before, new]) if len(before) else new
+    table.to_csv(kept, index=False)
+    write_rates(rows, table, args.out / "judges.csv")
+
+
+def write_rates(rows: pd.DataFrame, verdicts: pd.DataFrame, path: Path) -> None:
+    """Write precision, recall and kappa of every judge on every part, and of the second reader."""
+    made, label = [], (rows.label == "refuses").set_axis(rows.id)
+    says = {name: part.set_index("id").p_refuses.reindex(rows.id) for name, part in verdicts.groupby("judge", sort=False)}
+    seconds = verdicts.groupby("judge").seconds.first()
+    if "second_reader" in rows:
+        by_reader = rows.set_index("id").second_reader
+        says["second reader"] = (by_reader == "refuses").astype(float).where(by_reader.notna())
+    for name, p in says.items():
+        for part, chosen in PARTS.items():
+            mask = chosen(rows).to_numpy() if hasattr(chosen(rows), "to_numpy") else chosen(rows)
+            if name == "second reader":
+                mask = mask & p.notna().to_numpy()
+            if not mask.any():
+                continue
+            row = {"judge": name, "part": part, "n": int(mask.sum()), "n_refuse": int(label[mask].sum())}
+            row |= scored(label[mask].tolist(), (p[mask] >= 0.5).tolist())
+            row |= {"unknown": int(p[mask].isna().sum()), "seconds": seconds.get(name)}
+            made.append(row)
+    pd.DataFrame(made).round(4).to_csv(path, index=False)
+
+
+if __name__ == "__main__":
+    main()
