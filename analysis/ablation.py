@@ -13,6 +13,7 @@ of `safesteer align`; `--model refusing` is the small model that refuses nativel
 
 import argparse
 import html
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -28,10 +29,12 @@ import safesteer as ss
 from safesteer._files import from_json, read_json, write_json, write_text
 from safesteer._intervals import wilson
 from safesteer.directions.inspection import representation_shift
+from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.scores import score_model
 from safesteer.recipes import SECTIONS
 from safesteer.report.figures import SEQUENCE, figure_of
 
+LEDGER = Path(__file__).parent / "results" / "looks.csv"  # of every study of this folder
 # The one key of an arm that is not a setting: how many harmful prompts are distilled on.
 N_HARMFUL = "n_harmful"
 # Answers of this model have a refusal's 12 tokens, so 16 are sampled; the paper's own recipe gains nothing
@@ -195,6 +198,8 @@ def on_test(chat: ss.ChatModel, base: ss.ChatModel, config: ss.EvaluateConfig) -
     """Measure refusals on test, drift from the base and perplexity."""
     answers = None if chat is base else _base_answers(base, config)
     scores, _ = score_model(chat, base, ss.load_prompts().split("test"), config, base_answers=answers)
+    if config.n_prompts is None:  # --quick reads a few prompts with models that nobody reports
+        log_look(LEDGER, chat, "test", scores.n, f"study {Path(sys.argv[0]).stem}")
     return {
         "harmful": scores.refusal_rate_harmful,
         "harmless": scores.refusal_rate_harmless,

@@ -38,7 +38,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from ablation import summary, trade_off
+from ablation import LEDGER, summary, trade_off
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
@@ -47,6 +47,7 @@ from safesteer._files import read_json, write_json, write_text
 from safesteer.directions.refusal_tokens import REFUSING_SYSTEM
 from safesteer.distillation.state import prepare_student
 from safesteer.evaluation.capability import measure_capability
+from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.scores import score_model
 from safesteer.models.parts import hf_model
 from safesteer.models.text_loss import wikitext
@@ -191,6 +192,8 @@ def measured(
     drifts = base_answers is not None and method != "system prompt"
     config, text = ss.EvaluateConfig(perplexity_tokens=8192), wikitext(options.data)
     scores, answers = score_model(chat, base, test, config, text=text, base_answers=base_answers)
+    if scores.n == len(ss.load_prompts().split("test").harmful):  # fewer: a trial
+        log_look(LEDGER, chat, "test", scores.n, f"study comparison: {method}")
     row = {
         "harmful": scores.refusal_rate_harmful,
         "harmless": scores.refusal_rate_harmless,

@@ -2,18 +2,18 @@
 
     python analysis/judges.py [--encoder MINILM_FOLDER] [--chat QWEN_FOLDER] [--out analysis/results]
 
-Claim: the default judge has precision and recall of 0.95 for "refuses" on answers of 128 tokens. It is refuted
-here if its interval lies below that.
+Claim: the default judge has precision and recall of 0.95 for "refuses" on answers of 128 tokens. It is
+refuted here if its interval lies below that.
 
     wording      refuses (how the answer opens), refuses_anywhere, declines (its sentences)
-    embeddings   logistic regression on all-MiniLM: fitted on the answers of all prompts but a fifth, and judged
-                 on that fifth (five folds, all answers to one prompt in one fold); and fitted on the project's
-                 hard wordings alone
+    embeddings   logistic regression on all-MiniLM: fitted on the answers of all prompts but a fifth, and
+                 judged on that fifth (five folds, all answers to one prompt in one fold); and fitted on the
+                 project's hard wordings alone
     chat         Qwen2.5-Coder-1.5B-Instruct, by the logits of yes and no
 
-Verdicts go to `judge_verdicts.csv` (a row per answer and judge, kept), rates with 95 % intervals (bootstrap over
-answers) to `judges.csv`, seconds with them. An unknown verdict counts as "does not refuse". `second_reader` is
-another reader's label on a part of the answers, where the file has it.
+Verdicts go to `judge_verdicts.csv` (a row per answer and judge, kept), rates with 95 % intervals (bootstrap
+over answers) to `judges.csv`, seconds with them. An unknown verdict counts as "does not refuse".
+`second_reader` is another reader's label on a part of the answers, where the file has it.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from safesteer.judges.chat_judge import ChatJudge
+from safesteer.judges.embeddings import fit_embedding_judge
+from safesteer.judges.encoder import load_encoder
 from sklearn.metrics import cohen_kappa_score
 from sklearn.model_selection import GroupKFold
 
 import safesteer as ss
 from safesteer._files import json_lines
-from safesteer.judges.chat_judge import ChatJudge
-from safesteer.judges.embeddings import fit_embedding_judge
-from safesteer.judges.encoder import load_encoder
 from safesteer.judges.judge import Judge, Verdict, judge_all, judge_version
 from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses, refuses_anywhere
@@ -113,8 +113,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     rows = pd.DataFrame(json_lines(args.labelled))
-    judged = {judge.__name__: (measured(judge, rows), judge) for judge in (refuses, refuses_anywhere, declines)}
-    runs = {name: (*result, judge_version(judge)) for name, (result, judge) in judged.items()}
+    runs = {
+        judge.__name__: (*measured(judge, rows), judge_version(judge))
+        for judge in (refuses, refuses_anywhere, declines)
+    }
     if args.encoder:
         for name, run in (("embeddings, other prompts", crossed), ("embeddings, wordings", from_wordings)):
             verdicts, seconds = run(args.encoder, rows)
@@ -139,7 +141,8 @@ def main() -> None:
 def write_rates(rows: pd.DataFrame, verdicts: pd.DataFrame, path: Path) -> None:
     """Write precision, recall and kappa of every judge on every part, and of the second reader."""
     made, label = [], (rows.label == "refuses").set_axis(rows.id)
-    says = {name: part.set_index("id").p_refuses.reindex(rows.id) for name, part in verdicts.groupby("judge", sort=False)}
+    by_judge = verdicts.groupby("judge", sort=False)
+    says = {name: part.set_index("id").p_refuses.reindex(rows.id) for name, part in by_judge}
     seconds = verdicts.groupby("judge").seconds.first()
     if "second_reader" in rows:
         by_reader = rows.set_index("id").second_reader

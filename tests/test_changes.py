@@ -119,7 +119,9 @@ def test_points_without_their_columns_are_named():
 
 def test_the_line_of_a_constant_is_the_share_of_prompts_whose_likeliest_first_token_it_makes(tiny_llama):
     harmful, harmless, ids = ["Pick a lock.", "Break a door down."], ["Bake bread."], [3, 5, 8]
-    line = bias_curve(tiny_llama, ids, harmful, harmless, nats=(-50.0, 0.0, 0.5, 50.0), batch_size=1)
+    line = bias_curve(
+        tiny_llama, torch.tensor(ids), harmful, harmless, nats=(-50.0, 0.0, 0.5, 50.0), batch_size=1
+    )
     for row in line.itertuples():
         for texts, value in ((harmful, row.harmful), (harmless, row.over_refusal)):
             opens = []

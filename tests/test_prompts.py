@@ -166,7 +166,11 @@ def test_prompts_of_other_forms_are_held_out_and_new(pairs):
     forms = load_prompts("forms")
     assert {p.split for p in forms.prompts} == {"test"}
     kinds = Counter((p.form, p.label) for p in forms.prompts)
-    assert kinds == {("short", "harmful"): 150, ("question", "harmful"): 150, ("hazard word", "harmless"): 150}
+    assert kinds == {
+        ("short", "harmful"): 150,
+        ("question", "harmful"): 150,
+        ("hazard word", "harmless"): 150,
+    }
     for form, n in (("short", 10), ("question", 10), ("hazard word", 30)):
         assert set(Counter(p.category for p in forms.prompts if p.form == form).values()) == {n}
     texts = [p.text for p in (*forms.prompts, *pairs.prompts)]

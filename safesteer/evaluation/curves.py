@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
@@ -82,7 +84,7 @@ def curve_area(points: pd.DataFrame) -> float:
 
 def bias_curve(
     chat: ModelLike,
-    refusal_ids: Sequence[int],
+    refusal_ids: Int[Tensor, " n_refusal"],
     harmful: Sequence[PromptLike],
     harmless: Sequence[PromptLike],
     *,
@@ -105,8 +107,9 @@ def bias_curve(
         A row per constant: nats, harmful, over_refusal.
 
     Example:
+        >>> import torch
         >>> from safesteer.evaluation.curves import bias_curve
-        >>> line = bias_curve(chat, [0, 1], ["Pick a lock."], ["Bake bread."], nats=(-100.0, 100.0))
+        >>> line = bias_curve(chat, torch.tensor([0, 1]), ["Pick a lock."], ["Bake bread."], nats=(-100.0, 100.0))
         >>> line.harmful.tolist(), line.over_refusal.tolist()
         ([0.0, 1.0], [0.0, 1.0])
     """
@@ -120,13 +123,11 @@ def bias_curve(
     return pd.DataFrame(rows)
 
 
-def _margins(
-    chat: ChatModel, ids: Sequence[int], prompts: Sequence[PromptLike], batch_size: int
-) -> np.ndarray:
+def _margins(chat: ChatModel, ids: Tensor, prompts: Sequence[PromptLike], batch_size: int) -> np.ndarray:
     """Return per prompt the best refusal token's logit less the best other one's, at the first token."""
     margins = np.zeros(len(prompts))
     opens = torch.zeros(chat.d_vocab, dtype=torch.bool, device=chat.device)
-    opens[torch.as_tensor(ids, device=chat.device)] = True
+    opens[ids.to(chat.device)] = True
     for rows, batch in chat.batched(prompts, batch_size):
         logits = last_logits(chat, batch)[:, 0].float()
         best = logits.masked_fill(~opens, -torch.inf).amax(-1)

@@ -270,16 +270,20 @@ def evaluation_figure(scores: Mapping[str, Mapping[str, Any]], theme: Theme = "l
                     "arrayminus": [row[k] - low for k, (low, _) in zip(keys, limits, strict=True)],
                     **WHISKER,
                 },
-                hovertemplate=f"{safe(name)}<br>%{{x}}: %{{y:.1%}} refused<extra></extra>",
+                hovertemplate=f"{safe(name)}<br>%{{x}}: %{{y:.1%}}<extra></extra>",
             )
         )
-    return _shares(bars, "share of prompts refused", theme)
+    counts = next(iter(scores.values()), {}).get("counts", "refused")
+    return _shares(
+        bars, f"share of prompts {counts}" if counts == "refused" else "share of safe answers", theme
+    )
 
 
 def suite_figure(table: pd.DataFrame, theme: Theme = "light") -> go.Figure:
     """Draw a suite's rates with 95 % intervals, models side by side: refused, over-refused, capability."""
     kinds = ["harmful", "over-refusal", "capability"]
-    rates = table[table.kind.isin(kinds) & (table.metric != "refusal phrase anywhere")]
+    counted = (table.kind == "capability") | table.metric.isin(("refused", "safe"))  # of several judges
+    rates = table[table.kind.isin(kinds) & counted]
     bars = []
     for model, rows in rates.groupby("model", sort=False):
         bars.append(

@@ -134,19 +134,20 @@ function summary() {
   if (!scores) { byId("tiles").replaceWith(missing("evaluation")); return; }
   const base = scores.base || {}, after = scores.student || scores.teacher || {};
   const who = scores.student ? "student" : "teacher";
+  const safe = after.counts === "safe";  // a judge of harm says which answers are safe, not which refuse
   const tile = (what, key, show, why) => none(after[key]) ? null : el("div", { class: "tile" }, el("p", { class: "what" }, what),
     el("p", { class: "value" }, none(base[key]) || key === "kl_harmless" ? "" : el("span", { class: "from" }, `${show(base[key])} → `), show(after[key])), el("p", { class: "why" }, why));
   byId("tiles").append(...[
-    tile("Harmful prompts refused", "refusal_rate_harmful", share, `base → ${who}; higher is safer`),
-    tile("Harmless prompts refused", "refusal_rate_harmless", share, `base → ${who}; lower is better`),
+    tile(safe ? "Harmful prompts answered safely" : "Harmful prompts refused", "refusal_rate_harmful", share, `base → ${who}; higher is safer`),
+    tile(safe ? "Harmless prompts answered safely" : "Harmless prompts refused", "refusal_rate_harmless", share, `base → ${who}; ${safe ? "higher is safer" : "lower is better"}`),
     tile("Drift on harmless prompts", "kl_harmless", x => fixed(x, 3), "KL from the base, nats per token"),
     tile("Perplexity on plain text", "perplexity", x => fixed(x, 1), `base → ${who}; no change is best`)].filter(Boolean));
   const rows = Object.entries(scores).map(([name, s]) => ({ name, ...s }));
   const cell = (key, show) => row => [show(row[key]), row[`${key}_ci`] ? el("span", { class: "ci" }, `${show(row[`${key}_ci`][0])} to ${show(row[`${key}_ci`][1])}`) : null];
   byId("evaluation-table").append(table([
     { key: "name", name: "model", left: true, show: r => bdi(r.name) },
-    { key: "refusal_rate_harmful", name: "harmful refused", show: cell("refusal_rate_harmful", share) },
-    { key: "refusal_rate_harmless", name: "harmless refused", show: cell("refusal_rate_harmless", share) },
+    { key: "refusal_rate_harmful", name: safe ? "harmful: safe answers" : "harmful refused", show: cell("refusal_rate_harmful", share) },
+    { key: "refusal_rate_harmless", name: safe ? "harmless: safe answers" : "harmless refused", show: cell("refusal_rate_harmless", share) },
     { key: "kl_harmless", name: "KL, nats", show: cell("kl_harmless", x => fixed(x, 3)) },
     { key: "perplexity", name: "perplexity", show: r => fixed(r.perplexity, 2) },
   ], rows, { sortable: false }).node, el("p", { class: "note" },
