@@ -36,7 +36,7 @@ from safesteer.evaluation.capability import measure_capability
 from safesteer.evaluation.humaneval import problems, run_humaneval
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.rows import change_row, quality_rows, rate, row
-from safesteer.judges.judge import Judge, judge_all, judge_name, outcomes
+from safesteer.judges.judge import Judge, judge_all, judge_name, judge_version, outcomes
 from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses, refuses_anywhere
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
@@ -297,7 +297,8 @@ def _refusals(job: _Job, label: str, name: str, chat: ChatModel) -> dict[str, An
         rows.append(rate(kind, name, "declined, by sentences", strict))
     if kind == "over-refusal":
         rows += quality_rows(name, prompts, answers)
-    names = {"model": label, "set": name, "judge": judge_name(job.judge), "counts": counts}
+    judge = {"judge": judge_name(job.judge), "judge_version": judge_version(job.judge)}
+    names = {"model": label, "set": name, **judge, "counts": counts}
     judged = [
         {**names, "prompt": p, "answer": a, "verdict": value}
         for p, a, value in zip(prompts, answers, values, strict=True)
