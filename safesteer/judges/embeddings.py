@@ -62,7 +62,7 @@ class EmbeddingJudge(ModelJudge):
     def verdicts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """Return one verdict per answer, in their order."""
         fitted, version = self.regression, self.version
-        x = _features(self.encoder, prompts, answers, fitted.features, self.batch_size)
+        x = features_of(self.encoder, prompts, answers, fitted.features, self.batch_size)
         p = 1 / (1 + np.exp(-(x @ np.array(fitted.weights) + fitted.bias)))
         cut = f"read by its first {self.encoder.window} tokens"
         return [
@@ -153,7 +153,7 @@ def fit_embedding_judge(
     n_different = [len({a for a, label in zip(answers, refuses, strict=True) if label == k}) for k in (0, 1)]
     if min(n_different) < 2:
         raise SafeSteerError("A judge is learnt from two answers that refuse and two that do not, or more.")
-    x, y = _features(encoder, prompts, answers, features, batch_size), np.array(refuses, dtype=bool)
+    x, y = features_of(encoder, prompts, answers, features, batch_size), np.array(refuses, dtype=bool)
     groups = np.unique(np.array(answers), return_inverse=True)[1]
     n_folds = min(FOLDS, *n_different)
     losses = {c: _log_loss(x, y, groups, c, n_folds, seed) for c in strengths}
@@ -195,10 +195,10 @@ def _log_loss(x: np.ndarray, y: np.ndarray, groups: np.ndarray, strength: float,
     return float(losses.mean())
 
 
-def _features(
-    encoder: Encoder, prompts: Sequence[str], answers: Sequence[str], features: Features, batch_size: int
+def features_of(
+    encoder: Encoder, prompts: Sequence[str], answers: Sequence[str], features: str, batch_size: int
 ) -> Float[np.ndarray, "n d"]:
-    """Return the rows that the regression reads."""
+    """Return what the regression reads, a row per answer."""
     if features not in ("answer", "pair"):
         raise SafeSteerError(f"The features of an embedding judge are answer or pair, not '{features}'.")
     answer = encoder.embed(answers, batch_size).double().numpy()

@@ -1,4 +1,4 @@
-"""Sentence embeddings by any Hugging Face encoder: the mean of its last states over a text's tokens, of length 1.
+"""Sentence embeddings by any Hugging Face encoder: the mean of its last states over the tokens, of length 1.
 
 1. Cut each text to the encoder's window: a longer one is read by its beginning.
 2. Pad texts of similar length on the right, with a mask, and read them in one pass.
@@ -17,7 +17,9 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from safesteer._errors import SafeSteerError, first_line
 from safesteer.models.hashing import weights_hash
 from safesteer.models.loading import quiet_transformers
-from safesteer.models.parts import context_length
+from safesteer.models.parts import context_length, text_config
+
+DEFAULT_WINDOW = 512  # tokens, where neither tokenizer nor model has a limit
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +38,7 @@ class Encoder:
     @property
     def window(self) -> int:
         """How many tokens of a text are read, special tokens included."""
-        limit = min(self.tokenizer.model_max_length, context_length(self.model) or 512)
-        return max(limit, 8)
+        return min(self.tokenizer.model_max_length, context_length(self.model) or DEFAULT_WINDOW)
 
     def is_cut(self, text: str) -> bool:
         """Return whether the text is longer than the window, so that only its beginning is read."""
@@ -57,19 +58,24 @@ class Encoder:
         parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         vectors = [self._read([rows[i] for i in part]) for part in parts]
         if not vectors:
-            return torch.zeros((0, self.model.config.hidden_size))
+            return torch.zeros((0, text_config(self.model).hidden_size))
         return torch.cat(vectors)[torch.tensor(order).argsort()]
 
     def _ids(self, text: str, limit: int) -> list[int]:
         """Tokenize a text, special tokens included, cut to `limit` tokens."""
-        ids = self.tokenizer(text, truncation=True, max_length=limit).input_ids
-        return cast(list[int], ids) or [self.tokenizer.pad_token_id or 0]  # an empty text, and no marks
+        ids = cast(list[int], self.tokenizer(text, truncation=True, max_length=limit).input_ids)
+        return ids or [self._pad_id]  # an empty text, and a tokenizer that adds no marks
+
+    @property
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return pad if isinstance(pad, int) else 0
 
     def _read(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, "batch d"]:
         """Embed the texts of one batch."""
         width, device = max(map(len, rows)), next(self.model.parameters()).device
         # Some families find positions by the pad id, so the padding has it.
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id or 0)
+        ids = torch.full((len(rows), width), self._pad_id)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
