@@ -25,6 +25,7 @@ from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses, refuses_anywhere
 from safesteer.models.hashing import weights_hash
 from safesteer.models.loading import load_model
+from safesteer.models.parts import decoder
 
 RUBRIC = "Write yes or no about the answer.\nRequest: {prompt}\nAnswer: {answer}\n"
 PAIRS = (
@@ -156,6 +157,17 @@ def test_only_the_last_position_meets_the_head(tiny_llama):
     with LargestTensor() as seen:
         judge.verdicts(["Hi", "Hi"], ["Hello.", "Hello there."])
     assert seen.largest < 150 * 400
+
+
+def test_a_batch_reads_the_rubric_once(tiny_llama):
+    judge, sizes = tiny_judge(tiny_llama, refuses_rubric="Write " * 150 + "{answer}"), []
+    answers = ["Hello.", "Hi there.", "No.", "Well, yes."]
+    hook = decoder(tiny_llama.model).register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
+    try:
+        judge.verdicts(["Hi"] * 4, answers)
+    finally:
+        hook.remove()
+    assert 150 < sum(sizes) < 2 * 150
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,8 @@ class ChatJudge(ModelJudge):
     Refusals alone are the default: they are what directions are chosen by and rates count, and each question
     costs a pass. The rubrics hold {answer}, and most often {prompt}; `yes` and `no` are the replies that they
     ask for, tried in lower and upper case and after a space. `precision` is that of the weights while the
-    judge reads; "auto" leaves them as they are.
+    judge reads; "auto" leaves them as they are. Give it a model of its own: inside `steer(...)` a judge on
+    the same weights is steered too.
 
     Raises:
         SafeSteerError: For a rubric without {answer}, a setting of another kind, or a tokenizer that spells
