@@ -153,14 +153,15 @@ def test_the_weights_have_the_precision_for_the_judge_alone(tiny_llama):
 
 
 def test_only_the_last_position_meets_the_head(tiny_llama):
-    judge = tiny_judge(tiny_llama, refuses_rubric="Write " * 150 + "{answer}")
+    judge = tiny_judge(tiny_llama, refuses_rubric=" to" * 150 + "{answer}")
     with LargestTensor() as seen:
-        judge.verdicts(["Hi", "Hi"], ["Hello.", "Hello there."])
+        verdicts = judge.verdicts(["Hi", "Hi"], ["Hello.", "Hello there."])
+    assert None not in [v.p_refuses for v in verdicts]
     assert seen.largest < 150 * 400
 
 
 def test_a_batch_reads_the_rubric_once(tiny_llama):
-    judge, sizes = tiny_judge(tiny_llama, refuses_rubric="Write " * 150 + "{answer}"), []
+    judge, sizes = tiny_judge(tiny_llama, refuses_rubric=" to" * 150 + "{answer}"), []
     answers = ["Hello.", "Hi there.", "No.", "Well, yes."]
     hook = decoder(tiny_llama.model).register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
     try:
