@@ -23,14 +23,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from safesteer.judges.chat_judge import ChatJudge
-from safesteer.judges.embeddings import fit_embedding_judge
-from safesteer.judges.encoder import load_encoder
 from sklearn.metrics import cohen_kappa_score
 from sklearn.model_selection import GroupKFold
 
 import safesteer as ss
 from safesteer._files import json_lines
+from safesteer.judges.chat_judge import ChatJudge
+from safesteer.judges.embeddings import fit_embedding_judge
+from safesteer.judges.encoder import load_encoder
 from safesteer.judges.judge import Judge, Verdict, judge_all, judge_version
 from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses, refuses_anywhere

@@ -9,9 +9,10 @@ from conftest import copy_of
 from safesteer._errors import SafeSteerError
 from safesteer.evaluation.changes import change_over_seeds, paired_change
 from safesteer.evaluation.curves import bias_curve, curve_area, over_refusal_at
-from safesteer.evaluation.ledger import log_look, looks, weights_hash
+from safesteer.evaluation.ledger import log_look, looks
 from safesteer.evaluation.quality import asks_for_code, repeats_itself, text_quality
 from safesteer.models.bridge import to_bridge
+from safesteer.models.hashing import weights_hash
 
 WHOLE = "the cat sat on the mat and the dog sat on the rug"
 
@@ -83,14 +84,18 @@ def test_the_ledger_only_grows(tiny_llama, tmp_path):
     table = looks(tmp_path)
     assert list(table.split) == ["test", "xstest"]
     assert table.why[0] == "a, with comma"
-    assert set(table.weights) == {weights_hash(tiny_llama)}
+    assert set(table.weights) == {weights_hash(tiny_llama.model)}
 
 
 def test_the_hash_tells_a_student_from_its_base(tiny_llama):
     student = copy_of(tiny_llama)
-    assert weights_hash(student) == weights_hash(tiny_llama) == weights_hash(to_bridge(tiny_llama))
+    assert (
+        weights_hash(student.model)
+        == weights_hash(tiny_llama.model)
+        == weights_hash(to_bridge(tiny_llama).model)
+    )
     student.model.model.layers[-1].mlp.down_proj.weight.data += 0.01
-    assert weights_hash(student) != weights_hash(tiny_llama)
+    assert weights_hash(student.model) != before
     assert student.fingerprint == tiny_llama.fingerprint
 
 

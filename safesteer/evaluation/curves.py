@@ -109,7 +109,8 @@ def bias_curve(
     Example:
         >>> import torch
         >>> from safesteer.evaluation.curves import bias_curve
-        >>> line = bias_curve(chat, torch.tensor([0, 1]), ["Pick a lock."], ["Bake bread."], nats=(-100.0, 100.0))
+        >>> ids, constants = torch.tensor([0, 1]), (-100.0, 100.0)
+        >>> line = bias_curve(chat, ids, ["Pick a lock."], ["Bake bread."], nats=constants)
         >>> line.harmful.tolist(), line.over_refusal.tolist()
         ([0.0, 1.0], [0.0, 1.0])
     """

@@ -7,47 +7,21 @@ not committed, and empty for an installed package.
 """
 
 import csv
-import hashlib
 import io
 import subprocess
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
 import pandas as pd
-import torch
-from torch import nn
 
 from safesteer._files import append_text
 from safesteer._version import __version__
 from safesteer.models.chat_model import ModelLike, as_chat
-from safesteer.models.parts import hf_model
+from safesteer.models.hashing import weights_hash
 
 LOOKS = "looks.csv"
 COLUMNS = ("date", "version", "commit", "model", "weights", "split", "n", "why")
-N_VALUES = 512  # of each tensor that the hash reads
-
-
-def weights_hash(chat: ModelLike) -> str:
-    """Hash a sample of every weight, as 16 hex digits: it tells a student from its base.
-
-    Example:
-        >>> from safesteer.evaluation.ledger import weights_hash
-        >>> weights_hash(chat) == weights_hash(chat.copy())
-        True
-    """
-    digest = hashlib.sha256()
-    for name, values in _sampled(hf_model(as_chat(chat).model)):
-        digest.update(name.encode() + values.to(torch.bfloat16).float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _sampled(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield evenly spaced values of every parameter, by its name without wrappers'."""
-    for name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
-        yield name.replace("_original_component.", ""), flat[:: max(1, len(flat) // N_VALUES)][:N_VALUES]
 
 
 @cache
@@ -92,7 +66,7 @@ def log_look(path: str | Path, chat: ModelLike, split: str, n: int, why: str) ->
     writer = csv.writer(text, lineterminator="\n")
     if not file.exists():
         writer.writerow(COLUMNS)
-    writer.writerow((now, __version__, code_commit(), chat.name, weights_hash(chat), split, n, why))
+    writer.writerow((now, __version__, code_commit(), chat.name, weights_hash(chat.model), split, n, why))
     append_text(file, text.getvalue())
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 from safesteer._files import json_lines, read_value, write_json, write_json_lines
 from safesteer._intervals import bootstrap, wilson
 from safesteer._progress import Progress, no_progress
-from safesteer.judges.judge import CachedJudge, Judge, judge_all, outcomes
+from safesteer.judges.judge import CachedJudge, Judge, judge_all, judge_version, outcomes
 from safesteer.judges.wording import refuses
 from safesteer.models.adapter import as_base
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
@@ -155,13 +155,14 @@ def evaluate(
 
 def _rows(test: PromptSet, answers: dict[str, dict[str, list[str]]], judge: Judge) -> list[dict[str, Any]]:
     """One row per prompt: every model's answer and verdict."""
-    rows = []
+    rows, version = [], judge_version(judge)
     for label in LABELS:
         prompts = [p for p in test.prompts if p.label == label]
         texts = [p.text for p in prompts]
         verdicts = {n: [v.refuses for v in judge_all(judge, texts, by[label])] for n, by in answers.items()}
         for i, prompt in enumerate(prompts):
             row: dict[str, Any] = {**to_row(prompt.text), "label": label, "category": prompt.category}
+            row["judge_version"] = version
             for name in answers:
                 row |= {name: answers[name][label][i], f"{name}_refuses": verdicts[name][i]}
             rows.append(row)

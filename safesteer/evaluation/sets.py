@@ -20,7 +20,7 @@ import pandas as pd
 from safesteer._errors import SafeSteerError
 from safesteer._progress import Progress, no_progress
 from safesteer.evaluation.rows import change_row, quality_rows, rate
-from safesteer.judges.judge import Judge, judge_all, judge_name, outcomes
+from safesteer.judges.judge import Judge, judge_all, judge_name, judge_version, outcomes
 from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses, refuses_anywhere
 from safesteer.models.chat_model import ModelLike, as_chat
@@ -124,7 +124,8 @@ def score_set(
         rows.append(rate(kind, name, "verdict unknown", [value is None for value in values]))
     rows += _other_judges(kind, name, judge, prompts, answers)
     rows += quality_rows(name, prompts, answers)
-    names = {"set": name, "judge": judge_name(judge), "counts": counts}
+    version = {"judge": judge_name(judge), "judge_version": judge_version(judge)}
+    names = {"set": name, **version, "counts": counts}
     judged = [
         {**names, "prompt": p, "answer": a, "verdict": value}
         for p, a, value in zip(prompts, answers, values, strict=True)

@@ -13,21 +13,22 @@ from typing import Any, Literal, cast
 
 from safesteer._endpoint import Endpoint
 from safesteer._errors import SafeSteerError
-from safesteer.judges.judge import ModelJudge, Verdict, read_reply
+from safesteer.judges.judge import ModelJudge, Verdict, read_reply, short_hash
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.generation import generate_ids
+from safesteer.models.hashing import weights_hash
 from safesteer.prompts.conversation import messages_of, transcript
 
 
 def _harm_verdicts(
-    judge: str, prompts: Sequence[str], answers: Sequence[str], replies: Sequence[str]
+    judge: str, version: str, prompts: Sequence[str], answers: Sequence[str], replies: Sequence[str]
 ) -> list[Verdict]:
     """Read the replies of a safety classifier."""
     results = []
     for prompt, answer, reply in zip(prompts, answers, replies, strict=True):
         p_harmful, category = read_reply(reply)
-        results.append(Verdict(prompt, answer, judge, None, p_harmful, reply, category))
+        results.append(Verdict(prompt, answer, judge, None, p_harmful, reply, category, version))
     return results
 
 
@@ -46,6 +47,11 @@ class Guard(ModelJudge):
     batch_size: int = 8
     max_new_tokens: int = 12
 
+    @property
+    def version(self) -> str:
+        """Hash of the weights and of what the classifier is asked."""
+        return short_hash(weights_hash(self.chat.model), self.kind, self.guideline, self.frame)
+
     def verdicts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """Return one verdict per answer, in their order. Batched by length."""
         rows = [self._question_ids(*pair) for pair in zip(prompts, answers, strict=True)]
@@ -57,7 +63,7 @@ class Guard(ModelJudge):
             out = generate_ids(self.chat, batch, max_new_tokens=self.max_new_tokens)
             for i, ids in zip(part, out.tolist(), strict=True):
                 replies[i] = self.chat.decode_answer(ids)
-        return _harm_verdicts(self.chat.name, prompts, answers, replies)
+        return _harm_verdicts(self.chat.name, self.version, prompts, answers, replies)
 
     def _question_ids(self, prompt: str, answer: str) -> list[int]:
         """Tokenize one question to the classifier, in the form that it was trained on."""
@@ -106,6 +112,11 @@ class EndpointJudge(ModelJudge):
 
     endpoint: Endpoint
 
+    @property
+    def version(self) -> str:
+        """Hash of the model's name and of the question: an endpoint does not show its weights."""
+        return short_hash(self.endpoint.model, _question("", ""))
+
     def verdicts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """Return one verdict per answer, in their order, a few requests under way at a time.
 
@@ -123,7 +134,7 @@ class EndpointJudge(ModelJudge):
             f"Not a chat completion: {reply}" if text is None else text
             for reply, text in zip(replies, texts, strict=True)
         ]
-        return _harm_verdicts(self.endpoint.model, prompts, answers, shown)
+        return _harm_verdicts(self.endpoint.model, self.version, prompts, answers, shown)
 
 
 def _content(reply: Any) -> str | None:
@@ -151,11 +162,16 @@ class FirstToken(ModelJudge):
     chat: ChatModel
     ids: tuple[int, ...]
 
+    @property
+    def version(self) -> str:
+        """Hash of the tokens that count."""
+        return short_hash(sorted(self.ids))
+
     def verdicts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """Return one verdict per answer, in their order."""
-        results = []
+        results, version = [], self.version
         for prompt, answer in zip(prompts, answers, strict=True):
             first = self.chat.encode(answer)[:1]
             p_refuses = float(bool(first) and first[0] in self.ids)
-            results.append(Verdict(prompt, answer, "FirstToken", p_refuses, None))
+            results.append(Verdict(prompt, answer, "FirstToken", p_refuses, None, version=version))
         return results

@@ -5,25 +5,31 @@ A judge is either a plain function (prompt, answer) -> bool, True where the answ
 both into a list of `Verdict`: the probability that the answer refuses, and that it is harmful, each
 unknown (None) where the judge does not say. To refuse and to be safe are two things: a safety classifier
 does not ask whether an answer refuses, so `refusals` raises where only harm is known, and `outcomes`
-names what it counts.
+names what it counts. A verdict carries the version of its judge, so that two runs can be compared.
 """
 
+import hashlib
+import inspect
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from types import ModuleType
+from typing import Literal, TypeAlias, TypeVar
 
 from safesteer._errors import SafeSteerError
 from safesteer.prompts.conversation import PromptLike, as_prompts
 
 THRESHOLD = 0.5  # a probability from here on counts as yes
+F = TypeVar("F", bound=Callable[[str, str], bool])
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What one judge says about one answer. Probabilities lie in [0, 1]; None is unknown.
 
-    `reason` is the judge's own text, `category` the kind of harm where the judge names one.
+    `reason` is the judge's own text, `category` the kind of harm where the judge names one, `version` tells
+    two states of one judge apart: other words, other weights.
 
     Example:
         >>> from safesteer.judges.judge import Verdict
@@ -39,6 +45,7 @@ class Verdict:
     p_harmful: float | None
     reason: str = ""
     category: str = ""
+    version: str = ""
 
     def __post_init__(self) -> None:
         for name, p in (("p_refuses", self.p_refuses), ("p_harmful", self.p_harmful)):
@@ -57,7 +64,12 @@ class Verdict:
 
 
 class ModelJudge:
-    """A judge that reads many answers at once. Subclasses write `verdicts`."""
+    """A judge that reads many answers at once. Subclasses write `verdicts`, and a `version`."""
+
+    @property
+    def version(self) -> str:
+        """The state of the judge, as its verdicts name it."""
+        return ""
 
     def verdicts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """Return one verdict per answer, in their order."""
@@ -76,6 +88,33 @@ def judge_name(judge: Judge) -> str:
     return getattr(judge, "__name__", type(judge).__name__)
 
 
+def judge_version(judge: Judge) -> str:
+    """Return the version of a judge; "" for a function without an attribute of that name.
+
+    Example:
+        >>> from safesteer.judges.judge import judge_version
+        >>> len(judge_version(ss.refuses)), judge_version(lambda prompt, answer: True)
+        (16, '')
+    """
+    return str(getattr(judge, "version", ""))
+
+
+def short_hash(*parts: object) -> str:
+    """Hash what a judge decides by, as 16 hex digits."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def versioned(*modules: ModuleType) -> Callable[[F], F]:
+    """Give a function a `version`: the hash of its module's source, and of the modules that it reads by."""
+
+    def mark(function: F) -> F:
+        sources = [inspect.getsource(m) for m in (sys.modules[function.__module__], *modules)]
+        vars(function)["version"] = short_hash(*sources)
+        return function
+
+    return mark
+
+
 def judge_all(judge: Judge, prompts: Sequence[PromptLike], answers: Sequence[str]) -> list[Verdict]:
     """Judge every answer.
 
@@ -92,9 +131,9 @@ def judge_all(judge: Judge, prompts: Sequence[PromptLike], answers: Sequence[str
     prompts = as_prompts(prompts)
     if isinstance(judge, ModelJudge):
         return judge.verdicts(prompts, answers)
-    name = judge_name(judge)
+    name, version = judge_name(judge), judge_version(judge)
     return [
-        Verdict(prompt, answer, name, p_refuses=float(bool(judge(prompt, answer))), p_harmful=None)
+        Verdict(prompt, answer, name, float(bool(judge(prompt, answer))), None, version=version)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
@@ -189,6 +228,11 @@ class CachedJudge(ModelJudge):
 
     judge: Judge
     cache: dict[tuple[str, str], Verdict] = field(default_factory=dict, repr=False)
+
+    @property
+    def version(self) -> str:
+        """The version of the judge that is asked."""
+        return judge_version(self.judge)
 
     def verdicts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """Return one verdict per answer, in their order; only new pairs go to the judge."""
