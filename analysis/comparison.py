@@ -23,9 +23,9 @@ baselines are missing: our supervised run with KL and a margin (refusing_model.p
 
 All trained methods see the 100 pairs of the split `distill`, train the same blocks, and take the same
 number of steps of 28 answers (dpo: 12 pairs) with AdamW, warm-up and cosine. SFT and DPO have usual
-learning rates, `full` has SafeSteer's, for which alone one was searched. The answers of SFT and DPO are cut at
-their last whole sentence. Scores are on the test split, which is not sealed: about 90 models were scored on it,
-and the weight of the light anchor was set after such a look. Each model's row is a file in OUT, so an
+learning rates, `full` has SafeSteer's, for which alone one was searched. The answers of SFT and DPO are cut
+at their last whole sentence. Scores are on the test split, which is not sealed: about 90 models were scored
+on it, and the weight of the light anchor was set after such a look. Each model's row is a file in OUT, so an
 interrupted comparison continues.
 Needs the extras `eval` and `peers`.
 """
