@@ -9,6 +9,10 @@ studies with an arm in common train it once. `--quick` shrinks everything to min
 it shows that a script works and says nothing about its claim. `--model`, `--preset` and `--set` are those
 of `safesteer align`; `--model refusing` is the small model that refuses natively (refusing_model.py), and
 `--laptop` are the settings with which the paper's preset fits it (found by paper_preset.py) and two cores.
+
+The committed rows (`analysis/results`) are of a refusing model that refusing_model.py no longer makes, and
+stop every arm after five steps, which suited one of them: they show places on one curve, not which arm is
+better.
 """
 
 import argparse
@@ -37,8 +41,8 @@ from safesteer.report.figures import SEQUENCE, figure_of
 LEDGER = Path(__file__).parent / "results" / "looks.csv"  # of every study of this folder
 # The one key of an arm that is not a setting: how many harmful prompts are distilled on.
 N_HARMFUL = "n_harmful"
-# Answers of this model have a refusal's 12 tokens, so 16 are sampled; the paper's own recipe gains nothing
-# after 5 steps, and its minimum probability leaves S without tokens that occur.
+# Answers of this model have a refusal's 12 tokens, so 16 are sampled; Eq. 6 gained nothing after 5 steps on
+# an earlier refusing model, and the preset's minimum probability leaves S without tokens that occur.
 LAPTOP = {
     "direction.n_val": 8,
     "direction.n_controls": 2,

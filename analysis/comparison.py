@@ -3,13 +3,17 @@
     python analysis/comparison.py --data DATA [--seeds 3] [--steps 15] [--out analysis/results/comparison]
 
 Claim (paper, Tables 1 and 2): distilling a steered teacher on ~50 tokens gives the safety of other
-methods at less cost elsewhere. It is refuted here if SFT on refusals, DPO or full-vocabulary
-distillation refuses as many harmful prompts with fewer harmless refusals and as much capability.
+methods at less cost elsewhere. It would be refuted if SFT on refusals, DPO or full-vocabulary
+distillation refused as many harmful prompts with fewer harmless refusals and as much capability. This
+comparison does not decide it: each method stands at one step count, not at equal refusals, and three
+baselines are missing: our supervised run with KL and a margin (refusing_model.py: 86 % of harmful prompts and
+6 % of their twins on test, in four minutes), a constant on the logit of one first word, and gated steering.
 
     base            the model as it is
     system prompt   the same under a system prompt that asks for refusals
     teacher         the same, steered
-    sft             supervised: the teacher's refusals on harmful prompts, the base's answers on harmless
+    sft             supervised: the teacher's refusals on harmful prompts, the base's own greedy answers on
+                    harmless ones as hard targets, which docs/results.md calls noise
     dpo             preferences: refusal over the base's answer, and the base's answer over the teacher's
     full            on-policy distillation over the whole vocabulary (everything else as SafeSteer)
     safesteer       on-policy distillation on S
@@ -19,9 +23,10 @@ distillation refuses as many harmful prompts with fewer harmless refusals and as
 
 All trained methods see the 100 pairs of the split `distill`, train the same blocks, and take the same
 number of steps of 28 answers (dpo: 12 pairs) with AdamW, warm-up and cosine. SFT and DPO have usual
-learning rates, `full` has SafeSteer's. The answers of SFT and DPO are cut at their last whole sentence.
-Scores are on the test split, which decided nothing. Each model's row is a file in OUT, so an interrupted
-comparison continues.
+learning rates, `full` has SafeSteer's, for which alone one was searched. The answers of SFT and DPO are cut
+at their last whole sentence. Scores are on the test split, which is not sealed: about 90 models were scored
+on it, and the weight of the light anchor was set after such a look. Each model's row is a file in OUT, so an
+interrupted comparison continues.
 Needs the extras `eval` and `peers`.
 """
 

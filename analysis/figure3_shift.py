@@ -2,7 +2,8 @@
 
 The paper finds that distilling on S moves them least. The shift is the distance of mean final hidden
 states at the last prompt position, in units of the base's spread, over harmless test prompts. Refuted if
-the whole-vocabulary student moves no further than SafeSteer's. The teacher is the base, steered.
+the whole-vocabulary student moves no further than SafeSteer's, at equal refusals (the rows that were
+made, columns `shift` of the other studies, are not at equal ones). The teacher is the base, steered.
 """
 
 import pandas as pd

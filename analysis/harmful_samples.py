@@ -1,7 +1,9 @@
 """How many harmful prompts are needed: 10, 25, 50, 100.
 
 The paper finds 100 enough and fewer already useful. Refuted if 100 are no better than 10 (then fewer
-would do), or if the curve has not flattened by 100. Steps and answers a step stay the same.
+would do), or if the curve has not flattened by 100. Steps and answers per step stay the same.
+
+The committed rows are void: five steps of 4 prompts use 20 distinct prompts at most. More steps are needed.
 """
 
 from ablation import N_HARMFUL, read_command_line, run

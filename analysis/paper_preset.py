@@ -7,6 +7,10 @@ of what it should refuse nearly all of it, with little more over-refusal and cap
 no recipe of the search refuses 90 % of the harmful test prompts with harmless refusals up by at most 5 points
 and ARC-Easy, PIQA and LAMBADA within 1 point of the base.
 
+What it is worth: the recipe that reaches this ("twice the anchor") was added after a look at test, the
+refusing model is the second after the first had missed the goal there, and 2.25 on the logit of "I" at the
+first answer token gives 91 % and 5 % without training (the best student: 91 % and 7 %).
+
 1. stage 1 of `--preset paper`, once;
 2. search: S on the split `val` for some horizons and minimum probabilities (no training: the share of
    KL(teacher || base) that S carries), then recipes: the paper's own, that with a loss that is lowest where

@@ -3,6 +3,9 @@
 The paper finds that the steered teacher aligns better: a prompt changes what is read at every position,
 steering what is written. Refuted if the system-prompt student refuses as many harmful prompts with no
 more harmless refusals.
+
+Not the paper's table: that one most likely scores the teachers, and its prompt arm selects S by the prompt
+teacher. Here students are trained, both with the S of the steered teacher.
 """
 
 from ablation import read_command_line, run

@@ -3,6 +3,9 @@
 The paper finds that S alone with reverse KL keeps capability best at equal safety. Refuted if full
 vocabulary, or forward KL, refuses as many harmful prompts at less drift (KL on harmless answers,
 perplexity). The arms of one direction of the KL differ in the support alone.
+
+The committed rows do not test it: after five steps, which suited the published arm, the arms lie at different
+places of one curve.
 """
 
 from ablation import read_command_line, run

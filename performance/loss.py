@@ -8,7 +8,8 @@ gradient, which every path must hold when the head is trained, is taken off.
 
     ours    loss.divergence_loss, reverse generalized divergence on |S| = 50
     naive   log_softmax of student and teacher over the vocabulary, float32, then the 50 columns
-    liger   fused linear JSD of liger-kernel over the whole vocabulary, if it is installed
+    liger   fused linear JSD of liger-kernel over the whole vocabulary, if it is installed; uncompiled, and
+            one repeat where the others have two: its memory can be compared, its time can not
 """
 
 import argparse

@@ -3,7 +3,9 @@
     python performance/trainer.py [--sequences 32] [--new-tokens 64] [--steps 1]
 
 Each path runs in a process of its own: models are loaded, one warm-up step of two short answers is
-run, then the steps are timed and peak resident memory above the loaded models is read.
+run (not for TRL), then the steps are timed and peak resident memory above the loaded models is read.
+Memory can be compared. Time can not: TRL's steps hold its warm-up, `narrow` and `adapter` are in bfloat16
+where `naive` and `trl` are in float32, and one run on a shared machine scatters by ratios of 1.0 to 1.9.
 
     ours      distill as it is, blocks from the steered layer up, float32
     narrow    the same with passes in bfloat16 and a bfloat16 teacher; the trained weights stay float32

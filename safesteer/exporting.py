@@ -34,6 +34,7 @@ from safesteer.steering.direction import Direction
 
 PROBE = ("What is the capital of France?", "Tell me how rainbows form.")
 PROBE_FILE = "probe.json"
+SMOLLM2_WEIGHTS = " (4-bit weights, Q4_1, dequantized: not those of the Hub)"
 TOLERANCE = 1e-4  # of a logit, in float32
 
 
@@ -212,6 +213,7 @@ def write_card(
     filled = Template(text).substitute(
         metadata=metadata.to_yaml(),
         base=origin.get("base_model", Path(base.name).name),
+        weights=SMOLLM2_WEIGHTS if base.name == SMOLLM2 else "",
         version=__version__,
         extraction=direction.extraction,
         layer=direction.layer,

@@ -1,7 +1,8 @@
 """Recipes: the settings of a whole run in one frozen value, with two presets and a TOML file.
 
-"paper" is the published recipe to the letter (arXiv 2606.02530, sections 3 and 4). "quick" is for small
-machines, found by measurement on SmolLM2-135M-Instruct; it also aligns a model that never refused.
+"paper" follows the text of arXiv 2606.02530, sections 3 and 4 (`paper` says where the authors' scripts
+differ). "quick" is for small machines, found by measurement on SmolLM2-135M-Instruct (4-bit weights, Q4_1);
+it also aligns a model that never refused.
 A recipe file holds any of the settings, over those of the preset that it names:
 
     preset = "quick"
@@ -174,7 +175,8 @@ def quick() -> Recipe:
 def paper() -> Recipe:
     """Build the published recipe: partial reverse KL, no anchor, 100 harmful prompts x 8 answers.
 
-    Learning rate and minimum probability are those for Qwen; the paper uses lr 1e-6 for Llama.
+    Learning rate 1e-5 and horizon 7 are those for Qwen. The minimum probability 1e-6 is only the default of
+    one of the authors' scripts: they set 1e-8 for Qwen, and 1e-7, horizon 5 and learning rate 1e-6 for Llama.
     """
     return Recipe(
         preset="paper",

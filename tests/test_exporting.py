@@ -240,6 +240,7 @@ def test_a_card_names_only_what_is_known(tiny_llama, direction, tmp_path):
     assert "lr = 0.001" in text
     assert "| base | 50.0% (40.0% to 60.0%) |" in text
     assert "wording" in text
+    assert "Q4_1" not in text
     assert "$" not in text
 
     def my_judge(prompt: str, answer: str) -> bool:
@@ -251,7 +252,8 @@ def test_a_card_names_only_what_is_known(tiny_llama, direction, tmp_path):
 
 
 def test_a_card_has_base_and_licence_of_the_base(tiny_llama, direction, tmp_path, monkeypatch):
-    metadata, _ = card(tmp_path, replace(tiny_llama, name="smollm2-135m"), direction)
+    metadata, text = card(tmp_path, replace(tiny_llama, name="smollm2-135m"), direction)
+    assert "4-bit weights, Q4_1" in text
     assert metadata["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert metadata["license"] == "apache-2.0"
 
