@@ -9,6 +9,7 @@ from .evaluation.scores import evaluate as evaluate
 from .evaluation.suite import run_suite as run_suite
 from .exporting import check_reload as check_reload
 from .exporting import export as export
+from .judges.sentences import declines as declines
 from .judges.wording import refuses as refuses
 from .models.bridge import to_bridge as to_bridge
 from .models.chat_model import ChatModel as ChatModel

@@ -34,6 +34,7 @@ from safesteer.evaluation.scores import evaluate
 from safesteer.evaluation.sets import score_sets
 from safesteer.exporting import check_reload, export, write_card
 from safesteer.judges.judge import Judge
+from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses
 from safesteer.models.adapter import without_adapter
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
@@ -53,7 +54,7 @@ def align(
     recipe: recipes.Recipe | None = None,
     *,
     prompts: PromptSet | None = None,
-    judge: Judge = refuses,
+    judge: Judge | None = None,
     stages: tuple[str, ...] = STAGES,
     track: str | None = None,
     console: Console | None = None,
@@ -68,7 +69,8 @@ def align(
         out: The run folder.
         recipe: Settings (`safesteer.recipe`, `Recipe.load`); None: the preset "quick".
         prompts: Prompts with the splits train, val, distill and test; None: the project's own.
-        judge: Says which answers refuse.
+        judge: Says which answers refuse; None: the direction is chosen by how answers open (`refuses`), and
+            the test prompts are judged by their sentences (`declines`).
         stages: Stages to run, of STAGES.
         track: A tracker of accelerate (tensorboard, wandb, ...) that follows the distillation.
         console: Where to print; None: the terminal.
@@ -97,7 +99,7 @@ def align(
     processes = PartialState(cpu=base.device.type == "cpu")
     first = processes.is_main_process
     console = (console or Console()) if first else Console(quiet=True)
-    run = Run(Path(out), source, recipe, prompts, judge, console, track)
+    run = Run(Path(out), source, recipe, prompts, judge or refuses, judge or declines, console, track)
     with locked(run.path) if first else nullcontext():
         if first:
             open_run(run, base)
@@ -120,7 +122,7 @@ def _direction(run: Run, base: ChatModel) -> list[str]:
     """Stage 1: the direction, with every candidate it was chosen from."""
     with run.progress("finding the direction") as progress:
         direction = find_direction(
-            base, run.prompts, run.recipe.direction, judge=run.judge, progress=progress
+            base, run.prompts, run.recipe.direction, judge=run.chooser, progress=progress
         )
     direction.refusal_tokens.save(run.path / "refusal_tokens.csv")
     direction.sweep.save(run.path / "sweep.csv")
@@ -156,7 +158,7 @@ def _train(run: Run, base: ChatModel, device: str) -> list[str]:
     # An adapter sits on the base itself; full fine-tuning needs weights of its own.
     student = None if config.lora_rank else run.load_base(dtype="float32", device=device)
     with run.progress("distilling") as progress:
-        training = Training(run.path, run.track, run.judge, progress)
+        training = Training(run.path, run.track, run.chooser, progress)
         state, history = train_student(run.load_teacher(base), run.prompts, config, student, training)
     if config.lora_rank:
         without_adapter(state.student)

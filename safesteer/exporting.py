@@ -22,7 +22,7 @@ from safesteer._files import read_json, whole_folder, write_text
 from safesteer._version import __version__
 from safesteer.evaluation.scores import Scores
 from safesteer.judges.judge import Judge, judge_name
-from safesteer.judges.wording import refuses
+from safesteer.judges.sentences import declines
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import last_logits
@@ -175,7 +175,7 @@ def write_card(
     recipe: str,
     scores: dict[str, Scores],
     sets: pd.DataFrame | None = None,
-    judge: Judge = refuses,
+    judge: Judge = declines,
 ) -> None:
     """Write the model card: metadata for the Hub, how it was made, what was measured, what was not.
 
@@ -196,8 +196,8 @@ def write_card(
         for name, s in scores.items()
     ]
     by_wording = (
-        "Refusals are recognised by their wording in English at the start of an answer: whether an answer"
-        " that does not refuse is harmful was not judged."
+        "Refusals are recognized by the wording of an answer's sentences, in English: whether an answer that"
+        " does not refuse is harmful was not judged."
     )
     origin, first = _origin(base), next(iter(scores.values()))
     metadata = ModelCardData(
@@ -221,7 +221,7 @@ def write_card(
         prompts=direction.prompts_hash,
         n=first.n,
         counts=first.counts,
-        judged=by_wording if judge is refuses else f"Answers are judged by `{judge_name(judge)}`.",
+        judged=by_wording if judge is declines else f"Answers are judged by `{judge_name(judge)}`.",
         rows="\n".join(rows),
         sets=_set_table(sets),
         recipe=recipe.rstrip(),

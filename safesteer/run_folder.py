@@ -51,12 +51,17 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run folder with what its stages share. `model` is the base's name, or the base itself."""
+    """A run folder with what its stages share.
+
+    `model` is the base's name, or the base itself. `chooser` judges answers where something is chosen by them
+    (direction, strength, early stopping), `judge` those to test prompts.
+    """
 
     path: Path
     model: str | ChatModel
     recipe: Recipe
     prompts: PromptSet
+    chooser: Judge
     judge: Judge
     console: Console
     track: str | None = None

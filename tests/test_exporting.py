@@ -73,7 +73,7 @@ def test_an_export_of_several_shards_is_a_finished_stage(tiny_llama, tmp_path, m
     assert shards == set(index["weight_map"].values())
     assert len(shards) > 2
     assert (out / "evaluation.json").exists()  # which has reloaded the student
-    run = Run(out, str(source), recipe(**SMALL), load_prompts(), lambda p, a: True, QUIET)
+    run = Run(out, str(source), recipe(**SMALL), load_prompts(), lambda p, a: True, lambda p, a: True, QUIET)
     assert finished(run, "export")
     (out / "model" / sorted(shards)[1]).unlink()
     assert not finished(run, "export")
@@ -312,7 +312,7 @@ def test_a_model_with_code_is_loaded_and_exported_where_it_is_trusted(with_code,
     with pytest.raises(SafeSteerError, match="trust_remote_code=True"):
         align(str(with_code), tmp_path / "run", recipe(**SMALL), console=QUIET)
     trusting = recipe(**SMALL, trust_remote_code=True)
-    run = Run(tmp_path, str(with_code), trusting, load_prompts(), lambda p, a: True, QUIET)
+    run = Run(tmp_path, str(with_code), trusting, load_prompts(), lambda p, a: True, lambda p, a: True, QUIET)
     base = run.load_base(dtype="auto", device="cpu")
     assert type(base.model).__name__ == "TimidForCausalLM"
     export(base, tmp_path / "model")

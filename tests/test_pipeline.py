@@ -295,7 +295,7 @@ def test_training_stops_early_on_what_val_says(model_folder, tmp_path):
         options = {"judge": lambda prompt, answer, v=verdict: v, "stages": stages, "console": QUIET}
         run = align(str(model_folder), tmp_path / name, recipe(**settings), **options)
         assert len((run / "history.jsonl").read_text().splitlines()) == steps
-        value = Run(run, str(model_folder), recipe(**settings), load_prompts(), refuses, QUIET)
+        value = Run(run, str(model_folder), recipe(**settings), load_prompts(), refuses, refuses, QUIET)
         assert finished(value, "distill")
 
 

@@ -19,7 +19,7 @@ from safesteer._files import json_lines, read_value, write_json, write_json_line
 from safesteer._intervals import bootstrap, wilson
 from safesteer._progress import Progress, no_progress
 from safesteer.judges.judge import CachedJudge, Judge, judge_all, judge_version, outcomes
-from safesteer.judges.wording import refuses
+from safesteer.judges.sentences import declines
 from safesteer.models.adapter import as_base
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.drift import kl_on_answers
@@ -106,7 +106,7 @@ def evaluate(
     prompts: PromptSet | None = None,
     config: EvaluateConfig | None = None,
     *,
-    judge: Judge = refuses,
+    judge: Judge = declines,
     progress: Progress = no_progress,
 ) -> Evaluation:
     """Measure the base, with a direction its steered teacher, and with a student the student.
@@ -175,7 +175,7 @@ def score_model(
     prompts: PromptSet,
     config: EvaluateConfig | None = None,
     *,
-    judge: Judge = refuses,
+    judge: Judge = declines,
     text: str | None = None,
     base_answers: Sequence[str] | None = None,
 ) -> tuple[Scores, dict[str, list[str]]]:

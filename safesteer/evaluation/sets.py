@@ -91,7 +91,7 @@ def score_set(
     chat: ModelLike,
     name: str,
     prompts: list[str],
-    judge: Judge = refuses,
+    judge: Judge = declines,
     *,
     max_new_tokens: int = 128,
     batch_size: int = 50,
@@ -136,7 +136,7 @@ def score_set(
 def score_sets(
     models: Mapping[str, ModelLike],
     config: EvaluateConfig | None = None,
-    judge: Judge = refuses,
+    judge: Judge = declines,
     *,
     say: Callable[[str], object] = print,
     progress: Progress = no_progress,

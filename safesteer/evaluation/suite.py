@@ -39,7 +39,7 @@ from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.rows import change_row, rate, row
 from safesteer.evaluation.sets import COLUMNS, OWN, PAIRS, PUBLIC, score_set, set_prompts
 from safesteer.judges.judge import Judge, judge_name
-from safesteer.judges.wording import refuses
+from safesteer.judges.sentences import declines
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.drift import kl_on_answers
 from safesteer.models.generation import generate
@@ -110,7 +110,7 @@ def run_suite(
     out: str | Path | None = None,
     *,
     data: str | Path | None = None,
-    judge: Judge = refuses,
+    judge: Judge = declines,
     allow_code: bool = False,
     console: Console | None = None,
 ) -> pd.DataFrame:
