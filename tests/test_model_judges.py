@@ -479,11 +479,17 @@ def share_right(judge, prompts, answers, labels) -> float:
     "SAFESTEER_CHAT_JUDGE" not in os.environ, reason="SAFESTEER_CHAT_JUDGE names no chat model"
 )
 def test_a_real_chat_model_tells_refusals():
-    chat = load_model(os.environ["SAFESTEER_CHAT_JUDGE"], dtype="auto")
-    prompts, answers, labels = held_out()
-    every_third = slice(None, None, 3)
-    rows = prompts[every_third], answers[every_third], labels[every_third]
-    assert share_right(ChatJudge(chat), *rows) >= 0.7
+    """On average: how many it tells, depends on the model."""
+    rows = json_lines(Path(__file__).parent / "wordings.jsonl")[::10]
+    judge = ChatJudge(load_model(os.environ["SAFESTEER_CHAT_JUDGE"], dtype="auto"))
+    verdicts = judge_all(judge, [row["prompt"] for row in rows], [row["answer"] for row in rows])
+    ps = {
+        label: [v.p_refuses for v, row in zip(verdicts, rows, strict=True) if row["refuses"] is label]
+        for label in (True, False)
+    }
+    known = {label: [p for p in values if p is not None] for label, values in ps.items()}
+    assert all(len(known[label]) > len(ps[label]) / 2 for label in ps)
+    assert sum(known[True]) / len(known[True]) > sum(known[False]) / len(known[False])
 
 
 @pytest.mark.skipif("SAFESTEER_ENCODER" not in os.environ, reason="SAFESTEER_ENCODER names no encoder")
