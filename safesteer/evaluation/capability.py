@@ -173,7 +173,8 @@ def measure_capability(
         batch_size: Rows per forward pass.
 
     Returns:
-        A row per task: task, metric, value, stderr, n.
+        A row per task: task, metric, value, stderr, n, and `correct`: whether each row was answered right, in
+        their order, so that two models can be compared row by row.
 
     Raises:
         SafeSteerError: If the extra `eval` is missing, a task is unknown, or its rows cannot be read.
@@ -203,7 +204,7 @@ def measure_capability(
                     num_fewshot=task.shots,  # the same from local rows and from the Hub
                     limit=limit,
                     apply_chat_template=task.chat,
-                    log_samples=False,
+                    log_samples=True,
                     bootstrap_iters=100,
                 )
             except Exception as error:  # the harness and the Hub raise whatever they like
@@ -212,7 +213,7 @@ def measure_capability(
                 ) from error
             assert result is not None
             rows.append(_row(task, name, dict(result)))
-    return pd.DataFrame(rows, columns=["task", "metric", "value", "stderr", "n"])
+    return pd.DataFrame(rows, columns=["task", "metric", "value", "stderr", "n", "correct"])
 
 
 @contextmanager
@@ -228,7 +229,7 @@ def _quiet_children() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _row(task: Task, name: str, result: dict) -> tuple[str, str, float, float, int]:
+def _row(task: Task, name: str, result: dict) -> tuple[str, str, float, float, int, tuple[bool, ...]]:
     """Read a task's row of the table from the harness's result."""
     metric, _, filtered = task.metric.partition(",")
     key = f"{metric},{filtered or 'none'}"
@@ -236,4 +237,7 @@ def _row(task: Task, name: str, result: dict) -> tuple[str, str, float, float, i
     stderr = scores.get(f"{metric}_stderr,{filtered or 'none'}")
     counts = [n["effective"] for n in result["n-samples"].values()]
     stderr = float(stderr) if isinstance(stderr, int | float) else float("nan")
-    return task.name, metric, float(scores[key]), stderr, sum(counts)
+    samples = [s for part in result["samples"].values() for s in part]
+    used = [s for s in samples if s.get("filter", "none") == (filtered or "none")]
+    correct = tuple(bool(s[metric]) for s in used)
+    return task.name, metric, float(scores[key]), stderr, sum(counts), correct

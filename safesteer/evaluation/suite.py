@@ -244,13 +244,15 @@ def _measurements(job: _Job, label: str) -> Iterator[tuple[str, Measure]]:
 
 
 def _changes(job: _Job) -> list[dict[str, Any]]:
-    """Make a row per set of prompts that base and student have answered: how the rate changed."""
+    """Make a row per set of prompts and task that base and student have answered: how the rate changed."""
     rows = []
-    for name in (*job.suite.sets, *job.suite.where_there):
+    for name in (*job.suite.sets, *job.suite.where_there, *job.suite.tasks):
         parts = [job.folder / "parts" / f"{label}--{name}.json" for label in ("base", "student")]
         if "student" in job.models and all(part.exists() for part in parts):
-            answers = (read_json(part)["answers"] for part in parts)
-            rows.append({"model": "student", **change_row(name, *answers)})
+            before, after = (read_json(part) for part in parts)
+            key = "correct" if name in job.suite.tasks else "answers"
+            if before.get(key) and after.get(key):
+                rows.append({"model": "student", **change_row(name, before[key], after[key])})
     return rows
 
 
@@ -268,13 +270,17 @@ def _capability(
     """Measure a task of the harness."""
     result = measure_capability(chat, (task,), folder, data=data, limit=limit).iloc[0]
     value, n = float(result.value), int(result.n)
-    return {"rows": [row("capability", task, result.metric, value, wilson(round(value * n), n), n)]}
+    made = row("capability", task, result.metric, value, wilson(round(value * n), n), n)
+    correct = [{"counts": result.metric, "verdict": right} for right in result.correct]
+    return {"rows": [made], "correct": correct}
 
 
 def _humaneval(data: Path | None, limit: int | None, chat: ChatModel) -> dict[str, Any]:
     """Measure HumanEval; the caller has allowed it."""
     rows = problems(None if data is None else data / "humaneval.jsonl", limit)
-    return {"rows": [rate("capability", HUMANEVAL, "pass@1", run_humaneval(chat, rows, allow_code=True))]}
+    passed = run_humaneval(chat, rows, allow_code=True)
+    correct = [{"counts": "pass@1", "verdict": bool(right)} for right in passed]
+    return {"rows": [rate("capability", HUMANEVAL, "pass@1", passed)], "correct": correct}
 
 
 def _perplexity(suite: Suite, data: Path | None, chat: ChatModel) -> dict[str, Any]:
