@@ -6,11 +6,11 @@ Claim: the default judge has precision and recall of 0.95 for "refuses" on answe
 refuted here if its interval lies below that.
 
     wording      refuses (how the answer opens), refuses_anywhere, declines (its sentences)
-    embeddings   logistic regression on all-MiniLM: fitted on the answers of all prompts but a fifth, and
-                 judged on that fifth (five folds, all answers to one prompt in one fold); and fitted on the
-                 project's hard wordings alone
+    embeddings   logistic regression on all-MiniLM, fitted on labelled answers to other prompts and on the
+                 hard wordings that rules were made from
     chat         Qwen2.5-Coder-1.5B-Instruct, by the logits of yes and no
 
+Beside them stand hard wordings of an author who had seen no rule (`tests/wordings_held_out.jsonl`).
 Verdicts go to `judge_verdicts.csv` (a row per answer and judge, kept), rates with 95 % intervals (bootstrap
 over answers) to `judges.csv`, seconds with them. An unknown verdict counts as "does not refuse".
 `second_reader` is another reader's label on a part of the answers, where the file has it.
@@ -38,14 +38,25 @@ from safesteer.judges.wording import refuses, refuses_anywhere
 HERE = Path(__file__).parent
 LABELLED = HERE / "results" / "labelled_answers.jsonl"
 WORDINGS = HERE.parent / "tests" / "wordings.jsonl"
+HELD_OUT = HERE.parent / "tests" / "wordings_held_out.jsonl"
 N_DRAWS, N_FOLDS = 2000, 5
 PARTS = {
-    "all": lambda rows: rows.index == rows.index,
+    "labelled answers": lambda rows: rows.model != "people",
     "128 tokens": lambda rows: rows.tokens == 128,
     "32 tokens": lambda rows: rows.tokens == 32,
     "smollm": lambda rows: rows.model.str.startswith("smollm"),
     "qwen": lambda rows: rows.model.str.startswith("qwen"),
+    "hard wordings": lambda rows: rows.model == "people",
 }
+
+
+def read_rows(labelled: Path) -> pd.DataFrame:
+    """Read the labelled answers, and the hard wordings that no rule has seen."""
+    rows = pd.DataFrame(json_lines(labelled))
+    hard = pd.DataFrame(json_lines(HELD_OUT))
+    label = hard.refuses.map({True: "refuses", False: "helps"})
+    hard = hard.assign(id=[f"hard-{i:03}" for i in range(len(hard))], model="people", tokens=0, label=label)
+    return pd.concat([rows, hard.drop(columns="refuses")], ignore_index=True)
 
 
 def measured(judge: Judge, rows: pd.DataFrame) -> tuple[list[Verdict], float]:
@@ -55,23 +66,26 @@ def measured(judge: Judge, rows: pd.DataFrame) -> tuple[list[Verdict], float]:
     return verdicts, time.perf_counter() - started
 
 
-def crossed(encoder: str, rows: pd.DataFrame) -> tuple[list[Verdict], float]:
-    """Judge every answer by a regression that has not seen any answer to its prompt."""
-    started, verdicts = time.perf_counter(), [None] * len(rows)
-    loaded, label = load_encoder(encoder), (rows.label == "refuses").to_numpy()
-    for train, test in GroupKFold(N_FOLDS).split(rows, groups=rows.prompt):
-        seen, unseen = rows.iloc[train], rows.iloc[test]
-        judge = fit_embedding_judge(loaded, seen.prompt.tolist(), seen.answer.tolist(), label[train].tolist())
-        for i, verdict in zip(test, measured(judge, unseen)[0], strict=True):
-            verdicts[i] = verdict
-    return verdicts, time.perf_counter() - started
+def by_embeddings(encoder: str, rows: pd.DataFrame) -> tuple[list[Verdict], float]:
+    """Judge every answer by a regression that has not seen it, nor any answer to its prompt.
 
-
-def from_wordings(encoder: str, rows: pd.DataFrame) -> tuple[list[Verdict], float]:
-    """Judge by a regression on the project's hard wordings, which no model wrote."""
-    hard = pd.DataFrame(json_lines(WORDINGS))
-    judge = fit_embedding_judge(encoder, hard.prompt.tolist(), hard.answer.tolist(), hard.refuses.tolist())
-    return measured(judge, rows)
+    The labelled answers are judged in folds by prompt; the hard wordings by a fit on all labelled answers and
+    on the hard wordings that rules were made from.
+    """
+    started, by_id = time.perf_counter(), {}
+    loaded, known = load_encoder(encoder), pd.DataFrame(json_lines(WORDINGS))
+    people = rows.model == "people"
+    labelled, hard = rows[~people], rows[people]
+    folds = [
+        (labelled.iloc[train], labelled.iloc[test])
+        for train, test in GroupKFold(N_FOLDS).split(labelled, groups=labelled.prompt)
+    ]
+    for seen, unseen in [*folds, (labelled, hard)]:
+        label = (seen.label == "refuses").tolist() + known.refuses.tolist()
+        prompts, answers = (seen[c].tolist() + known[c].tolist() for c in ("prompt", "answer"))
+        judge = fit_embedding_judge(loaded, prompts, answers, label)
+        by_id |= dict(zip(unseen.id, measured(judge, unseen)[0], strict=True))
+    return [by_id[i] for i in rows.id], time.perf_counter() - started
 
 
 def precision(label: np.ndarray, says: np.ndarray) -> float:
@@ -112,19 +126,18 @@ def main() -> None:
     parser.add_argument("--chat", help="a chat model: a folder or a name")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
-    rows = pd.DataFrame(json_lines(args.labelled))
+    rows = read_rows(args.labelled)
     runs = {
         judge.__name__: (*measured(judge, rows), judge_version(judge))
         for judge in (refuses, refuses_anywhere, declines)
     }
     if args.encoder:
-        for name, run in (("embeddings, other prompts", crossed), ("embeddings, wordings", from_wordings)):
-            verdicts, seconds = run(args.encoder, rows)
-            runs[name] = verdicts, seconds, verdicts[0].version
+        verdicts, seconds = by_embeddings(args.encoder, rows)
+        runs["embeddings"] = verdicts, seconds, "six fits"
     if args.chat:
         judge = ChatJudge(ss.load_model(args.chat, dtype="bfloat16"))
         verdicts, seconds = measured(judge, rows)
-        runs[f"chat, {Path(args.chat).name}"] = verdicts, seconds, verdicts[0].version
+        runs["chat"] = verdicts, seconds, verdicts[0].version
     kept = args.out / "judge_verdicts.csv"
     new = pd.DataFrame(
         {"id": i, "judge": name, "version": version, "p_refuses": v.p_refuses, "seconds": round(seconds, 2)}

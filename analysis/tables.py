@@ -18,13 +18,13 @@ from pathlib import Path
 import pandas as pd
 from ablation import summary
 
-from safesteer._files import read_json
+from safesteer._files import json_lines, read_json
 from safesteer._intervals import wilson
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "analysis" / "results"
 EARLIER = RESULTS / "earlier" / "paper_preset-149-pairs"
-PAGES = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/log.md"))
+PAGES = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/judges.md", "docs/log.md"))
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.S)
 CAPABILITY = {"arc_easy": 3, "piqa": 3, "lambada_openai": 3}
 # The arms of the ablations that test something: (study, arm in its csv, name in the table). Vote against mean
@@ -252,8 +252,64 @@ def selections() -> str:
     return markdown(["horizon", "minimum probability", "taught 149 pairs", "taught 296 pairs"], lines)
 
 
+JUDGES = {  # in judges.csv: name in the table
+    "refuses": "`refuses`: how it opens",
+    "refuses_anywhere": "`refuses_anywhere`: a phrase anywhere",
+    "declines": "`declines`: its sentences",
+    "embeddings": "`EmbeddingJudge`, all-MiniLM-L6-v2",
+    "chat": "`ChatJudge`, Qwen2.5-Coder-1.5B-Instruct",
+    "second reader": "a second reader (110 of the answers)",
+}
+
+
+def judges() -> str:
+    """Make the table of precision, recall and kappa of every judge."""
+    table = pd.read_csv(RESULTS / "judges.csv").set_index(["judge", "part"])
+
+    def cells(judge: str, part: str) -> list[str]:
+        if (judge, part) not in table.index:
+            return ["", ""]
+        row = table.loc[(judge, part)]
+        return [
+            f"{100 * row[m]:.0f} ({100 * row[f'{m}_low']:.0f} to {100 * row[f'{m}_high']:.0f})"
+            for m in ("precision", "recall")
+        ]
+
+    lines = []
+    for judge, title in JUDGES.items():
+        if judge not in table.index.get_level_values(0):
+            continue
+        row = table.loc[(judge, "labelled answers")]
+        seconds = "" if pd.isna(row.seconds) else f"{row.seconds:.1f}"
+        long, short, hard = (cells(judge, p) for p in ("128 tokens", "32 tokens", "hard wordings"))
+        lines.append([title, *long, *short, f"{row.kappa:.2f}", *hard, seconds])
+    titles = ["judge, %", "128 tokens: precision", "recall", "32 tokens: precision", "recall"]
+    titles += ["kappa, all", "hard wordings: precision", "recall", "seconds"]
+    return markdown(titles, lines)
+
+
+def judges_differ() -> str:
+    """Make the table of the labelled answers on which judges differ from the label."""
+    rows = pd.DataFrame(json_lines(RESULTS / "labelled_answers.jsonl")).set_index("id")
+    verdicts = pd.read_csv(RESULTS / "judge_verdicts.csv", dtype={"id": str})
+    shown = verdicts[
+        verdicts.judge.isin(("refuses", "declines", "embeddings")) & verdicts.id.isin(rows.index)
+    ]
+    says = shown.assign(says=shown.p_refuses >= 0.5).pivot(index="id", columns="judge", values="says")
+    label = (rows.label == "refuses").reindex(says.index)
+    lines = []
+    for i, row in says[says.ne(label, axis=0).any(axis=1)].iterrows():
+        wrong = [f"`{name}`" for name in ("refuses", "declines", "embeddings") if row[name] != label[i]]
+        text = " ".join(rows.answer[i].split())
+        text = f"{text[:110]} ..." if len(text) > 110 else text
+        lines.append([str(i), rows.label[i], ", ".join(wrong), text.replace("|", "\\|")])
+    return markdown(["answer", "label", "judges that differ", "its beginning"], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
+    "judges": judges,
+    "judges-differ": judges_differ,
     "demo-suite": demo_suite,
     "comparison": comparison,
     "coverage": coverage,
