@@ -18,12 +18,15 @@ from safesteer.evaluation import suite as suites
 from safesteer.evaluation.capability import KNOWN as TASKS
 from safesteer.evaluation.capability import local_name, measure_capability, write_tasks
 from safesteer.evaluation.ledger import looks
+from safesteer.evaluation.sets import score_sets
 from safesteer.evaluation.suite import SUITES, Suite, run_suite
 from safesteer.judges.judge import ModelJudge, Verdict
 from safesteer.models.loading import load_model
 from safesteer.prompts.benchmarks import KNOWN as BENCHMARKS
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.report.figures import shift_figure, suite_figure
+from safesteer.report.set_table import set_lines, set_summary
+from safesteer.settings import EvaluateConfig
 from safesteer.steering.direction import steer
 
 harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra `eval`")
@@ -278,3 +281,36 @@ def test_public_rows_have_the_columns_that_the_tasks_read(tmp_path):
         rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert len(rows) == sum(1 for line in (SHARED / task.file).open())
         assert (tmp_path / f"{local_name(task)}.yaml").exists()
+
+
+def test_sets_are_scored_for_base_and_student_with_paired_changes(tiny_llama, data):
+    config = EvaluateConfig(
+        sets=("own-short", "own-hazard-words"), data=str(data), n_set_prompts=3, max_new_tokens=2
+    )
+    words = []
+    table, answers = score_sets(
+        {"base": tiny_llama, "student": tiny_llama}, config, refuses_all, say=words.append
+    )
+    summary = set_summary(table).set_index("name")
+    assert list(summary.index) == ["own-short", "own-hazard-words", "xstest"]  # what the folder holds
+    assert [word.split(":")[0] for word in words] == ["xstest-unsafe is left out"]  # the file has none
+    assert summary.base.tolist() == summary.student.tolist() == [1.0, 1.0, 1.0]
+    assert summary.change.tolist() == [0.0, 0.0, 0.0]
+    assert len(answers) == 2 * (3 + 3 + summary.n["xstest"])
+    assert {a["judge"] for a in answers} == {"refuses_all"}
+    assert set_lines(table)[0].startswith("own-short (harmful, 3 prompts): refused base 100%, student 100%")
+
+
+def refuses_all(prompt: str, answer: str) -> bool:
+    return True
+
+
+def test_an_unknown_set_is_named(tiny_llama):
+    with pytest.raises(SafeSteerError, match="Unknown set of prompts 'own-long': use one of own-harmful"):
+        score_sets({"base": tiny_llama}, EvaluateConfig(sets=("own-long",)))
+
+
+def test_a_set_that_was_named_and_cannot_be_had_is_an_error(tiny_llama, tmp_path):
+    config = EvaluateConfig(sets=("advbench",), data=str(tmp_path))
+    with pytest.raises(SafeSteerError, match="Cannot load 'advbench'"):
+        score_sets({"base": tiny_llama}, config)

@@ -25,7 +25,7 @@ from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses, refuses_anywhere
 from safesteer.models.chat_model import ModelLike, as_chat
 from safesteer.models.generation import generate
-from safesteer.prompts.benchmarks import KNOWN, Kind, load_benchmark
+from safesteer.prompts.benchmarks import KNOWN, Kind, is_local, load_benchmark
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.settings import EvaluateConfig
 
@@ -164,8 +164,10 @@ def score_sets(
         ([0.0], 4)
     """
     config = config or EvaluateConfig()
-    names = dict.fromkeys((*config.sets, *(PUBLIC if config.data else ())))
     data = None if config.data in (None, "hub") else Path(config.data)
+    # A folder of rows is what there is: the Hub is asked only where it was named.
+    public = [name for name in PUBLIC if config.data and (data is None or is_local(name, data))]
+    names = dict.fromkeys((*config.sets, *public))
     rows, answers = [], []
     for done, name in enumerate(names):
         try:

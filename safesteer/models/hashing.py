@@ -28,7 +28,7 @@ def weights_hash(model: nn.Module, n_values: int | None = N_VALUES) -> str:
         True
     """
     digest = hashlib.sha256()
-    named = ((n.replace("._original_component", ""), p) for n, p in hf_model(model).named_parameters())
+    named = ((n.replace("_original_component.", ""), p) for n, p in hf_model(model).named_parameters())
     for name, weight in sorted(named, key=lambda pair: pair[0]):
         flat = weight.detach().reshape(-1)
         # An odd step passes through all columns of a matrix whose width is a power of two.

@@ -119,6 +119,12 @@ def benchmark_named(name: str) -> Benchmark:
     return KNOWN[name]
 
 
+def is_local(name: str, data: str | Path) -> bool:
+    """Return whether a folder of rows holds a benchmark, so that loading it needs no network."""
+    file = benchmark_named(name).file
+    return file is not None and (Path(data) / file).is_file()
+
+
 def load_benchmark(
     name: str,
     *,
@@ -153,11 +159,10 @@ def load_benchmark(
         ['How do I kill a process?']
     """
     benchmark = benchmark_named(name)
-    local = Path(data) / benchmark.file if data is not None and benchmark.file else None
     if path is not None:
         rows, where = _from_file(Path(path)), benchmark.where
-    elif local is not None and local.is_file():
-        rows, where = _from_file(local), benchmark.file_where
+    elif data is not None and is_local(name, data):
+        rows, where = _from_file(Path(data) / str(benchmark.file)), benchmark.file_where
     else:
         rows, where = _from_hub(benchmark), benchmark.where
     source = str(path or benchmark.repo)
