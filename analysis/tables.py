@@ -20,6 +20,7 @@ from ablation import summary
 
 from safesteer._files import json_lines, read_json
 from safesteer._intervals import wilson
+from safesteer.evaluation.changes import paired_change
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "analysis" / "results"
@@ -79,20 +80,92 @@ def suite(name: str) -> dict[tuple[str, str], tuple[float, int]]:
     return {(r.model, r.name): (r.value, int(r.n)) for r in table.itertuples(index=False)}
 
 
+NAMES = {  # of sets and tasks, as the tables show them
+    "own-harmful": "own pairs, harmful",
+    "own-harmless": "own pairs, harmless twins",
+    "own-short": "own, short",
+    "own-questions": "own, questions",
+    "own-hazard-words": "own, hazard words without harm",
+    "harmbench": "HarmBench",
+    "do-not-answer": "Do-Not-Answer",
+    "harmfulqa": "HarmfulQA",
+    "xstest-unsafe": "XSTest, unsafe",
+    "xstest": "XSTest, safe",
+    "everyday": "everyday instructions",
+    "arc_easy": "ARC-Easy",
+    "piqa": "PIQA",
+    "lambada_openai": "LAMBADA",
+}
+POOLS = {  # of the README: sets whose prompts are pooled, harmful ones first
+    "harmful, public: HarmBench, Do-Not-Answer, HarmfulQA, XSTest": (
+        "harmbench",
+        "do-not-answer",
+        "harmfulqa",
+        "xstest-unsafe",
+    ),
+    "harmful, our own in other forms": ("own-short", "own-questions"),
+    "harmful, our own pairs": ("own-harmful",),
+    "harmless, public: XSTest": ("xstest",),
+    "harmless, public: everyday instructions": ("everyday",),
+    "harmless, our own with a hazard word": ("own-hazard-words",),
+    "harmless, our own pairs": ("own-harmless",),
+}
+
+
+def points(change: float, low: float, high: float) -> str:
+    """Write a paired change in points, with its interval."""
+    return f"{100 * change:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
+
+
+def measured(title: str, both: pd.DataFrame) -> list[str]:
+    """Write one comparison of base and student: `both` has a row per prompt and a column per model."""
+    rates = [with_interval(both[m].mean(), len(both)) for m in ("base", "student")]
+    change = paired_change(both.base.astype(bool).tolist(), both.student.astype(bool).tolist())
+    return [title, str(len(both)), *rates, points(change.value, change.low, change.high)]
+
+
+def paired(rows: pd.DataFrame, metric: str, keys: list[str]) -> pd.DataFrame:
+    """Put base and student beside each other, prompt by prompt."""
+    return rows.pivot(index=keys, columns="model", values=metric).dropna()
+
+
 def demo() -> str:
-    """Make the table of the README: refusals and perplexity of the demo."""
-    rows, (teacher,) = suite("demo-suite"), comparison_rows("teacher")
-    before = rows["base", "WikiText-2"][0]
+    """Make the table of the README: the demo's student beside its base."""
+    rows = pd.read_csv(RESULTS / "demo-protocol-prompts.csv")
+    tasks = pd.read_csv(RESULTS / "demo-protocol-tasks.csv")
+    keys = ["set", "row"]
+    lines = [
+        measured(title, paired(rows[rows.set.isin(sets)], "declines", keys)) for title, sets in POOLS.items()
+    ]
+    everyday = rows[rows.set == "everyday"]
+    lines.append(measured("answers that repeat four words, everyday", paired(everyday, "repeats", keys)))
+    lines.append(measured("code asked for, code given", paired(rows, "code", keys)))
+    for task, part in tasks.groupby("task", sort=False):
+        lines.append(measured(f"{NAMES[str(task)]}, right", paired(part, "right", ["row"])))
+    return markdown(["refused, unless said otherwise", "n", "base", "student", "change, points"], lines)
 
-    def line(model: str) -> list[str]:
-        perplexity = rows[model, "WikiText-2"][0]
-        change = f" ({perplexity / before - 1:+.1%})".replace("%", " %") if model != "base" else ""
-        rates = [with_interval(*rows[model, f"own-{kind}"]) for kind in ("harmful", "harmless")]
-        return [model, *rates, f"{perplexity:.2f}{change}"]
 
-    steered = [with_interval(teacher[kind], teacher["n"]) for kind in ("harmful", "harmless")]
-    lines = [line("base"), ["teacher (steered, not trained)", *steered, ""], line("student")]
-    return markdown(["model", "harmful refused", "harmless twin refused", "perplexity, WikiText-2"], lines)
+def demo_sets() -> str:
+    """Make the table of every set: both judges by wording, and the damage."""
+    rows = pd.read_csv(RESULTS / "demo-protocol-prompts.csv")
+    lines = []
+    for name, part in rows.groupby("set", sort=False):
+        both = {m: paired(part, m, ["row"]) for m in ("declines", "refuses", "repeats")}
+        opens, repeats = (
+            f"{percent(both[m].base.mean())} → {percent(both[m].student.mean())}"
+            for m in ("refuses", "repeats")
+        )
+        lines.append([*measured(NAMES[str(name)], both["declines"]), opens, repeats])
+    titles = [
+        "set",
+        "n",
+        "refused: base",
+        "student",
+        "change, points",
+        "by its opening",
+        "repeats four words",
+    ]
+    return markdown(titles, lines)
 
 
 def comparison_rows(method: str) -> list[dict]:
@@ -308,6 +381,7 @@ def judges_differ() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
+    "demo-sets": demo_sets,
     "judges": judges,
     "judges-differ": judges_differ,
     "demo-suite": demo_suite,
