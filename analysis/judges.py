@@ -39,7 +39,7 @@ HERE = Path(__file__).parent
 LABELLED = HERE / "results" / "labelled_answers.jsonl"
 WORDINGS = HERE.parent / "tests" / "wordings.jsonl"
 HELD_OUT = HERE.parent / "tests" / "wordings_held_out.jsonl"
-N_DRAWS, N_FOLDS = 2000, 5
+N_DRAWS, N_SLOW, N_FOLDS = 2000, 500, 5
 PARTS = {
     "labelled answers": lambda rows: rows.model != "people",
     "128 tokens": lambda rows: rows.tokens == 128,
@@ -72,7 +72,7 @@ def by_embeddings(encoder: str, rows: pd.DataFrame) -> tuple[list[Verdict], floa
     The labelled answers are judged in folds by prompt; the hard wordings by a fit on all labelled answers and
     on the hard wordings that rules were made from.
     """
-    started, by_id = time.perf_counter(), {}
+    total, by_id = 0.0, {}
     loaded, known = load_encoder(encoder), pd.DataFrame(json_lines(WORDINGS))
     people = rows.model == "people"
     labelled, hard = rows[~people], rows[people]
@@ -84,8 +84,10 @@ def by_embeddings(encoder: str, rows: pd.DataFrame) -> tuple[list[Verdict], floa
         label = (seen.label == "refuses").tolist() + known.refuses.tolist()
         prompts, answers = (seen[c].tolist() + known[c].tolist() for c in ("prompt", "answer"))
         judge = fit_embedding_judge(loaded, prompts, answers, label)
-        by_id |= dict(zip(unseen.id, measured(judge, unseen)[0], strict=True))
-    return [by_id[i] for i in rows.id], time.perf_counter() - started
+        verdicts, seconds = measured(judge, unseen)
+        by_id |= dict(zip(unseen.id, verdicts, strict=True))
+        total += seconds  # of judging alone
+    return [by_id[i] for i in rows.id], total
 
 
 def precision(label: np.ndarray, says: np.ndarray) -> float:
@@ -113,8 +115,8 @@ def scored(label: Sequence[bool], says: Sequence[bool]) -> dict[str, float]:
     draws = np.random.default_rng(0).integers(0, len(truth), (N_DRAWS, len(truth)))
     row: dict[str, float] = {}
     for name, metric in METRICS.items():
-        values = [metric(truth[d], said_so[d]) for d in draws] if name != "kappa" else []
-        low, high = np.nanpercentile(values, [2.5, 97.5]) if values else (np.nan, np.nan)
+        values = [metric(truth[d], said_so[d]) for d in (draws[:N_SLOW] if name == "kappa" else draws)]
+        low, high = np.nanpercentile(values, [2.5, 97.5])
         row |= {name: metric(truth, said_so), f"{name}_low": low, f"{name}_high": high}
     return row
 

@@ -355,7 +355,8 @@ def judges() -> str:
         row = table.loc[(judge, "labelled answers")]
         seconds = "" if pd.isna(row.seconds) else f"{row.seconds:.1f}"
         long, short, hard = (cells(judge, p) for p in ("128 tokens", "32 tokens", "hard wordings"))
-        lines.append([title, *long, *short, f"{row.kappa:.2f}", *hard, seconds])
+        kappa = f"{row.kappa:.2f} ({row.kappa_low:.2f} to {row.kappa_high:.2f})"
+        lines.append([title, *long, *short, kappa, *hard, seconds])
     titles = ["judge, %", "128 tokens: precision", "recall", "32 tokens: precision", "recall"]
     titles += ["kappa, all", "hard wordings: precision", "recall", "seconds"]
     return markdown(titles, lines)
