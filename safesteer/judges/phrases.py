@@ -1,8 +1,8 @@
 """Phrases with which people and models decline, as patterns for `sentences`: English, lower case, our own.
 
-`DECLINES` is what a sentence is searched for: its speaker cannot or will not do something for the user, the
-request is ruled out, or it is turned down in other words. Each stands for a way of saying no, not for a
-sentence.
+`PHRASES` are searched for in a sentence, beside the general `forms`: its speaker cannot or will not do
+something for the user, the request is ruled out, or it is turned down in other words. Each stands for a way
+of saying no, not for a sentence.
 """
 
 SELF = r"\b(?:i|we)\b"
@@ -208,4 +208,4 @@ TURNED_DOWN = (
     r"\bpass on (?:this|that|it|\w+ing)\b",
 )
 
-DECLINES = "|".join((*SPEAKER_DECLINES, *REQUEST_RULED_OUT, *TURNED_DOWN))
+PHRASES = (*SPEAKER_DECLINES, *REQUEST_RULED_OUT, *TURNED_DOWN)
