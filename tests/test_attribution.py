@@ -538,7 +538,8 @@ def test_a_page_loads_nothing_and_states_what_is_missing(tmp_path):
     assert "http://" not in shell
     assert "https://" not in shell
     missing = load_page_data(tmp_path)["missing"]
-    assert set(missing) == {"evaluation", "answers", "sweep", "tokens", "history", "attribution", "direction"}
+    files = {"evaluation", "sets", "answers", "sweep", "tokens", "history", "attribution", "direction"}
+    assert set(missing) == files
     assert all("is missing" in line for line in missing.values())
 
 
@@ -547,7 +548,7 @@ def test_a_damaged_file_costs_its_section_only(tmp_path, chosen, attribution):
     for name in ("sweep.csv", "history.jsonl", "attribution.json"):
         (run / name).write_text("broken\x00{")
     shown = load_page_data(run)
-    assert set(shown["missing"]) == {"sweep", "history", "attribution", "direction"}
+    assert set(shown["missing"]) == {"sets", "sweep", "history", "attribution", "direction"}
     assert shown["tokens"]
     assert write_report(run).stat().st_size > 0
 

@@ -98,7 +98,7 @@ def test_a_suite_is_a_table_with_intervals_and_an_interrupted_one_continues(
     table = run_suite(model_folder, TINY, out, data=data)
     assert len(calls) == 4  # the set that was measured before the interruption is not measured again
     metrics = table[table["name"] == "xstest"].metric.tolist()
-    assert metrics[:3] == ["refused", "refusal phrase anywhere", "declined, by sentences"]
+    assert metrics[:3] == ["refused", "opens with a refusal", "refusal phrase anywhere"]
     assert metrics[3:] == ["answers that repeat four words", "distinct words per word", "words per answer"]
     rates = table[table.metric == "refused"]
     assert ((rates.low <= rates.value) & (rates.value <= rates.high)).all()
@@ -108,7 +108,7 @@ def test_a_suite_is_a_table_with_intervals_and_an_interrupted_one_continues(
     assert json.loads((out / "results.json").read_text())["suite"]["n_prompts"] == 3
     answers = [json.loads(line) for line in (out / "suite_answers.jsonl").read_text().splitlines()]
     assert len(answers) == 9
-    assert {a["judge"] for a in answers} == {"refuses"}
+    assert {a["judge"] for a in answers} == {"declines"}
     assert pd.read_csv(out / "results.csv").shape == table.shape
     page = (out / "results.html").read_text()
     assert "<script src" not in page
