@@ -164,7 +164,7 @@ def write_rates(rows: pd.DataFrame, verdicts: pd.DataFrame, path: Path) -> None:
         says["second reader"] = (by_reader == "refuses").astype(float).where(by_reader.notna())
     for name, p in says.items():
         for part, chosen in PARTS.items():
-            mask = chosen(rows).to_numpy() if hasattr(chosen(rows), "to_numpy") else chosen(rows)
+            mask = chosen(rows).to_numpy()
             if name == "second reader":
                 mask = mask & p.notna().to_numpy()
             if not mask.any():
