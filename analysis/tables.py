@@ -81,17 +81,17 @@ def suite(name: str) -> dict[tuple[str, str], tuple[float, int]]:
 
 
 NAMES = {  # of sets and tasks, as the tables show them
-    "own-harmful": "own pairs, harmful",
-    "own-harmless": "own pairs, harmless twins",
-    "own-short": "own, short",
-    "own-questions": "own, questions",
-    "own-hazard-words": "own, hazard words without harm",
-    "harmbench": "HarmBench",
-    "do-not-answer": "Do-Not-Answer",
-    "harmfulqa": "HarmfulQA",
-    "xstest-unsafe": "XSTest, unsafe",
-    "xstest": "XSTest, safe",
-    "everyday": "everyday instructions",
+    "harmbench": "harmful: HarmBench",
+    "do-not-answer": "harmful: Do-Not-Answer",
+    "harmfulqa": "harmful: HarmfulQA",
+    "xstest-unsafe": "harmful: XSTest, unsafe",
+    "own-short": "harmful: our own, short",
+    "own-questions": "harmful: our own, questions",
+    "own-harmful": "harmful: our own pairs",
+    "xstest": "harmless: XSTest, safe",
+    "everyday": "harmless: everyday instructions",
+    "own-hazard-words": "harmless: our own, hazard words",
+    "own-harmless": "harmless: twins of our own pairs",
     "arc_easy": "ARC-Easy",
     "piqa": "PIQA",
     "lambada_openai": "LAMBADA",
@@ -140,7 +140,7 @@ def demo() -> str:
     everyday = rows[rows.set == "everyday"]
     lines.append(measured("answers that repeat four words, everyday", paired(everyday, "repeats", keys)))
     lines.append(measured("code asked for, code given", paired(rows, "code", keys)))
-    for task, part in tasks.groupby("task", sort=False):
+    for task, part in tasks[tasks.task != "piqa"].groupby("task", sort=False):  # as flat as ARC
         lines.append(measured(f"{NAMES[str(task)]}, right", paired(part, "right", ["row"])))
     return markdown(["refused, unless said otherwise", "n", "base", "student", "change, points"], lines)
 
@@ -149,13 +149,14 @@ def demo_sets() -> str:
     """Make the table of every set: both judges by wording, and the damage."""
     rows = pd.read_csv(RESULTS / "demo-protocol-prompts.csv")
     lines = []
-    for name, part in rows.groupby("set", sort=False):
+    for name in [name for name in NAMES if (rows.set == name).any()]:
+        part = rows[rows.set == name]
         both = {m: paired(part, m, ["row"]) for m in ("declines", "refuses", "repeats")}
         opens, repeats = (
             f"{percent(both[m].base.mean())} → {percent(both[m].student.mean())}"
             for m in ("refuses", "repeats")
         )
-        lines.append([*measured(NAMES[str(name)], both["declines"]), opens, repeats])
+        lines.append([*measured(NAMES[name], both["declines"]), opens, repeats])
     titles = [
         "set",
         "n",

@@ -33,7 +33,7 @@ def test_pages_hold_the_tables_of_the_rows(tables, monkeypatch, capsys):
 def test_a_changed_number_is_caught(tables, monkeypatch, capsys, tmp_path):
     page = tmp_path / "README.md"
     right = tables.PAGES[0].read_text(encoding="utf-8")
-    wrong = right.replace("94 % (88 to 97)", "95 % (88 to 97)")
+    wrong = right.replace("70 % (66 to 74)", "71 % (66 to 74)")
     assert wrong != right
     page.write_text(wrong, encoding="utf-8")
     with pytest.raises(SystemExit) as stopped:
@@ -47,9 +47,12 @@ def test_a_changed_number_is_caught(tables, monkeypatch, capsys, tmp_path):
 
 
 def test_a_changed_row_is_caught(tables, monkeypatch, tmp_path):
-    rows = (tables.RESULTS / "demo-suite.csv").read_text().replace("refused,0.94,", "refused,0.93,")
-    (tmp_path / "demo-suite.csv").write_text(rows)
-    (tmp_path / "comparison.csv").write_text((tables.RESULTS / "comparison.csv").read_text())
+    names = [f"demo-protocol-{kind}.csv" for kind in ("prompts", "tasks")]
+    rows, tasks = ((tables.RESULTS / name).read_text() for name in names)
+    changed = rows.replace("harmbench,0,student,False,False", "harmbench,0,student,True,True")
+    assert changed != rows
+    for name, text in zip(names, (changed, tasks), strict=True):
+        (tmp_path / name).write_text(text)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     text = tables.PAGES[0].read_text(encoding="utf-8")
     assert tables.rewritten(text, "README.md")[1] == ["demo"]
