@@ -35,9 +35,12 @@ from safesteer._intervals import wilson
 from safesteer.directions.inspection import representation_shift
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.scores import score_model
+from safesteer.judges.judge import judge_version
+from safesteer.judges.sentences import declines
 from safesteer.recipes import SECTIONS
 from safesteer.report.figures import SEQUENCE, figure_of
 
+JUDGE = f"declines {judge_version(declines)}"  # of `score_model`, by default
 LEDGER = Path(__file__).parent / "results" / "looks.csv"  # of every study of this folder
 # The one key of an arm that is not a setting: how many harmful prompts are distilled on.
 N_HARMFUL = "n_harmful"
@@ -148,7 +151,18 @@ def row(folder: Path, name: str, make: Callable[..., Any], *args: Any) -> Any:
     path = folder / f"{name.replace(' ', '-').replace('/', '-').replace(',', '')}.json"
     if not path.exists():
         write_json(path, make(*args))
-    return read_json(path)
+    return read_row(path)
+
+
+def read_row(path: Path) -> Any:
+    """Read a row; one whose test answers another judge has read cannot stand in one table with new ones."""
+    values = read_json(path)
+    if isinstance(values, dict) and "kl_harmless" in values and values.get("judge") != JUDGE:
+        raise SystemExit(
+            f"{path} was judged by {values.get('judge', 'refuses')}, new rows are judged by {JUDGE}: give"
+            " another folder with --out."
+        )
+    return values
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,6 +222,7 @@ def on_test(chat: ss.ChatModel, base: ss.ChatModel, config: ss.EvaluateConfig) -
         "harmful": scores.refusal_rate_harmful,
         "harmless": scores.refusal_rate_harmless,
         "n": scores.n,
+        "judge": JUDGE,
         "kl_harmless": scores.kl_harmless,
         "perplexity": scores.perplexity,
     }

@@ -43,7 +43,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from ablation import LEDGER, summary, trade_off
+from ablation import JUDGE, LEDGER, read_row, summary, trade_off
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
@@ -203,6 +203,7 @@ def measured(
         "harmful": scores.refusal_rate_harmful,
         "harmless": scores.refusal_rate_harmless,
         "n": scores.n,
+        "judge": JUDGE,
         "kl_harmless": scores.kl_harmless if drifts else None,
         "wikitext2_perplexity": scores.perplexity,
     }
@@ -244,7 +245,7 @@ def main() -> None:
                 scores = measured(chat, base, options, method, base_answers)
             write_json(path, {"method": method, "seed": 0, **scores})
         base_answers = read_json(options.out / "base.json")["said"]
-        console.print(read_json(path) | {"said": None}, highlight=False)
+        console.print(read_row(path) | {"said": None}, highlight=False)
     jobs = [(seed, method) for seed in range(options.seeds) for method in METHODS if method != "dpo"]
     jobs += [(seed, "dpo") for seed in range(options.dpo_seeds)]
     for seed, method in jobs:
@@ -256,8 +257,8 @@ def main() -> None:
             spent = round(time.perf_counter() - started)
             scores = measured(chat, base, options, method, base_answers)
             write_json(path, {"method": method, "seed": seed, "lr": lr, "train_s": spent, **scores})
-        console.print(read_json(path) | {"said": None}, highlight=False)
-    table = pd.DataFrame([read_json(p) for p in sorted(options.out.glob("*.json"))])
+        console.print(read_row(path) | {"said": None}, highlight=False)
+    table = pd.DataFrame([read_row(p) for p in sorted(options.out.glob("*.json"))])
     order = ["base", "system prompt", "teacher", *METHODS]
     table = table.drop(columns="said").sort_values("method", key=lambda names: names.map(order.index))
     write_text(options.out.with_suffix(".csv"), table.to_csv(index=False))
