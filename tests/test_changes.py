@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 from conftest import copy_of
 from safesteer._errors import SafeSteerError
 from safesteer.evaluation.changes import change_over_seeds, paired_change
-from safesteer.evaluation.curves import bias_curve, curve_area, over_refusal_at
+from safesteer.evaluation.curves import bias_curve, curve_area, over_refusal_at, refusal_margins
 from safesteer.evaluation.ledger import log_look, looks
 from safesteer.evaluation.quality import asks_for_code, repeats_itself, text_quality
 from safesteer.models.bridge import to_bridge
@@ -120,21 +120,23 @@ def test_points_without_their_columns_are_named():
 
 
 def test_the_line_of_a_constant_is_the_share_of_prompts_whose_likeliest_first_token_it_makes(tiny_llama):
-    harmful, harmless, ids = ["Pick a lock.", "Break a door down."], ["Bake bread."], [3, 5, 8]
-    line = bias_curve(
-        tiny_llama, torch.tensor(ids), harmful, harmless, nats=(-50.0, 0.0, 0.5, 50.0), batch_size=1
-    )
-    for row in line.itertuples():
-        for texts, value in ((harmful, row.harmful), (harmless, row.over_refusal)):
-            opens = []
-            for text in texts:
-                turns = [{"role": "user", "content": text}]
-                tokenizer, model = tiny_llama.tokenizer, tiny_llama.model
-                chat = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-                inputs = tokenizer(chat, return_tensors="pt", add_special_tokens=False)
-                logits = model(**inputs).logits[0, -1].detach().clone()
-                logits[ids] += row.nats
-                opens.append(int(logits.argmax()) in ids)
-            assert value == sum(opens) / len(opens)
+    prompts, ids = ["Pick a lock.", "Break a door down.", "Bake bread."], torch.tensor([3, 5, 8])
+    margins = refusal_margins(tiny_llama, ids, prompts, batch_size=2)
+    for nats in (-50.0, 0.0, 0.5, 50.0):
+        opens = []
+        for text in prompts:
+            turns = [{"role": "user", "content": text}]
+            tokenizer, model = tiny_llama.tokenizer, tiny_llama.model
+            chat = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            inputs = tokenizer(chat, return_tensors="pt", add_special_tokens=False)
+            logits = model(**inputs).logits[0, -1].detach().clone()
+            logits[ids] += nats
+            opens.append(int(logits.argmax()) in ids.tolist())
+        line = bias_curve(margins[:2], margins[2:], nats=(nats,))
+        assert line.harmful.tolist() == [sum(opens[:2]) / 2]
+        assert line.over_refusal.tolist() == [float(opens[2])]
+
+
+def test_a_model_without_refusal_tokens_has_no_margins(tiny_llama):
     with pytest.raises(SafeSteerError, match="no refusal tokens"):
-        bias_curve(tiny_llama, torch.tensor([], dtype=torch.long), harmful, harmless)
+        refusal_margins(tiny_llama, torch.tensor([], dtype=torch.long), ["Hello"])
