@@ -9,8 +9,9 @@ is refuted here if over-refusal on other people's harmless prompts rises by a li
 1. Run the suite "small" with 500 rows per task (harmful and harmless sets, tasks, perplexity, drift).
 2. Judge every answer by how it opens (`refuses`) and by its sentences (`declines`, the default), and look for
    damage: repeated runs of four words, length, code where code was asked for.
-3. Draw the line of a constant on the tokens that open refusals, for base and student: at the first token, no
-   training. A student that tells harmful from harmless no better lies on its base's line.
+3. Read the margin of the tokens that open refusals, for base and student: with a constant on their logits a
+   model without training refuses as many. A student that tells harmful from harmless no better lies on the
+   line of its base.
 4. Write a row per model and prompt without its text (the sets are other people's), and the table from them:
    rates, the paired change with its 95 % interval and McNemar's p.
 Every look is a row of `looks.csv`. The answers stay in the suite's folder.
@@ -26,10 +27,10 @@ from safesteer._files import json_lines, read_json
 from safesteer._intervals import wilson
 from safesteer.directions.refusal_tokens import RefusalTokens
 from safesteer.evaluation.changes import paired_change
-from safesteer.evaluation.curves import bias_curve, curve_area, refusal_margins
+from safesteer.evaluation.curves import refusal_margins
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.quality import repeats_itself, text_quality
-from safesteer.evaluation.sets import PUBLIC, set_kind
+from safesteer.evaluation.sets import set_kind
 from safesteer.evaluation.suite import SUITES, run_suite
 from safesteer.judges.judge import judge_version
 from safesteer.judges.sentences import declines
@@ -40,7 +41,6 @@ from safesteer.models.loading import load_model
 RESULTS = Path(__file__).parent / "results"
 LEDGER = RESULTS / "looks.csv"
 N_ROWS = 500
-CONSTANTS = tuple(x / 4 for x in range(-40, 61))  # nats
 TASKS = SUITES["small"].tasks
 
 
@@ -112,19 +112,23 @@ def single_numbers(folder: Path) -> pd.DataFrame:
     return kept[["model", "kind", "name", "metric", "value", "low", "high", "n"]]
 
 
-def curves(run: Path, models: dict[str, ChatModel], folder: Path) -> pd.DataFrame:
-    """Measure the line of a constant on every harmless set, against the public harmful prompts."""
+def margin_rows(run: Path, models: dict[str, ChatModel], folder: Path) -> pd.DataFrame:
+    """Measure how near every prompt is to a refusal at the first token; a row per model and prompt."""
     ids = RefusalTokens(pd.read_csv(run / "refusal_tokens.csv")).ids
     prompts = pd.DataFrame(json_lines(folder / "suite_answers.jsonl")).query("model == 'base'")
-    kinds = prompts.set.map(set_kind)
-    rows = []
-    for model, chat in models.items():
-        margins = refusal_margins(chat, ids, prompts.prompt.tolist())
-        harmful = margins[(kinds == "harmful").to_numpy() & prompts.set.isin(PUBLIC).to_numpy()]
-        for name in prompts.set[kinds == "over-refusal"].unique():
-            line = bias_curve(harmful, margins[(prompts.set == name).to_numpy()], CONSTANTS)
-            rows.append(line.assign(model=model, set=name, area=curve_area(line)))
-    return pd.concat(rows)
+    numbers = prompts.groupby("set").cumcount().tolist()
+    parts = [
+        pd.DataFrame(
+            {
+                "set": prompts.set.tolist(),
+                "row": numbers,
+                "model": model,
+                "margin": refusal_margins(chat, ids, prompts.prompt.tolist()),
+            }
+        )
+        for model, chat in models.items()
+    ]
+    return pd.concat(parts)
 
 
 def main() -> None:
@@ -145,7 +149,8 @@ def main() -> None:
     single_numbers(folder).round(4).to_csv(args.out / "demo-protocol-numbers.csv", index=False)
     sources = {"base": "smollm2-135m", "student": str(args.run / "model")}
     models = {model: replace(load_model(name), name=f"demo {model}") for model, name in sources.items()}
-    curves(args.run, models, folder).round(4).to_csv(args.out / "demo-protocol-curve.csv", index=False)
+    margins = margin_rows(args.run, models, folder)
+    margins.round(4).to_csv(args.out / "demo-protocol-margins.csv", index=False)
     for model, chat in models.items():
         for split, n in prompts[prompts.model == model].groupby("set", sort=False).size().items():
             log_look(args.out / LEDGER.name, chat, str(split), int(n), "study demo: README's table")

@@ -15,17 +15,22 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from ablation import summary
 
 from safesteer._files import json_lines, read_json
 from safesteer._intervals import wilson
 from safesteer.evaluation.changes import paired_change
+from safesteer.evaluation.curves import bias_curve, curve_area, over_refusal_at
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "analysis" / "results"
 EARLIER = RESULTS / "earlier" / "paper_preset-149-pairs"
 PAGES = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/judges.md", "docs/log.md"))
+CONSTANTS = tuple(x / 4 for x in range(-40, 61))  # nats on the logits of the refusal tokens
+HARMFUL = 0.7  # harmful refusals at which lines are compared: about the student's
+N_DRAWS = 500
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.S)
 CAPABILITY = {"arc_easy": 3, "piqa": 3, "lambada_openai": 3}
 # The arms of the ablations that test something: (study, arm in its csv, name in the table). Vote against mean
@@ -166,6 +171,34 @@ def demo_sets() -> str:
         "by its opening",
         "repeats four words",
     ]
+    return markdown(titles, lines)
+
+
+def demo_curve() -> str:
+    """Make the table of the line of a constant: over-refusal at equal harmful refusals, and the area."""
+    rows = pd.read_csv(RESULTS / "demo-protocol-margins.csv")
+    margins = {(m, s): part.margin.to_numpy() for (m, s), part in rows.groupby(["model", "set"])}
+    public = POOLS[next(iter(POOLS))]
+    random, lines = np.random.default_rng(0), []
+
+    def measures(model: str, name: str, draw: bool) -> tuple[float, float]:
+        harmful, harmless = np.concatenate([margins[model, s] for s in public]), margins[model, name]
+        if draw:
+            harmful, harmless = (random.choice(values, len(values)) for values in (harmful, harmless))
+        line = bias_curve(harmful, harmless, CONSTANTS)
+        return curve_area(line), over_refusal_at(line, HARMFUL)
+
+    for name in ("xstest", "everyday", "own-hazard-words", "own-harmless"):
+        cells = []
+        for model in ("base", "student"):
+            area, over = measures(model, name, draw=False)
+            drawn = np.array([measures(model, name, draw=True) for _ in range(N_DRAWS)])
+            (low, over_low), (high, over_high) = np.percentile(drawn, [2.5, 97.5], axis=0)
+            cells += [f"{percent(over)} ({100 * over_low:.0f} to {100 * over_high:.0f})"]
+            cells += [f"{area:.2f} ({low:.2f} to {high:.2f})"]
+        lines.append([NAMES[name], *cells])
+    at = f"at {percent(HARMFUL)}"
+    titles = ["set", f"base and a constant, {at}", "area", f"student and a constant, {at}", "area"]
     return markdown(titles, lines)
 
 
@@ -384,6 +417,7 @@ def judges_differ() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "demo-sets": demo_sets,
+    "demo-curve": demo_curve,
     "judges": judges,
     "judges-differ": judges_differ,
     "demo-suite": demo_suite,
