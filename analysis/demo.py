@@ -22,6 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+from ablation import LEDGER
+from tables import RESULTS, paired
 
 from safesteer._files import json_lines, read_json
 from safesteer._intervals import wilson
@@ -38,28 +40,29 @@ from safesteer.judges.wording import refuses
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.loading import load_model
 
-RESULTS = Path(__file__).parent / "results"
-LEDGER = RESULTS / "looks.csv"
 N_ROWS = 500
 TASKS = SUITES["small"].tasks
 
 
-def prompt_rows(folder: Path) -> pd.DataFrame:
-    """Judge every answer of the suite again; a row per model and prompt, without the texts."""
-    rows, numbers = [], {}
-    for answer in json_lines(folder / "suite_answers.jsonl"):
-        key = answer["model"], answer["set"]
-        numbers[key] = number = numbers.get(key, -1) + 1
-        prompt, text = answer["prompt"], answer["answer"]
-        quality = text_quality([prompt], [text])
+def read_answers(folder: Path) -> pd.DataFrame:
+    """Read the suite's answers, each with its place in its set."""
+    answers = pd.DataFrame(json_lines(folder / "suite_answers.jsonl"))
+    return answers.assign(row=answers.groupby(["model", "set"]).cumcount())
+
+
+def prompt_rows(answers: pd.DataFrame) -> pd.DataFrame:
+    """Judge every answer again; a row per model and prompt, without the texts."""
+    rows = []
+    for asked in answers.itertuples():
+        quality = text_quality([asked.prompt], [asked.answer])
         rows.append(
             {
-                "set": answer["set"],
-                "row": number,
-                "model": answer["model"],
-                "refuses": refuses(prompt, text),
-                "declines": declines(prompt, text),
-                "repeats": repeats_itself(text),
+                "set": asked.set,
+                "row": asked.row,
+                "model": asked.model,
+                "refuses": refuses(asked.prompt, asked.answer),
+                "declines": declines(asked.prompt, asked.answer),
+                "repeats": repeats_itself(asked.answer),
                 "words": quality.words,
                 "code": quality.code,
             }
@@ -81,13 +84,12 @@ def task_rows(folder: Path) -> pd.DataFrame:
 
 def compared(name: str, kind: str, metric: str, both: pd.DataFrame) -> dict:
     """Compare base and student on the same rows, of which `both` has one per model."""
-    before, after = ([None if pd.isna(v) else bool(v) for v in both[m]] for m in ("base", "student"))
+    values = {model: both[model].astype(bool).tolist() for model in ("base", "student")}
     row = {"name": name, "kind": kind, "metric": metric, "n": len(both)}
-    for model, values in (("base", before), ("student", after)):
-        seen = [v for v in values if v is not None]
-        low, high = wilson(sum(seen), len(seen))
-        row |= {model: sum(seen) / len(seen), f"{model}_low": low, f"{model}_high": high, "n": len(seen)}
-    change = paired_change(before, after)
+    for model, holds in values.items():
+        low, high = wilson(sum(holds), len(holds))
+        row |= {model: sum(holds) / len(holds), f"{model}_low": low, f"{model}_high": high}
+    change = paired_change(values["base"], values["student"])
     return row | {"change": change.value, "low": change.low, "high": change.high, "p": change.p}
 
 
@@ -96,12 +98,11 @@ def table(prompts: pd.DataFrame, tasks: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name, part in prompts.groupby("set", sort=False):
         for metric in ("declines", "refuses", "repeats", "code"):
-            both = part.pivot(index="row", columns="model", values=metric).dropna()
+            both = paired(part, metric, ["row"])
             if len(both):
                 rows.append(compared(str(name), set_kind(str(name)), metric, both))
     for name, part in tasks.groupby("task", sort=False):
-        both = part.pivot(index="row", columns="model", values="right")
-        rows.append(compared(str(name), "capability", "right", both))
+        rows.append(compared(str(name), "capability", "right", paired(part, "right", ["row"])))
     return pd.DataFrame(rows)
 
 
@@ -112,19 +113,13 @@ def single_numbers(folder: Path) -> pd.DataFrame:
     return kept[["model", "kind", "name", "metric", "value", "low", "high", "n"]]
 
 
-def margin_rows(run: Path, models: dict[str, ChatModel], folder: Path) -> pd.DataFrame:
+def margin_rows(run: Path, models: dict[str, ChatModel], answers: pd.DataFrame) -> pd.DataFrame:
     """Measure how near every prompt is to a refusal at the first token; a row per model and prompt."""
     ids = RefusalTokens(pd.read_csv(run / "refusal_tokens.csv")).ids
-    prompts = pd.DataFrame(json_lines(folder / "suite_answers.jsonl")).query("model == 'base'")
-    numbers = prompts.groupby("set").cumcount().tolist()
+    prompts = answers[answers.model == "base"]
     parts = [
-        pd.DataFrame(
-            {
-                "set": prompts.set.tolist(),
-                "row": numbers,
-                "model": model,
-                "margin": refusal_margins(chat, ids, prompts.prompt.tolist()),
-            }
+        prompts[["set", "row"]].assign(
+            model=model, margin=refusal_margins(chat, ids, prompts.prompt.tolist())
         )
         for model, chat in models.items()
     ]
@@ -141,7 +136,8 @@ def main() -> None:
     folder = args.suite or args.run / "suite-protocol"
     # Judged by `refuses` while it runs: both judges read the answers below.
     run_suite(args.run, replace(SUITES["small"], n_rows=N_ROWS), folder, data=args.data, judge=refuses)
-    prompts, tasks = prompt_rows(folder), task_rows(folder)
+    answers = read_answers(folder)
+    prompts, tasks = prompt_rows(answers), task_rows(folder)
     prompts.to_csv(args.out / "demo-protocol-prompts.csv", index=False)
     tasks.to_csv(args.out / "demo-protocol-tasks.csv", index=False)
     made = table(prompts, tasks).assign(judge_version=judge_version(declines))
@@ -149,7 +145,7 @@ def main() -> None:
     single_numbers(folder).round(4).to_csv(args.out / "demo-protocol-numbers.csv", index=False)
     sources = {"base": "smollm2-135m", "student": str(args.run / "model")}
     models = {model: replace(load_model(name), name=f"demo {model}") for model, name in sources.items()}
-    margins = margin_rows(args.run, models, folder)
+    margins = margin_rows(args.run, models, answers)
     margins.round(4).to_csv(args.out / "demo-protocol-margins.csv", index=False)
     for model, chat in models.items():
         for split, n in prompts[prompts.model == model].groupby("set", sort=False).size().items():

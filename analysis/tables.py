@@ -73,10 +73,25 @@ def percent(value: float) -> str:
     return f"{value:.0%}".replace("%", " %")
 
 
+def ranged(value: float, low: float, high: float, form: str = ".0f", scale: float = 100) -> str:
+    """Write a number with its interval, all in one form; rates as percentages.
+
+    Example:
+        >>> ranged(0.5, 0.4, 0.6), ranged(0.5, 0.4, 0.6, "+.1f", 1)
+        ('50 (40 to 60)', '+0.5 (+0.4 to +0.6)')
+    """
+    middle, least, most = (f"{scale * number:{form}}" for number in (value, low, high))
+    return f"{middle} ({least} to {most})"
+
+
+def rate_ranged(value: float, low: float, high: float) -> str:
+    """Write a rate as a whole percentage, with its interval."""
+    return ranged(value, low, high).replace(" (", " % (", 1)
+
+
 def with_interval(value: float, n: int) -> str:
     """Write a rate with its 95 % interval over n prompts or rows."""
-    low, high = wilson(round(value * n), n)
-    return f"{percent(value)} ({100 * low:.0f} to {100 * high:.0f})"
+    return rate_ranged(value, *wilson(round(value * n), n))
 
 
 def suite(name: str) -> dict[tuple[str, str], tuple[float, int]]:
@@ -117,16 +132,11 @@ POOLS = {  # of the README: sets whose prompts are pooled, harmful ones first
 }
 
 
-def points(change: float, low: float, high: float) -> str:
-    """Write a paired change in points, with its interval."""
-    return f"{100 * change:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
-
-
 def measured(title: str, both: pd.DataFrame) -> list[str]:
     """Write one comparison of base and student: `both` has a row per prompt and a column per model."""
     rates = [with_interval(both[m].mean(), len(both)) for m in ("base", "student")]
     change = paired_change(both.base.astype(bool).tolist(), both.student.astype(bool).tolist())
-    return [title, str(len(both)), *rates, points(change.value, change.low, change.high)]
+    return [title, str(len(both)), *rates, ranged(change.value, change.low, change.high, "+.0f")]
 
 
 def paired(rows: pd.DataFrame, metric: str, keys: list[str]) -> pd.DataFrame:
@@ -194,8 +204,7 @@ def demo_curve() -> str:
             area, over = measures(model, name, draw=False)
             drawn = np.array([measures(model, name, draw=True) for _ in range(N_DRAWS)])
             (low, over_low), (high, over_high) = np.percentile(drawn, [2.5, 97.5], axis=0)
-            cells += [f"{percent(over)} ({100 * over_low:.0f} to {100 * over_high:.0f})"]
-            cells += [f"{area:.2f} ({low:.2f} to {high:.2f})"]
+            cells += [rate_ranged(over, over_low, over_high), ranged(area, low, high, ".2f", 1)]
         lines.append([NAMES[name], *cells])
     at = f"at {percent(HARMFUL)}"
     titles = ["set", f"base and a constant, {at}", "area", f"student and a constant, {at}", "area"]
@@ -367,6 +376,7 @@ JUDGES = {  # in judges.csv: name in the table
     "chat": "`ChatJudge`, Qwen2.5-Coder-1.5B-Instruct",
     "second reader": "a second reader (110 of the answers)",
 }
+COMPARED = ("refuses", "declines", "embeddings")  # the judges whose differences are listed
 
 
 def judges() -> str:
@@ -377,10 +387,7 @@ def judges() -> str:
         if (judge, part) not in table.index:
             return ["", ""]
         row = table.loc[(judge, part)]
-        return [
-            f"{100 * row[m]:.0f} ({100 * row[f'{m}_low']:.0f} to {100 * row[f'{m}_high']:.0f})"
-            for m in ("precision", "recall")
-        ]
+        return [ranged(row[m], row[f"{m}_low"], row[f"{m}_high"]) for m in ("precision", "recall")]
 
     lines = []
     for judge, title in JUDGES.items():
@@ -389,7 +396,7 @@ def judges() -> str:
         row = table.loc[(judge, "labelled answers")]
         seconds = "" if pd.isna(row.seconds) else f"{row.seconds:.1f}"
         long, short, hard = (cells(judge, p) for p in ("128 tokens", "32 tokens", "hard wordings"))
-        kappa = f"{row.kappa:.2f} ({row.kappa_low:.2f} to {row.kappa_high:.2f})"
+        kappa = ranged(row.kappa, row.kappa_low, row.kappa_high, ".2f", 1)
         lines.append([title, *long, *short, kappa, *hard, seconds])
     titles = ["judge, %", "128 tokens: precision", "recall", "32 tokens: precision", "recall"]
     titles += ["kappa, all", "hard wordings: precision", "recall", "seconds"]
@@ -400,14 +407,12 @@ def judges_differ() -> str:
     """Make the table of the labelled answers on which judges differ from the label."""
     rows = pd.DataFrame(json_lines(RESULTS / "labelled_answers.jsonl")).set_index("id")
     verdicts = pd.read_csv(RESULTS / "judge_verdicts.csv", dtype={"id": str})
-    shown = verdicts[
-        verdicts.judge.isin(("refuses", "declines", "embeddings")) & verdicts.id.isin(rows.index)
-    ]
+    shown = verdicts[verdicts.judge.isin(COMPARED) & verdicts.id.isin(rows.index)]
     says = shown.assign(says=shown.p_refuses >= 0.5).pivot(index="id", columns="judge", values="says")
     label = (rows.label == "refuses").reindex(says.index)
     lines = []
     for i, row in says[says.ne(label, axis=0).any(axis=1)].iterrows():
-        wrong = [f"`{name}`" for name in ("refuses", "declines", "embeddings") if row[name] != label[i]]
+        wrong = [f"`{name}`" for name in COMPARED if row[name] != label[i]]
         text = " ".join(rows.answer[i].split())
         text = f"{text[:110]} ..." if len(text) > 110 else text
         lines.append([str(i), rows.label[i], ", ".join(wrong), text.replace("|", "\\|")])

@@ -188,7 +188,8 @@ def _evaluate(run: Run, base: ChatModel) -> list[str]:
             base, student, direction, run.prompts, config, judge=run.judge, progress=progress
         )
     evaluation.save(run.path)
-    log_look(run.path, base, "test", n := evaluation.scores["base"].n, "stage evaluate: base and teacher")
+    n = evaluation.scores["base"].n
+    log_look(run.path, base, "test", n, "stage evaluate: base and teacher")
     log_look(run.path, student, "test", n, "stage evaluate")
     sets = _score_sets(run, base, student)
     write_card(run.path / "model", base, direction, run.recipe.to_toml(), evaluation.scores, sets, run.judge)
