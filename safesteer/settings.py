@@ -135,6 +135,11 @@ class DistillConfig:
     teacher: Literal["steered", "prompt"] = setting(
         "steered", "The steered base, or the base under a refusing system prompt (Table 3)."
     )
+    harmless_teacher: Literal["base", "ablated"] = setting(
+        "base",
+        "Teacher of harmless answers: the base as it is, or the base with the direction ablated, which refuses"
+        " less than the base does (a two-sided teacher).",
+    )
     splits: Annotated[tuple[Split, ...], Words] = setting(
         ("distill", "train", "val"),
         "Splits of the prompts that are distilled on; the paper's is 'distill' alone.",

@@ -5,12 +5,12 @@
    rollouts="mixed" the steered teacher answers every second prompt: a student that seldom starts to refuse
    seldom visits what follows "I'm", and would learn neither to go on refusing a harmful request nor to
    answer a harmless one after all.
-3. `teacher_hidden` reads the same tokens once: steered on harmful prompts, the base on harmless ones.
-   It returns final hidden states, never a (position x vocabulary) tensor.
+3. `teacher_hidden` reads the same tokens once: steered on harmful prompts; on harmless ones the base as it
+   is, or with the direction ablated (a two-sided teacher). It returns final hidden states, never a (position x vocabulary) tensor.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from safesteer.models.generation import generate_ids, uniforms
 from safesteer.models.sharding import equal_passes
 from safesteer.settings import DistillConfig
 from safesteer.steering.direction import Direction, steer
+from safesteer.steering.interventions import ablate
 from safesteer.tokens.token_set import TokenSet
 
 
@@ -221,10 +222,18 @@ def teacher_hidden(teacher: Teacher, rollouts: Rollouts, config: DistillConfig) 
                     batch = _with_system(base, rollouts, at)
                 else:
                     batch = rollouts.batch.rows(at)
-                steered = is_harmful and config.teacher == "steered"
-                with steer(base, teacher.direction) if steered else nullcontext():
+                with _reading_as(teacher, is_harmful, config):
                     out[at] = final_hidden(base.model, batch)[:, -n_new - 1 : -1]
     return out[rollouts.mask]
+
+
+def _reading_as(teacher: Teacher, is_harmful: bool, config: DistillConfig) -> AbstractContextManager[None]:
+    """Make the base the teacher of harmful or of harmless answers."""
+    if is_harmful:
+        return steer(teacher.base, teacher.direction) if config.teacher == "steered" else nullcontext()
+    if config.harmless_teacher == "ablated":
+        return ablate(teacher.base, teacher.direction.vector.to(teacher.base.device))
+    return nullcontext()
 
 
 def _with_system(base: ChatModel, rollouts: Rollouts, at: Tensor) -> PromptBatch:

@@ -92,24 +92,17 @@ def take_step(
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     clock = time.perf_counter()
-    with _autocast(student, config):
-        author = teacher if config.rollouts == "mixed" else None
-        rollouts = sample_rollouts(student, prompts, config, author, sampler)
-    rollout_s, clock = time.perf_counter() - clock, time.perf_counter()
+    reading, rollout_s = read_answers(state, teacher, prompts, sampler)
+    rollouts, teacher_s = reading.rollouts, time.perf_counter() - clock - rollout_s
 
-    with as_base(teacher.base, student), _autocast(student, config):
-        h_teacher = teacher_hidden(teacher, rollouts, config)
-    reading = Reading(rollouts, h_teacher, _weights(rollouts, config, step)[rollouts.mask])
-    teacher_s, clock = time.perf_counter() - clock, time.perf_counter()
-
+    clock = time.perf_counter()
     state.optimizer.zero_grad(set_to_none=True)
-    with _recomputed(student, config.checkpointing), equal_passes(student.model, backward=True):
-        terms, h_student = _backward(state, teacher, reading)
+    terms, h_student = accumulate_gradient(state, teacher, reading)
     grad_norm = _clip_gradients(state)
     # Before the weights move: a trained head must be the one that these states came from.
     head, ids = output_head(student.model), teacher.tokens.ids.to(student.device)
     gap = _sampler_gap(rollouts, h_student, head)
-    off_s = kl_outside_set(h_student, h_teacher, head, output_head(teacher.base.model), ids)
+    off_s = kl_outside_set(h_student, reading.h_teacher, head, output_head(teacher.base.model), ids)
     state.optimizer.step()
     state.step += 1
 
@@ -134,6 +127,30 @@ def take_step(
         teacher_s=teacher_s,
         student_s=time.perf_counter() - clock,
     )
+
+
+def read_answers(
+    state: DistillState, teacher: Teacher, prompts: StepPrompts, sampler: Sampler | None = None
+) -> tuple[Reading, float]:
+    """Let the step's prompts be answered, and the teacher read the answers (Eq. 5).
+
+    Args:
+        state: The student and its settings; it stays as it is.
+        teacher: What the student learns from.
+        prompts: The step's prompts.
+        sampler: Samples in the student's place.
+
+    Returns:
+        The answers as the teacher reads them, and the seconds that answering took.
+    """
+    config, student, clock = state.config, state.student, time.perf_counter()
+    with _autocast(student, config):
+        author = teacher if config.rollouts == "mixed" else None
+        rollouts = sample_rollouts(student, prompts, config, author, sampler)
+    rollout_s = time.perf_counter() - clock
+    with as_base(teacher.base, student), _autocast(student, config):
+        h_teacher = teacher_hidden(teacher, rollouts, config)
+    return Reading(rollouts, h_teacher, _weights(rollouts, config, state.step)[rollouts.mask]), rollout_s
 
 
 def learning_rate(step: int, config: DistillConfig) -> float:
@@ -180,10 +197,30 @@ def _weights(rollouts: Rollouts, config: DistillConfig, step: int) -> Float[Tens
     return by_position / by_position.sum(1, keepdim=True) * by_answer[:, None]
 
 
+def accumulate_gradient(
+    state: DistillState, teacher: Teacher, reading: Reading
+) -> tuple[LossTerms, Float[Tensor, "n d_model"]]:
+    """Add the gradient of the step's loss to that of the weights that train, by micro-batches.
+
+    Args:
+        state: The student and its settings.
+        teacher: What the student learns from, and S.
+        reading: The step's answers (`read_answers`).
+
+    Returns:
+        The terms of the loss, and the student's final hidden states at the counting positions.
+
+    Raises:
+        SafeSteerError: If the loss is not finite; names the step and the prompt.
+    """
+    student = state.student
+    with _recomputed(student, state.config.checkpointing), equal_passes(student.model, backward=True):
+        return _backward(state, teacher, reading)
+
+
 def _backward(
     state: DistillState, teacher: Teacher, reading: Reading
 ) -> tuple[LossTerms, Float[Tensor, "n d_model"]]:
-    """Add up the gradient of the step's loss by micro-batches; return its terms and the student's states."""
     config, student, rollouts = state.config, state.student, reading.rollouts
     head, row = output_head(student.model), rollouts.mask.nonzero()[:, 0]
     base_head, ids = output_head(teacher.base.model), teacher.tokens.ids.to(student.device)
