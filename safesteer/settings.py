@@ -137,8 +137,8 @@ class DistillConfig:
     )
     harmless_teacher: Literal["base", "ablated"] = setting(
         "base",
-        "Teacher of harmless answers: the base as it is, or the base with the direction ablated, which refuses"
-        " less than the base does (a two-sided teacher).",
+        "Teacher of harmless answers: the base as it is, or the base with the direction ablated, which"
+        " refuses less than the base does (a two-sided teacher).",
     )
     splits: Annotated[tuple[Split, ...], Words] = setting(
         ("distill", "train", "val"),
@@ -192,6 +192,17 @@ class DistillConfig:
         8, "Answers per forward pass: fewer need less memory; the loss is the same.", ge=1
     )
     checkpoint_every: int = setting(20, "Steps between checkpoints.", ge=1)
+    watch_every: int = setting(
+        5,
+        "Steps between looks at the refusals of a few harmful val prompts, which a loss can take away; 0:"
+        " never.",
+        ge=0,
+    )
+    n_watched: int = setting(16, "Prompts of those looks.", ge=1)
+    on_fall: Literal["stop", "warn"] = setting(
+        "stop",
+        "What happens where the student refuses fewer of them than the base: training stops, or warns.",
+    )
     check_every: int = setting(
         0, "Steps between looks at val for early stopping, which leaves val out of training; 0: never."
     )

@@ -23,9 +23,16 @@ from safesteer.distillation.loop import (
     training_steps,
 )
 from safesteer.distillation.loss import divergence_loss
-from safesteer.distillation.rollouts import StepPrompts, Teacher, prompt_indices, sample_rollouts
+from safesteer.distillation.rollouts import (
+    StepPrompts,
+    Teacher,
+    prompt_indices,
+    sample_rollouts,
+    teacher_hidden,
+)
 from safesteer.distillation.state import DistillState, prepare_student
 from safesteer.distillation.step import learning_rate
+from safesteer.distillation.watching import Watch, look, start_watch
 from safesteer.evaluation.scores import evaluate
 from safesteer.exporting import export, reload_difference
 from safesteer.models.adapter import as_base, merged, shares_weights, without_adapter
@@ -33,12 +40,15 @@ from safesteer.models.batch import PromptBatch
 from safesteer.models.bridge import to_bridge
 from safesteer.models.chat_model import ChatModel, as_chat
 from safesteer.models.forward import final_hidden
+from safesteer.models.generation import generate
 from safesteer.models.head import output_head
 from safesteer.models.parts import blocks
 from safesteer.models.precision import cast_weights
+from safesteer.prompts.prompt_set import load_prompts
 from safesteer.recipes import recipe
 from safesteer.settings import DistillConfig, EvaluateConfig
 from safesteer.steering.direction import Direction, steer
+from safesteer.steering.interventions import ablate
 from safesteer.tokens.token_set import SafetyToken, TokenSet
 
 SMALL = {
@@ -80,7 +90,7 @@ def run(tiny_llama, direction, tokens, few):
         state = state or prepare_student(student or copy_of(tiny_llama), by, config)
         history = []
         for record in training_steps(state, Teacher(tiny_llama, by, tokens), few):
-            timeless = {k: v for k, v in asdict(record).items() if not k.endswith("_s")}
+            timeless = {k: v for k, v in asdict(record).items() if not k.endswith("_s") and v is not None}
             history.append({**timeless, "kl_off_s": record.kl_off_s})
             if record.step == steps:
                 break
@@ -871,3 +881,58 @@ def test_early_stopping_reads_the_student_in_the_precision_of_its_base(tiny_llam
     assert look.kl == 0.0
     assert same(before, weights_of(student))
     assert student.model.dtype == torch.float32
+
+
+class TestWatching:
+    """Refusals are counted while training runs."""
+
+    def test_training_stops_where_refusals_are_lost_and_goes_on_with_warn(
+        self, tiny_llama, direction, tokens
+    ):
+        base_answers = set(generate(tiny_llama, load_prompts().split("val").harmful[:16], max_new_tokens=16))
+        options = {**SMALL, "watch_every": 2, "lr": 0.3, "splits": ("distill",)}
+
+        def judge(prompt, answer):
+            return answer in base_answers
+
+        with pytest.raises(SafeSteerError, match=r"takes refusals away: the base refuses 100% of 16"):
+            distill(
+                tiny_llama, direction, tokens, config=DistillConfig(**options), training=Training(judge=judge)
+            )
+        warned = DistillConfig(**options, on_fall="warn")
+        with pytest.warns(UserWarning, match="takes refusals away"):
+            student = distill(tiny_llama, direction, tokens, config=warned, training=Training(judge=judge))
+        assert [record.val_refused is None for record in student.history] == [True, False, True, False]
+        assert student.history[1].val_refused == 0
+
+    def test_the_sentence_names_the_way_out_for_the_loss_of_eq_6(self, tiny_llama):
+        watch = Watch(("a", "b", "c", "d", "e"), (True,) * 5)
+        config = DistillConfig(normalizer="partial")
+        with pytest.raises(SafeSteerError, match="q / e"):
+            look(watch, tiny_llama, tiny_llama, lambda prompt, answer: False, config)
+
+    def test_a_loss_within_chance_is_no_fall(self, tiny_llama):
+        watch = Watch(("a", "b", "c", "d", "e"), (True,) * 4 + (False,))
+        assert look(watch, tiny_llama, tiny_llama, lambda prompt, answer: False, DistillConfig()) == 0
+
+    def test_a_set_without_val_is_not_watched(self, tiny_llama):
+        assert start_watch(tiny_llama, tiny_llama, [], lambda prompt, answer: True) is None
+
+
+def test_the_two_sided_teacher_reads_harmless_answers_with_the_direction_ablated(
+    run, tiny_llama, direction, few
+):
+    config = DistillConfig(**SMALL, harmless_teacher="ablated")
+    rollouts = sample_rollouts(tiny_llama, StepPrompts(("bad",), ("good", "fine")), config)
+    tokens_ = TokenSet((), {}, {}, 1)
+    two_sided = teacher_hidden(Teacher(tiny_llama, direction, tokens_), rollouts, config)
+    one_sided = teacher_hidden(
+        Teacher(tiny_llama, direction, tokens_), rollouts, replace(config, harmless_teacher="base")
+    )
+    with ablate(tiny_llama, direction.vector):
+        states = final_hidden(tiny_llama.model, rollouts.batch)
+    want = states[:, -rollouts.mask.shape[1] - 1 : -1][rollouts.mask]
+    harmless = ~rollouts.harmful[rollouts.mask.nonzero()[:, 0]]
+    assert_near(two_sided[harmless], want[harmless])
+    assert torch.equal(two_sided[~harmless], one_sided[~harmless])
+    assert not torch.allclose(two_sided[harmless], one_sided[harmless], atol=1e-3)

@@ -29,12 +29,14 @@ from safesteer.distillation.rollouts import Sampler, StepPrompts, Teacher
 from safesteer.distillation.state import DistillState, prepare_student
 from safesteer.distillation.step import StepRecord, take_step
 from safesteer.distillation.tracking import open_tracker
+from safesteer.distillation.watching import look, start_watch
 from safesteer.judges.judge import Judge
 from safesteer.judges.wording import refuses
 from safesteer.models.adapter import merged, shares_weights, without_adapter, write_adapter
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.parts import is_bridge
 from safesteer.models.sharding import shard
+from safesteer.prompts.conversation import PromptLike
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.settings import DistillConfig
 from safesteer.steering.direction import Direction
@@ -219,10 +221,16 @@ def _follow(
 
         training.progress(state.step / config.n_steps)
         stopped = may_stop()  # a training that ended early, called again
+        watch = None
+        if config.watch_every and not stopped and state.step < config.n_steps:
+            watch = start_watch(teacher.base, state.student, _watched(prompts, config), training.judge)
         for record in () if stopped else steps:
+            if watch is not None and (record.step % config.watch_every == 0 or record.step == config.n_steps):
+                share = look(watch, teacher.base, state.student, training.judge, config)
+                record = replace(record, val_refused=share)
             history.append(record)
             training.progress(record.step / config.n_steps)
-            log(asdict(record), record.step)
+            log({k: v for k, v in asdict(record).items() if v is not None}, record.step)
             stopped = may_stop()
             last = stopped or record.step == config.n_steps
             if folder is not None and (last or record.step % config.checkpoint_every == 0):
@@ -230,6 +238,12 @@ def _follow(
             if stopped:
                 break
     return tuple(history)
+
+
+def _watched(prompts: PromptSet, config: DistillConfig) -> list[PromptLike]:
+    """Take the harmful val prompts that are looked at while training; a set may have none."""
+    val = [p.text for p in prompts.prompts if p.split == "val" and p.label == "harmful"]
+    return list(val[: config.n_watched])
 
 
 def _prompts_to_train_on(prompts: PromptSet, config: DistillConfig) -> PromptSet:

@@ -6,7 +6,8 @@
    seldom visits what follows "I'm", and would learn neither to go on refusing a harmful request nor to
    answer a harmless one after all.
 3. `teacher_hidden` reads the same tokens once: steered on harmful prompts; on harmless ones the base as it
-   is, or with the direction ablated (a two-sided teacher). It returns final hidden states, never a (position x vocabulary) tensor.
+   is, or with the direction ablated (a two-sided teacher). It returns final hidden states, never a
+   (position x vocabulary) tensor.
 """
 
 from collections.abc import Callable, Iterator, Sequence

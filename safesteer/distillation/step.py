@@ -54,6 +54,8 @@ class StepRecord:
     `kl_off_s` is the generalized KL(student || teacher) outside S, in nats per position, which the loss
     does not see: how far the student is from its teacher everywhere else. `sampler_gap` is the mean
     |log-probability of an external sampler - the student's| on its tokens, in nats (this process).
+    `val_refused` is the share of the watched harmful prompts that the student refuses after this step, None
+    where nobody looked.
     """
 
     step: int
@@ -69,6 +71,7 @@ class StepRecord:
     rollout_s: float
     teacher_s: float
     student_s: float
+    val_refused: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -81,7 +81,11 @@ def writes_of(model: nn.Module) -> Writes:
         owners += [blocks(model)[layer]] * len(names)
     limit = tolerance(seen[0, "before"].dtype, HALF_TOLERANCE)
     first, embedded = seen[0, "before"], seen.get((-1, "embed"))
-    alone = embedded is not None and embedded.shape == first.shape and _misfit(first, [embedded], _rounding(first)) <= limit
+    alone = (
+        embedded is not None
+        and embedded.shape == first.shape
+        and _misfit(first, [embedded], _rounding(first)) <= limit
+    )
     return Writes(tuple(modules), tuple(owners), alone, worst)
 
 
