@@ -53,8 +53,8 @@ def test_direction_round_trip(tiny_llama, direction, tmp_path):
         ({"fingerprint": "0" * 16}, "model fingerprint differs"),
         ({"template_hash": "0" * 16}, "chat template differs"),
         ({"vector": torch.ones(16)}, "width differs"),
-        ({"layer": 3}, "steers layer 3, but 'tiny-llama' has 3 layers"),
-        ({"layer": -1}, "steers layer -1"),
+        ({"layer": 3}, "is of layer 3, but 'tiny-llama' has 3 layers"),
+        ({"layer": -1}, "is of layer -1"),
     ],
 )
 def test_direction_of_another_model_is_refused(tiny_llama, direction, tmp_path, change, message):

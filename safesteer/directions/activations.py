@@ -57,7 +57,7 @@ def read_activations(
         with record_resid_pre(chat.model, layers, read) as recorded:
             final_hidden(chat.model, batch, cache)
         resid_pre = torch.stack([recorded[layer] for layer in layers], dim=2)
-        _check_finite(chat, resid_pre, [arm.texts[i] for i in rows])
+        check_finite(chat, resid_pre, [arm.texts[i] for i in rows])
         yield rows, resid_pre
 
 
@@ -68,10 +68,14 @@ def prefill_shared(chat: ChatModel, batch: PromptBatch) -> Cache | None:
     return prefill(chat.model, batch, n_shared) if n_shared else None
 
 
-def _check_finite(
+def check_finite(
     chat: ChatModel, resid_pre: Float[Tensor, "batch n_pos n_layers d_model"], texts: Sequence[str]
 ) -> None:
-    """Raise SafeSteerError naming the first layer that overflowed, and a prompt on which it did."""
+    """Check that what was read of all layers is finite.
+
+    Raises:
+        SafeSteerError: Names the first layer that overflowed, and a prompt on which it did.
+    """
     overflowed = ~resid_pre.isfinite().all(-1).all(1)
     if bool(overflowed.any()):
         layer = int(overflowed.any(0).int().argmax())

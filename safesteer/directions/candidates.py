@@ -8,9 +8,9 @@ from torch import Tensor
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.chat_model import ModelLike, as_chat
-from safesteer.models.templates import template_hash
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.steering.direction import Direction
+from safesteer.steering.stamps import stamp_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +68,7 @@ class Candidates:
             position=position,
             extraction=self.extraction,
             coeff=coeff,
-            model=chat.name,
-            fingerprint=chat.fingerprint,
-            template_hash=template_hash(chat.tokenizer),
+            **stamp_of(chat),
             prompts_hash=prompts.hash if prompts else "",
         )
 

@@ -190,15 +190,20 @@ def _has_system_turn(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def suffix_length(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Count the template tokens after the instruction: the post-instruction positions.
+    """Count the post-instruction positions that directions are read at.
 
     At least 1: where a template adds nothing, the position is the instruction's last token.
     """
+    return max(1, n_after_instruction(tokenizer))
+
+
+def n_after_instruction(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Count the tokens that the template writes after the instruction."""
     a, b = (ids_of(tokenizer, render(tokenizer, text)) for text in ("Hello there", "Bonjour 7"))
     n = 0
     while n < min(len(a), len(b)) and a[-1 - n] == b[-1 - n]:
         n += 1
-    return max(1, n)
+    return n
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:

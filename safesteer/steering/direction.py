@@ -16,12 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safesteer._errors import SafeSteerError
-from safesteer._files import read_tensors, write_tensors
+from safesteer._files import write_tensors
 from safesteer._version import __version__
-from safesteer.models.chat_model import ModelLike, as_chat, module_of
-from safesteer.models.templates import template_hash
+from safesteer.models.chat_model import ModelLike, module_of
 from safesteer.steering.interventions import ablate, add, clamp
 from safesteer.steering.scopes import Scope
+from safesteer.steering.stamps import check_stamp, load_stamped
 
 OPERATIONS = ("add", "ablate", "clamp")
 
@@ -93,11 +93,7 @@ class Direction:
             >>> bool((again.vector == direction.vector).all())
             True
         """
-        tensors, metadata = read_tensors(Path(path))
-        try:
-            direction = Direction(vector=tensors["vector"], **metadata)
-        except (KeyError, TypeError) as error:
-            raise SafeSteerError(f"{path} is not a direction file of this version.") from error
+        direction = load_stamped(Direction, path, "a direction file")
         if chat is not None:
             direction.check(chat, str(path))
         return direction
@@ -112,22 +108,7 @@ class Direction:
         Raises:
             SafeSteerError: Names what differs between the direction's model and `chat`.
         """
-        chat = as_chat(chat)
-        compared = {
-            "width": (len(self.vector), chat.d_model),
-            "model fingerprint": (self.fingerprint, chat.fingerprint),
-            "chat template": (self.template_hash, template_hash(chat.tokenizer)),
-        }
-        for name, (of_direction, of_chat) in compared.items():
-            if of_direction != of_chat:
-                raise SafeSteerError(
-                    f"{source} was made for '{self.model}' and does not fit '{chat.name}': the"
-                    f" {name} differs ({of_direction} there, {of_chat} here)."
-                )
-        if not 0 <= self.layer < chat.n_layers:
-            raise SafeSteerError(
-                f"{source} steers layer {self.layer}, but '{chat.name}' has {chat.n_layers} layers."
-            )
+        check_stamp(self, len(self.vector), chat, source)
 
     def __repr__(self) -> str:
         return (
