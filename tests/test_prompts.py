@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -182,8 +183,64 @@ def test_prompts_of_other_forms_are_held_out_and_new(pairs):
     assert len({p.category for p in forms.prompts[:15]}) == 15
 
 
+KINDS = {  # (form, label): prompts to train on, prompts to choose with
+    ("short", "harmful"): (82, 28),
+    ("question", "harmful"): (82, 28),
+    ("hazard word", "harmless"): (82, 28),
+    ("everyday", "harmless"): (112, 38),
+    ("pair", "harmful"): (45, 15),
+    ("pair", "harmless"): (45, 15),
+}
+
+
+def runs_of_words(text: str, n: int) -> set[tuple[str, ...]]:
+    words = re.findall(r"[a-z0-9']+", text.lower())
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+
+def test_prompts_of_other_kinds_have_their_splits(pairs):
+    kinds = load_prompts("kinds")
+    counts = Counter((p.form, p.label, p.split) for p in kinds.prompts)
+    want = {(*kind, "train"): n for kind, (n, _) in KINDS.items()}
+    assert counts == want | {(*kind, "val"): n for kind, (_, n) in KINDS.items()}
+    hazards = {p.category for p in pairs.prompts}
+    assert {p.category for p in kinds.prompts if p.label == "harmful"} == hazards
+    for form in ("short", "question"):
+        assert {p.category for p in kinds.prompts if p.form == form} == hazards
+    twins: dict[str, list] = {}
+    for prompt in kinds.prompts:
+        twins.setdefault(prompt.pair, []).append(prompt)
+    assert {len(rows) for rows in twins.values()} == {1, 2}  # an id of each prompt, one for two twins
+    for rows in twins.values():
+        assert len({(p.split, p.category, p.form) for p in rows}) == 1
+        assert len({p.label for p in rows}) == len(rows)
+
+
+def test_prompts_of_other_kinds_share_no_wording_with_one_another():
+    kinds = load_prompts("kinds")
+    texts = [p.text for p in kinds.prompts]
+    assert all(t.isascii() and t == t.strip() for t in texts)
+    assert len({t.lower() for t in texts}) == len(texts)
+    owners: dict[tuple[str, ...], set[str]] = {}
+    for prompt in kinds.prompts:
+        for run in runs_of_words(prompt.text, 5):
+            owners.setdefault(run, set()).add(prompt.pair)
+    assert {run: ids for run, ids in owners.items() if len(ids) > 1} == {}
+
+
+@pytest.mark.parametrize("held_out", ["forms", "pairs"])
+def test_prompts_of_other_kinds_are_new(held_out):
+    known = [p.text for p in load_prompts(held_out).prompts]
+    runs = set().union(*(runs_of_words(text, 6) for text in known))
+    words = [runs_of_words(text, 1) for text in known]
+    for prompt in load_prompts("kinds").prompts:
+        assert not runs & runs_of_words(prompt.text, 6), prompt.text
+        new = runs_of_words(prompt.text, 1)
+        assert max(len(new & old) / len(new | old) for old in words) < 0.5, prompt.text
+
+
 def test_the_project_has_no_other_prompts():
-    with pytest.raises(SafeSteerError, match="pairs and forms, not 'alpaca'"):
+    with pytest.raises(SafeSteerError, match="pairs, kinds, forms, not 'alpaca'"):
         load_prompts("alpaca")
 
 

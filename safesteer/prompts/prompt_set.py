@@ -32,6 +32,7 @@ Label = Literal["harmful", "harmless"]
 LABELS: tuple[Label, Label] = ("harmful", "harmless")
 SPLITS = {"train": 128, "val": 32, "distill": 100, "test": 100}  # pairs per split, as in the paper
 OLD_SPLITS = {"distil": "distill"}  # what files written for the first versions say
+SHIPPED = ("pairs", "kinds", "forms")  # the project's own, by name
 EXTRA = "extra"  # pairs kept out of every split, for work that comes before alignment
 
 
@@ -264,8 +265,9 @@ def load_prompts(name: str = "pairs") -> PromptSet:
     """Load the project's own prompts (prompts/data, with a data card beside them).
 
     Args:
-        name: "pairs": matched pairs in four splits; "forms": requests in other forms than theirs, all of the
-            split "test", on which nothing chooses.
+        name: "pairs": matched pairs in four splits; "kinds": requests of other kinds to train on, in the
+            splits "train" and "val"; "forms": requests in other forms than the pairs', all of the split
+            "test", on which nothing chooses.
 
     Raises:
         SafeSteerError: For another name.
@@ -275,8 +277,8 @@ def load_prompts(name: str = "pairs") -> PromptSet:
         >>> {name: len(prompts.split(name).harmful) for name in ("train", "val", "distill", "test")}
         {'train': 128, 'val': 32, 'distill': 100, 'test': 100}
     """
-    if name not in ("pairs", "forms"):
-        raise SafeSteerError(f"The project has prompts named pairs and forms, not '{name}'.")
+    if name not in SHIPPED:
+        raise SafeSteerError(f"The project has prompts named {', '.join(SHIPPED)}, not '{name}'.")
     path = resources.files("safesteer.prompts") / "data" / f"{name}.jsonl"
     with resources.as_file(path) as file:
         prompts = PromptSet.from_jsonl(file)
