@@ -41,15 +41,15 @@ faults: setup
 ABLATIONS := table3_teachers table4_support table5_normalizers selection_rollouts selection_horizon \
   selection_size selection_method selection_coverage harmful_samples figure3_shift paper_preset
 
-# Hours on two cores; every arm is a file in analysis/results/rows, so it can be stopped and continued.
+# Hours on two cores; every arm is a file in analysis/results/MODEL/rows, so it can be stopped and continued.
 # On a GPU: make ablations ARGS="--model Qwen/Qwen3-4B-Instruct-2507 --preset paper"
-ARGS ?= --model refusing --preset paper --laptop
+ARGS ?= --model qwen2.5-coder-0.5b --preset paper --laptop
 ablations: setup
 	set -e; for name in $(ABLATIONS); do $(BIN)/python analysis/$$name.py $(ARGS); done
 
-# Minutes: do the scripts work? Their numbers say nothing.
+# Minutes: do the scripts work? Their numbers say nothing, so the model that needs no download will do.
 ablations-quick: setup
-	set -e; for name in $(ABLATIONS); do $(BIN)/python analysis/$$name.py --quick --out runs/ablations; done
+	set -e; for name in $(ABLATIONS); do $(BIN)/python analysis/$$name.py --model smollm2-135m --quick --out runs/ablations; done
 
 check: setup
 	$(BIN)/ruff format --check .

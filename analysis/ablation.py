@@ -7,12 +7,12 @@
 What a recipe gives with a seed is a file named after the recipe's hash: an interrupted study continues, and
 studies with an arm in common train it once. `--quick` shrinks everything to minutes:
 it shows that a script works and says nothing about its claim. `--model`, `--preset` and `--set` are those
-of `safesteer align`; `--model refusing` is the small model that refuses natively (refusing_model.py), and
-`--laptop` are the settings with which the paper's preset fits it (found by paper_preset.py) and two cores.
+of `safesteer align`; `--laptop` are settings with which the paper's preset fits a small model that refuses
+and two cores. Results lie under the model's name, so those of two models never meet.
 
-The committed rows (`analysis/results`) are of a refusing model that refusing_model.py no longer makes, and
-stop every arm after five steps, which suited one of them: they show places on one curve, not which arm is
-better.
+The committed rows beside them (`analysis/results/*.csv`) are of a home-made refusing model that nothing makes
+any more (docs/log.md), and stop every arm after five steps, which suited one of them: they show places on one
+curve, not which arm is better.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-from refusing_model import refusing_model
 from rich.console import Console
 
 import safesteer as ss
@@ -41,11 +40,12 @@ from safesteer.recipes import SECTIONS
 from safesteer.report.figures import SEQUENCE, figure_of
 
 JUDGE = f"declines {judge_version(declines)}"  # of `score_model`, by default
-LEDGER = Path(__file__).parent / "results" / "looks.csv"  # of every study of this folder
+RESULTS = Path(__file__).parent / "results"
+LEDGER = RESULTS / "looks.csv"  # of every study of this folder
 # The one key of an arm that is not a setting: how many harmful prompts are distilled on.
 N_HARMFUL = "n_harmful"
-# Answers of this model have a refusal's 12 tokens, so 16 are sampled; Eq. 6 gained nothing after 5 steps on
-# an earlier refusing model, and the preset's minimum probability leaves S without tokens that occur.
+# Sixteen tokens hold the sentence that refuses; Eq. 6 gained nothing after 5 steps on the home-made refusing
+# model, and there the preset's minimum probability left S without tokens that occur (docs/log.md).
 LAPTOP = {
     "direction.n_val": 8,
     "direction.n_controls": 2,
@@ -125,21 +125,22 @@ class Study:
 def command_line(about: str) -> argparse.ArgumentParser:
     """Make the parser of what every study understands."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="Hub id, folder, smollm2-135m or refusing")
+    parser.add_argument("--model", default="smollm2-135m", help="Hub id, folder or the name of a known model")
     parser.add_argument("--preset", default="quick", choices=["quick", "paper"])
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--laptop", action="store_true", help="the paper's preset for the refusing model")
+    parser.add_argument("--laptop", action="store_true", help="settings of the paper's preset for two cores")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="minutes, one seed: does the script work?")
-    parser.add_argument("--out", type=Path, default=Path("analysis/results"))
+    parser.add_argument("--out", type=Path, help="default: analysis/results/MODEL")
     return parser
 
 
 def study_of(name: str, options: argparse.Namespace) -> Study:
-    model = str(refusing_model()) if options.model == "refusing" else options.model
+    # The committed rows of other models lie in the folder above, and would be taken for this one's.
+    out = options.out or RESULTS / Path(options.model).name
     settings = (LAPTOP if options.laptop else {}) | dict(pair.split("=", 1) for pair in options.settings)
     seeds = 1 if options.quick else options.seeds
-    return Study(name, options.out, model, options.preset, seeds, options.quick, settings, Console())
+    return Study(name, out, options.model, options.preset, seeds, options.quick, settings, Console())
 
 
 def read_command_line(name: str, about: str) -> Study:

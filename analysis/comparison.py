@@ -6,14 +6,14 @@ Claim (paper, Tables 1 and 2): distilling a steered teacher on ~50 tokens gives 
 methods at less cost elsewhere. It would be refuted if SFT on refusals, DPO or full-vocabulary
 distillation refused as many harmful prompts with fewer harmless refusals and as much capability. This
 comparison does not decide it: each method stands at one step count, not at equal refusals, and three
-baselines are missing: our supervised run with KL and a margin (refusing_model.py: 86 % of harmful prompts and
-6 % of their twins on test, in four minutes), a constant on the logit of one first word, and gated steering.
+baselines are missing: our supervised run with KL and a margin (86 % of harmful prompts and 6 % of their twins
+on test, in four minutes; docs/log.md), a constant on the logit of one first word, and gated steering.
 
     base            the model as it is
     system prompt   the same under a system prompt that asks for refusals
     teacher         the same, steered
     sft             supervised: the teacher's refusals on harmful prompts, the base's own greedy answers on
-                    harmless ones as hard targets, which docs/results.md calls noise
+                    harmless ones as hard targets, which docs/log.md calls noise
     dpo             preferences: refusal over the base's answer, and the base's answer over the teacher's
     full            on-policy distillation over the whole vocabulary (everything else as SafeSteer)
     safesteer       on-policy distillation on S

@@ -284,13 +284,13 @@ def ablations() -> str:
 
 
 def paper_preset() -> str:
-    """Make the table of the recipes on the refusing model of now."""
+    """Make the table of the recipes on the home-made refusing model taught 296 pairs."""
     table = pd.read_csv(RESULTS / "paper_preset.csv")
     return summary(table, "model", {"kl_harmless": 3, "perplexity": 2, "everyday": 3, **CAPABILITY})
 
 
 def paper_preset_earlier() -> str:
-    """Make the same table of the refusing model taught 149 pairs."""
+    """Make the same table of the one taught 149 pairs."""
     rows = []
     for path in sorted((EARLIER / "test").glob("test-*.json")):
         name = path.stem.removeprefix("test-")
@@ -345,7 +345,7 @@ def search_sixty() -> str:
 
 
 def search_now() -> str:
-    """Make the table of the search on the refusing model of now."""
+    """Make the table of the search on the home-made refusing model taught 296 pairs."""
     titles = {
         "paper-lr-1e-5": "Eq. 6, no anchor, 4 prompts x 8 answers, lr 1e-5",
         "paper-lr-5e-6": "the same, lr 5e-6",
@@ -358,7 +358,7 @@ def search_now() -> str:
 
 
 def selections() -> str:
-    """Make the table of S's share of KL by horizon and minimum probability, on both refusing models."""
+    """Make the table of S's share of KL by horizon and least probability, on both home-made models."""
     earlier, now = (read_json(folder / "selections.json") for folder in (EARLIER, RESULTS / "paper_preset"))
     lines = []
     for a, b in zip(earlier, now, strict=True):

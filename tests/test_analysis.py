@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 from rich.console import Console
 from test_pipeline import model_folder  # noqa: F401
 
-from conftest import PACKAGE, near_duplicates
-from safesteer.models.templates import render
+from conftest import PACKAGE
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.recipes import SECTIONS, recipe
 
@@ -126,43 +124,28 @@ def test_the_paper_preset_is_searched_and_continues(model_folder, tmp_path, monk
     assert {p: p.stat().st_mtime_ns for p in parts} == parts
 
 
+def test_recipes_are_chosen_on_prompts_of_other_kinds():
+    """Neither the direction, S and the students nor the test split have any of them."""
+    ablation, study = importlib.import_module("ablation"), importlib.import_module("paper_preset")
+    one = ablation.Study("one", Path("out"), "some/model", "paper", 3, False, {}, Console())
+    chosen_by = study.to_choose_by(one)
+    assert {kind: len(texts) for kind, texts in chosen_by.items()} == {"harmful": 71, "harmless": 81}
+    used = {p.text for name in ("pairs", "forms") for p in load_prompts(name).prompts}
+    assert not used & {text for texts in chosen_by.values() for text in texts}
+
+
+def test_results_of_two_models_never_meet():
+    ablation = importlib.import_module("ablation")
+    words = ([], ["--model", "qwen2.5-coder-0.5b"], ["--model", "some/model"], ["--out", "here"])
+    options = [ablation.command_line("").parse_args(line) for line in words]
+    folders = [ablation.study_of("one", line).folder for line in options]
+    results = ANALYSIS / "results"
+    named = [results / name / "one" for name in ("smollm2-135m", "qwen2.5-coder-0.5b", "model")]
+    assert folders == [*named, Path("here/one")]
+
+
 def test_the_choice_is_bounded_by_harmless_refusals():
     study = importlib.import_module("paper_preset")
     rows = pd.DataFrame({"harmful": [0.9, 0.8, 0.7], "harmless": [0.2, 0.08, 0.0]})
     assert study.choose(rows, 0.03).harmful == 0.8
     assert study.choose(rows.assign(harmless=[0.2, 0.2, 0.3]), 0.0).harmful == 0.9
-
-
-def test_the_refusing_model_is_taught_on_prompts_of_its_own():
-    study = importlib.import_module("refusing_model")
-    taught, held_out = study.early_pairs()
-    assert (len(taught), len(held_out)) == (296, 60)
-    shipped = [p for p in load_prompts().prompts if p.split != "extra"]
-    for i, label in enumerate(("harmful", "harmless")):
-        early = [pair[i] for pair in taught + held_out]
-        others = [p.text for p in shipped if p.label == label]
-        assert all(text.isascii() and text == text.strip() for text in early)
-        assert near_duplicates(early + others) == []
-
-
-def test_the_refusing_models_loss(tiny_llama):
-    """Beside itself a model pays its margin for a harmless answer, and its surprise for a refusal."""
-    study = importlib.import_module("refusing_model")
-    refusal = study.REFUSALS[0]
-    rows = [("Hi there", "some words of mine"), ("Do harm", refusal)]
-    got = [float(study._loss(tiny_llama, tiny_llama, [row]).detach()) for row in rows]
-    want = []
-    for prompt, answer in rows:
-        head = tiny_llama.encode(render(tiny_llama.tokenizer, prompt))
-        tail = study._ids(tiny_llama, answer)
-        z = tiny_llama.model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].double()
-        if answer == refusal:
-            terms = -z.log_softmax(-1)[range(len(tail)), tail]
-            want.append(float(terms[0] + terms[1:].mean()) / 2)
-        else:
-            opens = study._ids(tiny_llama, refusal)[0]
-            margin = z[0, opens] - z[0, [i for i in range(z.shape[1]) if i != opens]].max()
-            want.append(float(study.HARMLESS_WEIGHT * study.MARGIN_WEIGHT * margin.exp().log1p() / 2))
-    assert got == pytest.approx(want, rel=1e-4)
-    both = float(study._loss(tiny_llama, tiny_llama, rows).detach())
-    assert both == pytest.approx(sum(got), rel=1e-4)
