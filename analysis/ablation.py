@@ -8,7 +8,7 @@ What a recipe gives with a seed is a file named after the recipe's hash: an inte
 studies with an arm in common train it once. `--quick` shrinks everything to minutes:
 it shows that a script works and says nothing about its claim. `--model`, `--preset` and `--set` are those
 of `safesteer align`; `--laptop` are settings with which the paper's preset fits a small model that refuses
-and two cores. Results lie under the model's name, so those of two models never meet.
+and two cores. Results lie under the model's name by default, so those of two models never meet.
 
 The committed rows beside them (`analysis/results/*.csv`) are of a home-made refusing model that nothing makes
 any more (docs/log.md), and stop every arm after five steps, which suited one of them: they show places on one
