@@ -31,7 +31,7 @@ from rich.console import Console
 import safesteer as ss
 from safesteer._files import from_json, read_json, write_json, write_text
 from safesteer._intervals import wilson
-from safesteer.directions.inspection import representation_shift
+from safesteer.directions.shifts import representation_shift
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.scores import score_model
 from safesteer.judges.judge import judge_version

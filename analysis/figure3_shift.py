@@ -11,7 +11,7 @@ from ablation import Trained, read_command_line, run
 
 import safesteer as ss
 from safesteer._files import write_text
-from safesteer.directions.inspection import representation_shift
+from safesteer.directions.shifts import representation_shift
 from safesteer.report.figures import shift_figure
 
 ARMS = {"safesteer": {}, "whole vocabulary": {"distill.support": "full"}}

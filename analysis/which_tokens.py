@@ -53,7 +53,7 @@ from safesteer.steering.hooks import record_resid_pre
 from safesteer.tokens.sampling import sample_answers
 from safesteer.tokens.token_set import TokenSet
 
-CHECKS = (1, 2, 4, 6)  # steps after which the student is looked at
+CHECKS = (1, 2, 4)  # steps after which the student is looked at
 EVERY = 16  # one coordinate in so many stands for all where updates are compared
 EPS = {"adam": 1e-8, "adam 1e-5": 1e-5}
 LR = 1e-5
@@ -94,17 +94,17 @@ class Study:
 
 def arms() -> Iterator[Arm]:
     """Yield the arms, those that decide first."""
-    sets = ("published 1e-8", "random", "whole", "published 1e-3", "divergence 1e-3", "matched", "complement")
+    sets = ("published 1e-8", "random", "whole", "published 1e-3", "divergence 1e-3")
     yield from (Arm(name) for name in sets)
-    yield from (Arm("random", draw=draw) for draw in (1, 2))
-    for optimizer in ("adam 1e-5", "unit sgd", "sgd"):
-        yield from (Arm(name, optimizer) for name in ("published 1e-8", "random", "whole"))
-    for seed in (1, 2):
-        yield from (Arm(name, seed=seed, draw=seed) for name in ("published 1e-8", "random", "whole"))
-    yield from (Arm("matched", draw=draw) for draw in (1, 2))
-    for optimizer in ("adam 1e-5", "unit sgd", "sgd"):
+    yield from (Arm(name, seed=1, draw=1) for name in sets[:2])
+    yield Arm("matched")
+    for optimizer in ("unit sgd", "adam 1e-5", "sgd"):
+        yield from (Arm(name, optimizer) for name in sets[:3])
+    yield from (Arm(name, seed=seed, draw=seed) for seed in (1, 2) for name in sets)
+    yield from (Arm("matched", seed=seed, draw=seed) for seed in (1, 2))
+    yield from (Arm("complement", seed=seed) for seed in (0, 1, 2))
+    for optimizer in ("unit sgd", "adam 1e-5", "sgd"):
         yield Arm("divergence 1e-3", optimizer)
-    yield from (Arm("divergence 1e-3", seed=seed) for seed in (1, 2))
 
 
 def settings_of(arm: Arm) -> ss.DistillConfig:
@@ -126,7 +126,7 @@ def settings_of(arm: Arm) -> ss.DistillConfig:
         decay=1.0,
         lr=LR,
         precision="bfloat16",
-        micro_batch=8,
+        micro_batch=16,
         seed=arm.seed,
     )
 

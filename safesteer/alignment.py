@@ -28,6 +28,7 @@ from safesteer._errors import SafeSteerError
 from safesteer._files import locked, write_json_lines, write_text
 from safesteer.attribution.explanation import explain
 from safesteer.directions.finding import find_direction
+from safesteer.directions.shifts import SHIFT_FILE, shift_along
 from safesteer.distillation.loop import Student, Training, restore_student, train_student
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.scores import evaluate
@@ -191,11 +192,14 @@ def _evaluate(run: Run, base: ChatModel) -> list[str]:
     n = evaluation.scores["base"].n
     log_look(run.path, base, "test", n, "stage evaluate: base and teacher")
     log_look(run.path, student, "test", n, "stage evaluate")
+    with in_precision_of(base, student):
+        shift = shift_along(base, direction, run.prompts.split("val"), student)
+    write_text(run.path / SHIFT_FILE, shift.round(6).to_csv(index=False))
     sets = _score_sets(run, base, student)
     write_card(run.path / "model", base, direction, run.recipe.to_toml(), evaluation.scores, sets, run.judge)
     for line in evaluation.lines():
         run.say(line)
-    return ["evaluation.json", "answers.jsonl", SETS_FILE, SET_ANSWERS_FILE, "model/README.md"]
+    return ["evaluation.json", "answers.jsonl", SHIFT_FILE, SETS_FILE, SET_ANSWERS_FILE, "model/README.md"]
 
 
 def _score_sets(run: Run, base: ChatModel, student: ChatModel) -> pd.DataFrame:

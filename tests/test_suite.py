@@ -12,7 +12,7 @@ from test_pipeline import model_folder  # noqa: F401
 from conftest import SHARED
 from safesteer._errors import SafeSteerError
 from safesteer.directions.extraction import mean_difference
-from safesteer.directions.inspection import representation_shift
+from safesteer.directions.shifts import representation_shift
 from safesteer.evaluation import sets
 from safesteer.evaluation import suite as suites
 from safesteer.evaluation.capability import KNOWN as TASKS

@@ -8,14 +8,13 @@
                              attribution, with the direction in place of an unembedding column)
     residual_pca             first two principal components of the residuals of each layer, with the
                              direction drawn in
-    representation_shift     where the final hidden states of base, teacher and student lie (Figure 3)
     probe_accuracy           how well a few coordinates of the residual tell harmful from harmless, held
                              out, beside shuffled labels (TransformerLens's sweep_sparse_probe)
 
 All return plain tables; `report.direction_figures` draws them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TypeAlias, cast
 
@@ -34,7 +33,6 @@ from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden
 from safesteer.models.head import tolerance
 from safesteer.models.parts import blocks, hf_model
-from safesteer.prompts.conversation import PromptLike, as_prompts
 from safesteer.prompts.prompt_set import LABELS, PromptSet
 from safesteer.steering.direction import Direction
 from safesteer.steering.hooks import Edit, Edits, apply_hooks
@@ -266,40 +264,6 @@ def residual_pca(
 
 
 @torch.no_grad()
-def representation_shift(
-    models: Mapping[str, ModelLike], prompts: Sequence[PromptLike], *, batch_size: int = 32
-) -> pd.DataFrame:
-    """Place final hidden states in the first model's principal plane (Figure 3).
-
-    Args:
-        models: Models by name, the base first. One that is steered is read with its steering.
-        prompts: Read at their last position.
-        batch_size: Prompts per forward pass.
-
-    Returns:
-        Columns: model, text, pc1, pc2, explained (share of the first model's variance in the plane) and
-        shift: the distance of a model's mean from the first model's, in units of the first model's spread
-        (root mean squared distance from its mean).
-    """
-    prompts, rows, reference = as_prompts(prompts), [], None
-    for name, model in models.items():
-        chat = as_chat(model)
-        states = torch.zeros((len(prompts), chat.d_model), dtype=torch.float64)
-        for at, batch in chat.batched(prompts, batch_size):
-            states[at] = final_hidden(chat.model, batch)[:, -1].double().cpu()
-        if reference is None:
-            centre = states.mean(0)
-            _, sizes, axes = torch.linalg.svd(states - centre, full_matrices=False)
-            spread = (states - centre).pow(2).sum(-1).mean().sqrt().clamp(min=1e-30)
-            explained = float((sizes[:2] ** 2).sum() / (sizes**2).sum().clamp(min=1e-30))
-            reference = centre, axes[:2], spread, explained
-        centre, plane, spread, explained = reference
-        shift = float((states.mean(0) - centre).norm() / spread)
-        points = ((states - centre) @ plane.T).tolist()
-        rows += [(name, t, x, y, explained, shift) for t, (x, y) in zip(prompts, points, strict=True)]
-    return pd.DataFrame(rows, columns=["model", "text", "pc1", "pc2", "explained", "shift"])
-
-
 def probe_accuracy(
     chat: ModelLike,
     prompts: PromptSet,

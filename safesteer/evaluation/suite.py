@@ -32,7 +32,7 @@ from rich.console import Console
 from safesteer._errors import SafeSteerError
 from safesteer._files import locked, read_json, write_json, write_json_lines, write_text
 from safesteer._intervals import bootstrap, wilson
-from safesteer.directions.inspection import representation_shift
+from safesteer.directions.shifts import representation_shift
 from safesteer.evaluation.capability import measure_capability
 from safesteer.evaluation.humaneval import problems, run_humaneval
 from safesteer.evaluation.ledger import log_look

@@ -211,7 +211,7 @@ def stability_figure(stability: Stability, theme: Theme = "light") -> go.Figure:
 
 
 def training_figure(history: Sequence[Mapping[str, Any]], theme: Theme = "light") -> go.Figure:
-    """Draw loss (left axis) and probability of S (right axis), step by step."""
+    """Draw loss (left axis), probability of S and refusals of watched prompts (right axis), step by step."""
     steps = [r["step"] for r in history]
 
     def line(key: str, name: str, colour: str, **more: Any) -> go.Scatter:
@@ -219,7 +219,7 @@ def training_figure(history: Sequence[Mapping[str, Any]], theme: Theme = "light"
             x=steps,
             y=numbers(r.get(key) for r in history),
             name=name,
-            mode="lines",
+            mode=more.pop("mode", "lines"),
             line={"color": colour, "width": 2, **more.pop("line", {})},
             hovertemplate=f"step %{{x}}<br>{name}: %{{y:.4f}}<extra></extra>",
             **more,
@@ -230,6 +230,7 @@ def training_figure(history: Sequence[Mapping[str, Any]], theme: Theme = "light"
         line("loss", "loss (nats)", SEQUENCE[4]),
         line("mass_on_s_student", "probability of S, student", COLOURS["student"], **right),
         line("mass_on_s_teacher", "probability of S, teacher", COLOURS["teacher"], **right),
+        line("val_refused", "harmful val prompts refused", SEQUENCE[3], **right, mode="markers"),
         line(
             "mass_on_s_anchor",
             "probability of S, student on harmless prompts",
@@ -241,7 +242,7 @@ def training_figure(history: Sequence[Mapping[str, Any]], theme: Theme = "light"
     figure = figure_of(traces, "step", "loss (nats)", theme, height=340)
     second = {"overlaying": "y", "side": "right", "showgrid": False, "rangemode": "tozero"}
     return figure.update_layout(
-        yaxis2={**second, "tickformat": ".0%", "title": {"text": "probability of S"}},
+        yaxis2={**second, "tickformat": ".0%", "title": {"text": "probability of S, share refused"}},
         yaxis={"rangemode": "tozero"},
     )
 
@@ -320,3 +321,26 @@ def shift_figure(points: pd.DataFrame, theme: Theme = "light") -> go.Figure:
             )
         )
     return figure_of(traces, "PC 1 of the first model", "PC 2", theme, height=380)
+
+
+def along_figure(table: pd.DataFrame, theme: Theme = "light") -> go.Figure:
+    """Draw how far teacher and student move the residual stream along the steering direction, by layer.
+
+    Args:
+        table: Of `directions.shifts.shift_along`.
+        theme: "light" or "dark".
+    """
+    traces = [
+        go.Scatter(
+            x=rows.layer,
+            y=numbers(rows.along),
+            name=f"{model}, {label} prompts",
+            mode="lines",
+            line={"color": COLOURS[str(model)], "width": 2, "dash": "solid" if label == "harmful" else "dot"},
+            text=[f"{c:.2f}" for c in rows.cosine],
+            hovertemplate="layer %{x}: %{y:.2f}<br>cosine with the direction %{text}<extra></extra>",
+        )
+        for model in table.model.unique()
+        for label, rows in table[table.model == model].groupby("prompts", sort=False)
+    ]
+    return figure_of(traces, "layer", "shift along the direction", theme, height=320)

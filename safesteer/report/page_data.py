@@ -21,6 +21,7 @@ from safesteer._token_text import readable, running, visible
 from safesteer.attribution.result import Attribution
 from safesteer.attribution.stories import TokenStory
 from safesteer.attribution.tracing import Alternative, Trace, TraceToken
+from safesteer.directions.shifts import SHIFT_FILE
 from safesteer.directions.sweeping import COLUMNS
 from safesteer.report import direction_figures, figures
 from safesteer.report.set_table import SETS_FILE, set_summary
@@ -35,6 +36,7 @@ SECTIONS = {  # section -> its file, and what the page says without it
     "direction": ("direction.safetensors", "This run has no direction yet"),
     "tokens": ("tokens.json", "This run has no safety tokens yet"),
     "history": ("history.jsonl", "This run has no training history yet"),
+    "shift": (SHIFT_FILE, "This run has not measured yet how far the student follows the steering"),
     "attribution": ("attribution.json", "This run has no token attribution yet"),
 }
 
@@ -50,6 +52,7 @@ def load_page_data(run: Path) -> dict[str, Any]:
         "direction": Direction.load,
         "tokens": TokenSet.load,
         "history": json_lines,
+        "shift": pd.read_csv,
         "attribution": Attribution.load,
     }
     values, missing = {}, {}
@@ -280,6 +283,8 @@ def _figures(values: Mapping[str, Any]) -> dict[str, Any]:
         made["votes"] = figures.votes_figure(rows)
     if values["history"]:
         made["training"] = figures.training_figure(values["history"])
+    if values["shift"] is not None:
+        made["shift"] = figures.along_figure(values["shift"])
     if attribution:
         for i, text in enumerate(attribution.coverage.texts):
             made[f"coverage-{i}"] = figures.coverage_figure(text)

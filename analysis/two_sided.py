@@ -1,0 +1,175 @@
+"""A student of the two-sided teacher: what does it, what can carry it, and what it costs.
+
+    python analysis/two_sided.py RUN --data ROWS [--out analysis/results/two_sided]
+
+Claim (ours): a teacher that refuses more where a prompt is harmful and less where it is not teaches a model
+to tell the two apart, and on fifty tokens that occur. Refuted where the same student of a one-sided teacher
+(harmless answers held to the base as it is) lies on the same curve, or the base's line of a constant does.
+
+Arms change one thing of "two-sided": whole vocabulary, symmetric divergence, harmful prompts steered, on
+harmless ones the direction ablated, every second answer opened by the steered teacher, 12 tokens, all
+weights, 8 + 8 prompts per step of pairs (train, distill) and of other kinds (train). Nothing here is a test
+prompt: arms are compared on val splits and on public prompts that are there for choosing. After each of the
+steps of CHECKS every prompt is answered, and is a row. `chosen` in `test.py` names what goes to the test.
+"""
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+from which_tokens import answer_rows
+
+import safesteer as ss
+from safesteer._files import json_lines
+from safesteer.distillation.loop import training_steps
+from safesteer.distillation.rollouts import Teacher
+from safesteer.distillation.state import prepare_student
+from safesteer.models.precision import in_precision_of
+from safesteer.prompts.prompt_set import PromptSet
+from safesteer.tokens.token_set import TokenSet
+
+CHECKS = (4, 8, 12, 16)
+TWO_SIDED = ss.DistillConfig(
+    divergence="symmetric",
+    normalizer="generalized",
+    support="full",
+    harmless_teacher="ablated",
+    anchor_support="full",
+    train_layers="all",
+    n_steps=100,
+    warmup=0,
+    harmful_per_step=8,
+    harmless_per_step=8,
+    n_rollouts=1,
+    max_new_tokens=12,
+    rollouts="mixed",
+    anchor_weight=1.0,
+    late_anchor_weight=1.0,
+    decay=1.0,
+    lr=1e-5,
+    precision="bfloat16",
+    micro_batch=8,
+)
+COEFF = 1.6
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Settings, the teacher's coefficient, and which prompts train."""
+
+    config: ss.DistillConfig
+    coeff: float = COEFF
+    kinds: bool = True
+
+
+def arms() -> dict[str, Arm]:
+    """Name the arms, those that decide first."""
+    full = TWO_SIDED
+    on_s = replace(full, support="safety")
+    return {
+        "two-sided": Arm(full),
+        "on S": Arm(on_s),
+        "one-sided": Arm(replace(full, harmless_teacher="base")),
+        "one-sided on S": Arm(replace(on_s, harmless_teacher="base")),
+        "pairs only": Arm(full, kinds=False),
+        "coefficient 1": Arm(full, coeff=1.0),
+        "answers of the student": Arm(replace(full, rollouts="student")),
+        "upper blocks": Arm(replace(full, train_layers="from_steered")),
+    }
+
+
+def training_prompts(kinds: bool) -> PromptSet:
+    """Return the prompts that train: pairs, and where asked for prompts of other kinds."""
+    pairs = ss.load_prompts()
+    prompts = (*pairs.split("train").prompts, *pairs.split("distill").prompts)
+    return PromptSet(
+        prompts + (ss.load_prompts("kinds").split("train").prompts if kinds else ()), "two-sided"
+    )
+
+
+def choosing_sets(data: Path) -> dict[str, list[str]]:
+    """Return the prompts that arms are compared on: none of them is a test prompt."""
+    pairs, kinds = ss.load_prompts().split("val"), ss.load_prompts("kinds").split("val")
+    return {
+        "pairs harmful": pairs.harmful,
+        "kinds harmful": kinds.harmful,
+        "public harmful": [row["prompt"] for row in json_lines(data / "harmful_train.jsonl")][::4],
+        "pairs harmless": pairs.harmless,
+        "kinds harmless": kinds.harmless,
+        "public harmless": [row["prompt"] for row in json_lines(data / "harmless_train.jsonl")][:60],
+    }
+
+
+def run(name: str, arm: Arm, base: ss.ChatModel, direction: ss.Direction, tokens: TokenSet, args) -> None:
+    """Train one arm with one seed, and write a row per prompt and check."""
+    path = args.out / f"{name.replace(' ', '_')}--{args.seed}.rows.csv"
+    if path.exists():
+        return
+    config, sets = replace(arm.config, seed=args.seed), choosing_sets(args.data)
+    state = prepare_student(ss.load_model(args.model), direction, config)
+    teacher, looks = Teacher(base, direction.with_coeff(arm.coeff), tokens), []
+    for record in training_steps(state, teacher, training_prompts(arm.kinds)):
+        print(name, record.step, f"loss {record.loss:.4f} grad {record.grad_norm:.3f}", flush=True)
+        if record.step in CHECKS:
+            state.optimizer.zero_grad(set_to_none=True)
+            with in_precision_of(base, state.student):
+                looks.append(answer_rows(state.student, sets).assign(step=record.step))
+            rates = looks[-1].groupby("set", sort=False).refused.mean().round(2).to_dict()
+            print(name, record.step, rates, flush=True)
+            state.student.model.save_pretrained(
+                args.keep / f"{path.stem}-{record.step}"
+            ) if args.keep else None
+        if record.step == max(CHECKS):
+            break
+    pd.concat(looks).to_csv(path, index=False)
+
+
+def gated_rows(base: ss.ChatModel, direction: ss.Direction, reader: ss.HarmfulnessReader, sets: dict):
+    """Answer every prompt under gated steering, without training: added where open, ablated where closed."""
+    tables = []
+    for name, texts in sets.items():
+        is_open = reader.is_harmful(base, texts)
+        table = pd.DataFrame({"set": name, "row": range(len(texts)), "open": is_open})
+        for verdict in (True, False):
+            at = [i for i, x in enumerate(is_open) if x == verdict]
+            if at:
+                edit = ss.steer(base, direction) if verdict else ss.ablate(base, direction.vector)
+                with edit:
+                    rows = answer_rows(base, {name: [texts[i] for i in at]})
+                table.loc[at, "refused"] = rows.refused.to_numpy()
+        tables.append(table)
+    return pd.concat(tables)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--model", default="qwen2.5-coder-0.5b")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--arms", nargs="*", default=list(arms()))
+    parser.add_argument("--keep", type=Path, help="a folder that keeps every student")
+    parser.add_argument("--out", type=Path, default=Path("analysis/results/two_sided"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    base = ss.load_model(args.model, dtype="bfloat16")
+    direction = ss.Direction.load(args.run / "direction.safetensors", base)
+    reader_path = args.out / "reader.safetensors"
+    if not reader_path.exists():
+        ss.fit_reader(base, training_prompts(True)).save(reader_path)
+    reader, sets = ss.HarmfulnessReader.load(reader_path, base), choosing_sets(args.data)
+    print(reader, flush=True)
+    if not (args.out / "base.csv").exists():
+        answer_rows(base, sets).to_csv(args.out / "base.csv", index=False)
+        steered = direction.with_coeff(COEFF)
+        gated = gated_rows(base, steered, reader, sets)
+        gated.to_csv(args.out / "gated.csv", index=False)
+        print(gated.groupby("set", sort=False)[["open", "refused"]].mean(), flush=True)
+    tokens = TokenSet.load(args.out.parent / "which_tokens" / "tokens-0.001.json")
+    for name in args.arms:
+        run(name, arms()[name], base, direction, tokens, args)
+
+
+if __name__ == "__main__":
+    main()

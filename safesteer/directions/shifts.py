@@ -1,0 +1,126 @@
+"""Where a model has moved: its residual stream beside its base's.
+
+    representation_shift   final hidden states of base, teacher and student in one plane (paper, Figure 3)
+    shift_along            the mean shift of each layer's residual stream, projected on the steering
+                           direction: how far a student follows its teacher there
+
+A student that is taught on few tokens can still learn all of the steering: teacher and student share their
+weights, so every token's logit carries the teacher's shift of the residual stream.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.forward import final_hidden
+from safesteer.prompts.conversation import PromptLike, as_prompts
+from safesteer.prompts.prompt_set import LABELS, PromptSet
+from safesteer.steering.direction import Direction, steer
+from safesteer.steering.hooks import record_resid_pre
+
+SHIFT_FILE = "shift.csv"  # of a run folder: `shift_along` of its student
+
+
+def representation_shift(
+    models: Mapping[str, ModelLike], prompts: Sequence[PromptLike], *, batch_size: int = 32
+) -> pd.DataFrame:
+    """Place final hidden states in the first model's principal plane (Figure 3).
+
+    Args:
+        models: Models by name, the base first. One that is steered is read with its steering.
+        prompts: Read at their last position.
+        batch_size: Prompts per forward pass.
+
+    Returns:
+        Columns: model, text, pc1, pc2, explained (share of the first model's variance in the plane) and
+        shift: the distance of a model's mean from the first model's, in units of the first model's spread
+        (root mean squared distance from its mean).
+    """
+    prompts, rows, reference = as_prompts(prompts), [], None
+    for name, model in models.items():
+        chat = as_chat(model)
+        states = torch.zeros((len(prompts), chat.d_model), dtype=torch.float64)
+        for at, batch in chat.batched(prompts, batch_size):
+            states[at] = final_hidden(chat.model, batch)[:, -1].double().cpu()
+        if reference is None:
+            centre = states.mean(0)
+            _, sizes, axes = torch.linalg.svd(states - centre, full_matrices=False)
+            spread = (states - centre).pow(2).sum(-1).mean().sqrt().clamp(min=1e-30)
+            explained = float((sizes[:2] ** 2).sum() / (sizes**2).sum().clamp(min=1e-30))
+            reference = centre, axes[:2], spread, explained
+        centre, plane, spread, explained = reference
+        shift = float((states.mean(0) - centre).norm() / spread)
+        points = ((states - centre) @ plane.T).tolist()
+        rows += [(name, t, x, y, explained, shift) for t, (x, y) in zip(prompts, points, strict=True)]
+    return pd.DataFrame(rows, columns=["model", "text", "pc1", "pc2", "explained", "shift"])
+
+
+def shift_along(
+    base: ModelLike,
+    direction: Direction,
+    prompts: PromptSet,
+    student: ModelLike | None = None,
+    *,
+    batch_size: int = 32,
+) -> pd.DataFrame:
+    """Project the shift of teacher and student from the base on the direction, layer by layer.
+
+    The shift is the mean, over prompts, of the difference of `resid_pre` at the last prompt position.
+
+    Args:
+        base: A ChatModel, a TransformerBridge, or (model, tokenizer).
+        direction: Steers the base into the teacher; its vector is what shifts are projected on.
+        prompts: Harmful and harmless prompts.
+        student: The trained model, in the base's precision; None: the teacher alone.
+        batch_size: Prompts per forward pass.
+
+    Returns:
+        A row per model ("teacher", "student"), kind of prompts and layer: along (the projection on the unit
+        direction) and norm (the length of the shift), both in units of the residual stream, and cosine
+        (their ratio; 0 where nothing moved).
+
+    Example:
+        >>> from safesteer.directions.shifts import shift_along
+        >>> table = shift_along(chat, direction, ss.load_prompts().split("val").first(2))
+        >>> above = table[(table.prompts == "harmful") & (table.layer == direction.layer)]
+        >>> round(float(above.cosine.iloc[0]), 3)
+        1.0
+    """
+    base, tables = as_chat(base), []
+    unit = direction.unit.double().cpu()
+    for label in LABELS:
+        texts = prompts.texts(label)
+        before = _resid_pre(base, texts, batch_size)
+        with steer(base, direction):
+            moved = {"teacher": _resid_pre(base, texts, batch_size)}
+        if student is not None:
+            moved["student"] = _resid_pre(as_chat(student), texts, batch_size)
+        for model, states in moved.items():
+            shift = states - before
+            along, norm = shift @ unit, shift.norm(dim=-1)
+            columns = {
+                "model": model,
+                "prompts": label,
+                "layer": range(len(shift)),
+                "along": along,
+                "norm": norm,
+            }
+            tables.append(pd.DataFrame({**columns, "cosine": along / norm.clamp(min=1e-30)}))
+    return pd.concat(tables, ignore_index=True)
+
+
+@torch.no_grad()
+def _resid_pre(
+    chat: ChatModel, texts: Sequence[PromptLike], batch_size: int
+) -> Float[Tensor, "layer d_model"]:
+    """Read the mean resid_pre of every layer at the last prompt position."""
+    total = torch.zeros(chat.n_layers, chat.d_model, dtype=torch.float64)
+    for _, batch in chat.batched(texts, batch_size):
+        with record_resid_pre(chat, range(chat.n_layers), lambda h: h[:, -1].double().sum(0).cpu()) as seen:
+            final_hidden(chat.model, batch)
+        total += torch.stack([seen[layer] for layer in range(chat.n_layers)])
+    return total / len(texts)
