@@ -1,6 +1,6 @@
 """Stage 1 as one call, with each form of a model that people have at hand."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -8,12 +8,15 @@ from conformance.families import build
 
 from conftest import assert_near
 from safesteer._errors import SafeSteerError
+from safesteer.directions import finding
+from safesteer.directions.calibration import ANSWER_TOKENS
 from safesteer.directions.candidates import Candidates
 from safesteer.directions.extraction import prefill_contrast
 from safesteer.directions.finding import find_direction
 from safesteer.directions.inspection import component_contributions
 from safesteer.directions.sweeping import sweep
 from safesteer.models.bridge import to_bridge
+from safesteer.models.generation import generate
 from safesteer.settings import DirectionConfig
 from safesteer.steering.direction import Direction
 
@@ -89,9 +92,70 @@ def test_a_given_coefficient_needs_no_answers(tiny_llama, expected):
     assert shares[-1] == 1.0
 
 
+AUTO = DirectionConfig(
+    n_train=4, n_val=3, n_compare_prompts=2, n_compared=1, n_held_out=0, max_kl=1e9, min_steering=-1e9
+)
+
+
+@pytest.mark.parametrize("native_share", [0.5, 0.5001])
+def test_whether_a_model_refuses_is_read_from_its_answers(tiny_llama, pairs, monkeypatch, native_share):
+    """The difference of means from the share on that is asked for, whatever a first token says."""
+    harmful = pairs.split("val").harmful
+    answers = dict(zip(harmful, generate(tiny_llama, harmful, max_new_tokens=ANSWER_TOKENS), strict=True))
+    half = set(harmful[::2])
+
+    def refuses_half(prompt, answer):
+        return prompt in half and answer == answers[prompt]
+
+    monkeypatch.setattr(finding, "filter_by_refusal", lambda chat, prompts, ids: prompts)
+    config = replace(AUTO, native_share=native_share)
+    direction = find_direction(tiny_llama, config=config, judge=refuses_half)
+    assert direction.native_share == 0.5
+    assert direction.extraction == ("instruction" if native_share == 0.5 else "prefill")
+    assert "refuses 50% of harmful val prompts by itself" in direction.story()[1]
+
+
+@pytest.mark.parametrize(("passing", "n_harmful"), [(0, (20, 32)), (7, (20, 32)), (8, (8, 8))])
+def test_a_refusing_model_of_which_few_first_tokens_say_so(tiny_llama, monkeypatch, passing, n_harmful):
+    """The published filter would leave too few prompts: 'auto' takes all, 'instruction' does as published."""
+
+    def some_pass(chat, prompts, ids):
+        if not passing:
+            raise SafeSteerError("The difference of means needs both.")
+        return prompts.first(passing)
+
+    monkeypatch.setattr(finding, "filter_by_refusal", some_pass)
+    config = replace(AUTO, n_train=20, n_val=None)
+    direction = find_direction(tiny_llama, config=config, judge=lambda prompt, answer: True)
+    assert (direction.native_share, direction.extraction) == (1.0, "instruction")
+    assert direction.n_harmful == n_harmful
+    assert f"from {n_harmful[0]} harmful prompts, scored on {n_harmful[1]}" in direction.story()[1]
+    if passing:
+        published = replace(config, extraction="instruction")
+        assert find_direction(tiny_llama, config=published, judge=refuses_nothing).n_harmful == (passing,) * 2
+
+
+def test_prompts_that_are_scored_are_those_that_pass_the_filter(tiny_llama, pairs, monkeypatch):
+    """The first of those that pass, not those that pass of the first."""
+    seen, val = {}, pairs.split("val")
+
+    def passing(chat, prompts, ids):
+        return prompts.after(len(prompts.harmful) // 2)
+
+    def scored(chat, candidates, prompts, ids, config, *, held_out, progress):
+        seen.update(scored=prompts, held_out=held_out)
+        return sweep(chat, candidates, prompts, ids, config, held_out=held_out, progress=progress)
+
+    monkeypatch.setattr(finding, "filter_by_refusal", passing)
+    monkeypatch.setattr(finding, "sweep", scored)
+    find_direction(tiny_llama, config=replace(AUTO, extraction="instruction"), judge=refuses_nothing)
+    assert seen["scored"].harmful == val.harmful[16:19]
+    assert seen["held_out"].harmless == val.harmless[19:]
+
+
 def test_a_model_that_does_not_refuse_is_read_by_prefill(tiny_llama):
-    config = DirectionConfig(n_train=4, n_val=3, n_compare_prompts=2, native_share=2.0)
-    assert find_direction(tiny_llama, config=config, judge=refuses_nothing).extraction == "prefill"
+    direction = find_direction(tiny_llama, config=AUTO, judge=refuses_nothing)
+    assert (direction.native_share, direction.extraction) == (0.0, "prefill")
     never = DirectionConfig(n_train=4, n_val=3, extraction="instruction")
     with pytest.raises(SafeSteerError, match="difference of means needs both"):
         find_direction(tiny_llama, config=never, judge=refuses_nothing)

@@ -36,7 +36,7 @@ ANSWER_TOKENS = 20  # length of the answers that are judged
 PERPLEXITY_TOKENS = 1024  # plain text read per strength
 
 
-def _refusal_rate(chat: ChatModel, prompts: Sequence[PromptLike], judge: Judge, max_new_tokens: int) -> float:
+def refusal_rate(chat: ChatModel, prompts: Sequence[PromptLike], judge: Judge, max_new_tokens: int) -> float:
     """Return the share of greedy answers that refuse."""
     answers = generate(chat, prompts, max_new_tokens=max_new_tokens)
     return sum(refusals(judge_all(judge, prompts, answers))) / len(prompts)
@@ -80,7 +80,7 @@ def choose_coeff(
     for coeff in coeffs:
         for direction in directions:
             with steer(chat, direction, coeff):
-                rate = _refusal_rate(chat, prompts, judge, max_new_tokens)
+                rate = refusal_rate(chat, prompts, judge, max_new_tokens)
             rows.append({"layer": direction.layer, "coeff": coeff, "refusal_rate": rate})
             if rate > best[0]:
                 best = (rate, direction.with_coeff(coeff))
@@ -118,7 +118,7 @@ def choose_direction(
     rates = []
     for i, direction in enumerate(directions):
         with steer(chat, direction, FIRST_COEFF):
-            rates.append(_refusal_rate(chat, first_prompts, judge, FIRST_TOKENS))
+            rates.append(refusal_rate(chat, first_prompts, judge, FIRST_TOKENS))
         progress(0.5 * (i + 1) / len(directions))
     best = sorted(range(len(directions)), key=lambda i: -rates[i])[:n_best]
     result = choose_coeff(chat, [directions[i] for i in best], prompts, judge)
@@ -284,7 +284,7 @@ def strength_table(
             row["perplexity"] = perplexity(chat, text, max_tokens=PERPLEXITY_TOKENS)
             if judge is not None:
                 for label in LABELS:
-                    rate = _refusal_rate(chat, prompts.texts(label), judge, ANSWER_TOKENS)
+                    rate = refusal_rate(chat, prompts.texts(label), judge, ANSWER_TOKENS)
                     row[f"refusal_rate_{label}"] = rate
         rows.append(row)
         progress(len(rows) / len(strengths))

@@ -1,6 +1,6 @@
 """Stage 1 as one call: find the direction that turns the model into a teacher (paper section 3.2).
 
-1. Learn which first tokens start a refusal in this model.
+1. Learn which first tokens start a refusal in this model, and how often its own answers refuse.
 2. Read one candidate direction per position and layer from the train split, through a TransformerBridge.
 3. Score the candidates on the val split and rank them.
 4. Take the best one; where candidates are ranked by steering, compare the answers of the best few.
@@ -13,7 +13,7 @@ import pandas as pd
 
 from safesteer._errors import SafeSteerError
 from safesteer._progress import Progress, no_progress
-from safesteer.directions.calibration import choose_direction
+from safesteer.directions.calibration import ANSWER_TOKENS, choose_direction, refusal_rate
 from safesteer.directions.extraction import (
     logistic_probe,
     mean_difference,
@@ -25,7 +25,6 @@ from safesteer.directions.refusal_tokens import (
     RefusalTokens,
     filter_by_refusal,
     learn_refusal_tokens,
-    refusal_scores,
 )
 from safesteer.directions.sweeping import Sweep, sweep
 from safesteer.judges.judge import Judge
@@ -45,27 +44,34 @@ EXTRACTIONS = {
 }
 
 
+MIN_PASSING = 8  # prompts of each kind, for the extraction "auto"
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class ChosenDirection(Direction):
     """A direction with what it was chosen from; saving it saves the direction alone.
 
     `sweep` holds every candidate with its scores, `refusal_tokens` the tokens that the scores are about,
-    `native_share` the share of harmful val prompts that start a refusal without steering, and `rates` the
-    refusal rates by layer and coefficient (None where candidates were ranked by ablation).
+    `native_share` the share of harmful val prompts whose greedy answers refuse without steering, `n_harmful`
+    the harmful prompts that it was read from and scored on, and `rates` the refusal rates by layer and
+    coefficient (None where candidates were ranked by ablation).
     """
 
     sweep: Sweep = field(kw_only=True)
     refusal_tokens: RefusalTokens = field(kw_only=True)
     native_share: float = field(kw_only=True)
+    n_harmful: tuple[int, int] = field(kw_only=True)
     rates: pd.DataFrame | None = field(default=None, kw_only=True)
 
     def story(self) -> list[str]:
         """Return a few lines that say how the direction was chosen."""
         names = {"instruction": "difference of means", "prefill": "prefill contrast"}
+        n_read, n_scored = self.n_harmful
         lines = [
             f"{self.refusal_tokens}",
-            f"the model starts to refuse on {self.native_share:.0%} of harmful val prompts; direction read by"
-            f" {names.get(self.extraction, self.extraction)}",
+            f"the model refuses {self.native_share:.0%} of harmful val prompts by itself; direction read by"
+            f" {names.get(self.extraction, self.extraction)},"
+            f" from {n_read} harmful prompts, scored on {n_scored}",
         ]
         if self.rates is not None:
             lines.append(f"compared by its answers, it refuses {self.rates.refusal_rate.max():.0%}")
@@ -113,18 +119,14 @@ def find_direction(
     """
     chat, prompts, config = as_chat(chat), prompts or load_prompts(), config or DirectionConfig()
     train, val = prompts.split("train").first(config.n_train), prompts.split("val")
-    # 1. Refusal tokens
+    # 1. Refusals
     refusal = learn_refusal_tokens(chat, val.harmful, val.harmless, judge)
-    native = float((refusal_scores(chat, val.harmful, refusal.ids) > 0).double().mean())
+    native = refusal_rate(chat, val.harmful, judge, ANSWER_TOKENS)
     # 2. Candidates
-    extraction = config.extraction
-    if extraction == "auto":
-        extraction = "instruction" if native >= config.native_share else "prefill"
-    scored, held_out = val.first(config.n_val), val.after(config.n_val)
-    if extraction == "instruction":
-        train, scored = (filter_by_refusal(chat, split, refusal.ids) for split in (train, scored))
-    candidates = EXTRACTIONS[extraction](_bridged(chat), train, seed=config.seed)
+    extraction, read, suited = _readable(chat, train, val, refusal, native, config)
+    candidates = EXTRACTIONS[extraction](_bridged(chat), read, seed=config.seed)
     # 3. Scores
+    scored = suited.first(config.n_val)
     by_answers = config.coeff is None and config.rank_by != "ablation"
     share = 0.5 if by_answers and extraction == "prefill" else 1.0  # comparing answers costs about as much
     result = sweep(
@@ -133,15 +135,51 @@ def find_direction(
         scored,
         refusal.ids,
         config,
-        held_out=held_out,
+        held_out=suited.after(config.n_val),
         progress=lambda done: progress(share * done),
     )
     # 4. The direction and its coefficient
     direction, rates = _choose(
-        chat, result, train, val, judge, config, lambda done: progress(share + (1 - share) * done)
+        chat, result, read, val, judge, config, lambda done: progress(share + (1 - share) * done)
     )
     sources = {"sweep": result, "refusal_tokens": refusal, "native_share": native, "rates": rates}
+    sources["n_harmful"] = len(read.harmful), len(scored.harmful)
     return ChosenDirection(vector=direction.vector, **direction.metadata, **sources)
+
+
+def _readable(
+    chat: ChatModel,
+    train: PromptSet,
+    val: PromptSet,
+    refusal: RefusalTokens,
+    native: float,
+    config: DirectionConfig,
+) -> tuple[str, PromptSet, PromptSet]:
+    """Choose the extraction; return it with the prompts that it reads and those that it may be scored on."""
+    extraction = config.extraction
+    if extraction == "auto":
+        extraction = "instruction" if native >= config.native_share else "prefill"
+    if extraction != "instruction":
+        return extraction, train, val
+    strict = config.extraction == "instruction"
+    read, suited = (_filtered(chat, split, refusal, strict) for split in (train, val))
+    return extraction, read, suited
+
+
+def _filtered(chat: ChatModel, split: PromptSet, refusal: RefusalTokens, strict: bool) -> PromptSet:
+    """Filter prompts as published; if not `strict`, only where enough of them pass.
+
+    A model can refuse many prompts with first tokens that are no likelier than all others together: then the
+    filter would leave a direction, or its choice, to a prompt or two.
+    """
+    try:
+        passing = filter_by_refusal(chat, split, refusal.ids)
+    except SafeSteerError:  # none pass
+        if strict:
+            raise
+        return split
+    enough = min(len(passing.harmful), len(passing.harmless)) >= MIN_PASSING
+    return passing if strict or enough else split
 
 
 def _choose(
