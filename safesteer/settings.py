@@ -1,8 +1,8 @@
 """Every setting of the method: what it means, its bounds, its unit and its default, on one page.
 
 One class per stage of a run, in the order of the stages. The defaults are those of the preset "quick"
-(`recipes.py`), found by measurement on SmolLM2-135M-Instruct; the paper's values are in the preset
-"paper". `safesteer settings` prints this page.
+(`recipes.py`), found by measurement on SmolLM2-135M-Instruct; the paper's values are in the presets
+"paper-qwen" and "paper-llama". `safesteer settings` prints this page.
 """
 
 from typing import Annotated, Literal
@@ -23,6 +23,8 @@ Control = Literal["random", "shuffled"]
 Split = Literal["train", "val", "distill"]
 # Settings of a recipe that `load_model` takes beside the model's name, device and precision.
 MODEL_SOURCE = ("revision", "trust_remote_code", "template", "template_args")
+# What the paper tells the teacher of its prompt arm (Table 3), quoted from the authors' scripts.
+PROMPT_TEACHER = "You are a safety-conscious assistant. Never produce harmful, unsafe, or disallowed content"
 Divergence = Literal["reverse", "forward", "symmetric", "jsd"]
 Normalizer = Literal["partial", "generalized", "tail", "renormalized"]
 Support = Literal["safety", "topk", "full"]
@@ -37,11 +39,12 @@ class DirectionConfig:
         "How candidates are read: 'instruction' is the paper's difference of means, 'prefill' contrasts"
         " refusing with complying continuations, 'system' two system prompts, 'pca' and 'probe' are a"
         " principal component and a logistic regression. 'auto' takes 'instruction' where the model refuses"
-        " by itself, else 'prefill'.",
+        " by itself, and filters prompts only where enough pass; else 'prefill'.",
     )
     native_share: float = setting(
         0.25,
-        "Harmful validation prompts whose first token must start a refusal for 'auto' to take 'instruction'.",
+        "Harmful validation prompts that the model must refuse by itself, in short greedy answers, for 'auto'"
+        " to take 'instruction'.",
         unit="share",
         ge=0,
     )
@@ -106,8 +109,18 @@ class TokenConfig:
     method: Literal["vote", "mean"] = setting(
         "vote", "Rank by votes, or by the mean log-ratio (ablation of the paper)."
     )
+    teacher: Literal["steered", "prompt"] = setting(
+        "steered",
+        "The teacher that is compared with the base: steered, or under the system prompt (Table 3).",
+    )
+    system: str = setting(
+        PROMPT_TEACHER, "System prompt of the teacher 'prompt'; the default is the paper's."
+    )
     rollouts: Literal["teacher", "base"] = setting(
-        "teacher", "Who samples the answers: the steered teacher, or the base (ablation of the paper)."
+        "teacher", "Who samples the answers: the teacher, or the base (ablation of the paper)."
+    )
+    early_ends: bool = setting(
+        True, "Answers may end before their last token; false: they may not, as in the authors' scripts."
     )
     prompts: Literal["harmless", "harmful"] = setting(
         "harmless", "Prompts of the val split that are answered."
@@ -133,7 +146,10 @@ class DistillConfig:
         "safety", "Tokens compared: S, the teacher's top tokens ('topk') or the whole vocabulary (Table 4)."
     )
     teacher: Literal["steered", "prompt"] = setting(
-        "steered", "The steered base, or the base under a refusing system prompt (Table 3)."
+        "steered", "The steered base, or the base under the system prompt (Table 3)."
+    )
+    system: str = setting(
+        PROMPT_TEACHER, "System prompt of the teacher 'prompt'; the default is the paper's."
     )
     harmless_teacher: Literal["base", "ablated"] = setting(
         "base",

@@ -76,6 +76,14 @@ def attribution(tiny_llama, direction, chosen, few) -> Attribution:
     return explain(tiny_llama, direction, chosen, tiny_llama, prompts=few, config=config)
 
 
+def test_what_the_prompt_teacher_selected_is_read_with_its_samples(tiny_llama, direction, few):
+    by_prompt = select_tokens(tiny_llama, direction, PROMPTS, replace(CONFIG, teacher="prompt"))
+    config = ExplainConfig(n_prompts=4, n_harmful=3, n_traces=1, max_tokens=10, n_sets=2, n_splits=2)
+    texts = explain(tiny_llama, direction, by_prompt, prompts=few, config=config).coverage.texts
+    want = ["prompted samples, harmless prompts (as in selection)", "prompted samples, harmful prompts"]
+    assert [text.name for text in texts][:2] == want
+
+
 # Trace ---------------------------------------------------------------------------------------
 
 

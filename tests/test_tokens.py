@@ -4,6 +4,7 @@ import copy
 import io
 import math
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -49,15 +50,21 @@ def selected(ender, direction) -> TokenSet:
     return select_tokens(ender, direction, PROMPTS, CONFIG)
 
 
-def naive_logps(chat, direction, sampled: AnswerStates) -> tuple[torch.Tensor, torch.Tensor]:
-    """log pt and log p0 at every step of every sample, [rows, horizon, V]: one row at a time."""
+def naive_logps(
+    chat, direction, sampled: AnswerStates, system: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log pt and log p0 at every step of every sample, [rows, horizon, V]: one row at a time.
+
+    With `system` the teacher is the model under that system prompt, else the steered one.
+    """
     teacher, base = [], []
     horizon = sampled.completion_ids.shape[1]
     for prompt, ids in zip(sampled.prompts, sampled.completion_ids.tolist(), strict=True):
         batch = PromptBatch.of(chat.tokenizer, [prompt], [ids])
         base.append(naive_logits(chat, batch)[0, -horizon - 1 : -1].log_softmax(-1))
-        with steer(chat, direction):
-            teacher.append(naive_logits(chat, batch)[0, -horizon - 1 : -1].log_softmax(-1))
+        told = PromptBatch.of(chat.tokenizer, [prompt], [ids], system=system)
+        with steer(chat, direction) if system is None else nullcontext():
+            teacher.append(naive_logits(chat, told)[0, -horizon - 1 : -1].log_softmax(-1))
     return torch.stack(teacher), torch.stack(base)
 
 
@@ -232,6 +239,56 @@ def test_rollouts_come_from_the_chosen_model(tiny_llama, direction):
     assert not torch.equal(by_base.completion_ids, by_teacher.completion_ids)
 
 
+def drawn_plainly(chat, sampled: AnswerStates, logps: torch.Tensor, config: TokenConfig) -> list[list[int]]:
+    """Ids by inverse CDF from probabilities; no end of answer before the last token where it may not be."""
+    rows, seen = [], Counter()
+    for prompt, row in zip(sampled.prompts, logps.double().exp(), strict=True):
+        place = PROMPTS.index(prompt)
+        uniform = generation.uniforms((config.seed, place), config.n_samples, config.horizon)[seen[prompt]]
+        seen[prompt] += 1
+        if not config.early_ends:
+            row[:-1, chat.eos_ids] = 0
+        cdf = row.cumsum(-1)
+        at = uniform[:, None] * cdf[:, -1:]
+        rows.append(torch.searchsorted(cdf, at, right=True)[:, 0].tolist())
+    return rows
+
+
+def test_samples_that_may_not_end_early(ender, direction, sampled):
+    """No end of answer before the last token; everything else as it was, and both are read as they are."""
+    config = replace(CONFIG, n_samples=8, early_ends=False)
+    got = sample_answers(ender, direction, PROMPTS, config)
+    eos = torch.tensor(ender.eos_ids)
+    assert torch.isin(sampled.completion_ids[:, :-1], eos).any()
+    assert torch.isin(got.completion_ids[:, -1], eos).any()
+    assert not torch.isin(got.completion_ids[:, :-1], eos).any()
+    teacher, base = naive_logps(ender, direction, got)
+    assert got.completion_ids.tolist() == drawn_plainly(ender, got, teacher, config)
+    weight = output_head(ender.model)[0]
+    assert_near((got.teacher @ weight.T).log_softmax(-1), teacher)
+    rows = zip(got.completion_ids.tolist(), base, strict=True)
+    assert got.valid.tolist() == [naive_counting(ender, ids, logps) for ids, logps in rows]
+    at_once = replace(CONFIG, horizon=1, early_ends=False)
+    assert torch.isin(sample_answers(ender, direction, PROMPTS, at_once).completion_ids, eos).any()
+
+
+def test_the_prompt_teacher_samples_and_is_read_under_its_system_prompt(tiny_llama, direction):
+    config = replace(CONFIG, teacher="prompt", system="Decline whatever is asked of you.")
+    got = sample_answers(tiny_llama, direction.with_coeff(50.0), PROMPTS, config)
+    teacher, base = naive_logps(tiny_llama, direction, got, config.system)
+    weight = output_head(tiny_llama.model)[0]
+    assert_near((got.teacher @ weight.T).log_softmax(-1), teacher)
+    assert_near((got.base @ weight.T).log_softmax(-1), base)
+    assert (teacher - base).abs().max() > 0.1
+    assert not torch.isin(got.completion_ids, torch.tensor(tiny_llama.eos_ids)).any()
+    assert got.completion_ids.tolist() == drawn_plainly(tiny_llama, got, teacher, config)
+    by_base = sample_answers(tiny_llama, direction, PROMPTS, replace(config, rollouts="base"))
+    _, base = naive_logps(tiny_llama, direction, by_base)
+    assert by_base.completion_ids.tolist() == drawn_plainly(tiny_llama, by_base, base, config)
+    chosen = select_tokens(tiny_llama, direction, PROMPTS, config)
+    assert chosen.ids.tolist() != select_tokens(tiny_llama, direction, PROMPTS, CONFIG).ids.tolist()
+
+
 def test_samples_that_end_at_once_are_padded_to_the_horizon(tiny_llama, direction):
     chat = copy_of(tiny_llama)
     chat.model.generation_config.eos_token_id = list(range(400))
@@ -282,6 +339,7 @@ def test_no_token_above_the_threshold_is_an_error(ender, direction, sampled):
         ("method", "median"),
         ("rollouts", "student"),
         ("prompts", "all"),
+        ("teacher", "student"),
     ],
 )
 def test_config_errors_name_the_setting(name, value):

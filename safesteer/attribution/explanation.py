@@ -77,7 +77,8 @@ def explain(
 
     Args:
         chat: The base model.
-        direction: The steering direction that makes the teacher.
+        direction: The steering direction that makes the teacher. Where the prompt teacher selected S, sampled
+            answers and what is counted on them are that teacher's, and all else is about steering.
         tokens: The safety tokens S.
         student: The distilled model, if there is one; it appears in traces.
         prompts: The prompts that S was selected on; by default the val split of our own.
@@ -160,9 +161,10 @@ def _coverage(
 ) -> Coverage:
     """Measure coverage on sampled answers and on the base model's own (step 3)."""
     chat, tokens, config = subject.chat, subject.tokens, subject.config
+    author = {"steered": "steered", "prompt": "prompted"}[subject.sampling.teacher]
     texts = [
-        (f"steered samples, {subject.sampling.prompts} prompts (as in selection)", sampled),
-        ("steered samples, harmful prompts", _sample_harmful(subject)),
+        (f"{author} samples, {subject.sampling.prompts} prompts (as in selection)", sampled),
+        (f"{author} samples, harmful prompts", _sample_harmful(subject)),
     ]
     complied = [r for r in subject.answers if r["label"] == "harmful" and not r.get("base_refuses")]
     complied = complied[: config.n_harmful]

@@ -18,7 +18,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from safesteer.directions.refusal_tokens import REFUSING_SYSTEM
 from safesteer.models.adapter import as_base
 from safesteer.models.batch import PromptBatch, batches
 from safesteer.models.chat_model import ChatModel
@@ -220,7 +219,7 @@ def teacher_hidden(teacher: Teacher, rollouts: Rollouts, config: DistillConfig) 
         for is_harmful in rollouts.harmful.unique().tolist():
             for at in torch.nonzero(rollouts.harmful == is_harmful)[:, 0].split(config.micro_batch):
                 if is_harmful and config.teacher == "prompt":
-                    batch = _with_system(base, rollouts, at)
+                    batch = _with_system(base, rollouts, at, config.system)
                 else:
                     batch = rollouts.batch.rows(at)
                 with _reading_as(teacher, is_harmful, config):
@@ -237,8 +236,8 @@ def _reading_as(teacher: Teacher, is_harmful: bool, config: DistillConfig) -> Ab
     return nullcontext()
 
 
-def _with_system(base: ChatModel, rollouts: Rollouts, at: Tensor) -> PromptBatch:
-    """Put the same answers after the same prompts under a refusing system prompt (Table 3)."""
+def _with_system(base: ChatModel, rollouts: Rollouts, at: Tensor, system: str) -> PromptBatch:
+    """Put the same answers after the same prompts under a system prompt (Table 3)."""
     texts = [rollouts.texts[int(i) // rollouts.n_rollouts] for i in at]
     answers = rollouts.batch.prompt_ids[at, -rollouts.mask.shape[1] :].tolist()
-    return PromptBatch.of(base.tokenizer, texts, answers, system=REFUSING_SYSTEM, device=base.device)
+    return PromptBatch.of(base.tokenizer, texts, answers, system=system, device=base.device)

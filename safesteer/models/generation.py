@@ -60,6 +60,7 @@ def generate_ids(
     batch: PromptBatch,
     *,
     max_new_tokens: int,
+    min_new_tokens: int = 0,
     temperature: float = 0.0,
     n_samples: int = 1,
     uniform: Float[Tensor, "samples max_new_tokens"] | None = None,
@@ -73,6 +74,7 @@ def generate_ids(
         chat: The model; steering that is on applies.
         batch: The prompts, each read once however many samples continue it.
         max_new_tokens: Length limit of an answer.
+        min_new_tokens: Tokens of an answer before which it cannot end.
         temperature: 0 is greedy.
         n_samples: Answers per prompt.
         uniform: Random numbers in [0, 1), one per sample and token (None: from torch's global generator).
@@ -106,6 +108,7 @@ def generate_ids(
             logits_processor=processors,
             generation_config=GenerationConfig(
                 max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
                 eos_token_id=eos or None,
                 pad_token_id=eos[0] if eos else 0,
                 use_cache=traits_of(chat.model).decodes_cached,

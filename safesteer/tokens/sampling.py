@@ -1,7 +1,8 @@
-"""Sample answers and read them with and without steering (paper section 3.3, steps 1 to 3).
+"""Sample answers and read them as teacher and as base (paper section 3.3, steps 1 to 3).
 
-1. Sample N continuations of H tokens from the steered teacher on harmless prompts (T = 1).
-2. Read the same tokens with and without steering: log pt and log p0 at every step.
+1. Sample N continuations of H tokens from the teacher on harmless prompts (T = 1). The teacher is the steered
+   model, or the model under a system prompt (Table 3).
+2. Read the same tokens as teacher and as base: log pt and log p0 at every step.
 3. A position counts until p0's argmax has been an end-of-turn token, or the sample has ended.
 
 Memory is O(vocabulary): samples are kept as final hidden states (rows x d_model), and `logp_rows` turns
@@ -9,7 +10,7 @@ them into log-probabilities a few rows at a time.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -48,23 +49,25 @@ def sample_answers(
 
     Args:
         chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
-        direction: Makes the teacher of `chat`.
+        direction: Makes the teacher of `chat`, but for the teacher "prompt".
         prompts: What is answered.
-        config: Number and length of the answers, who samples them, and the seed.
+        config: The teacher, number and length of the answers, who samples them, and the seed.
 
     Returns:
         n_samples rows per prompt of `horizon` steps each, prompts of similar length side by side. A sample
         depends on the seed and its prompt's place, not on the batches.
     """
     chat, prompts = as_chat(chat), as_prompts(prompts)
-    parts, prompt_of_row = [], []
+    parts, prompt_of_row, by_teacher = [], [], config.rollouts == "teacher"
     for rows, batch in chat.batched(prompts, config.batch_size):
+        told = _told(chat, batch, [prompts[i] for i in rows], config)
         uniform = torch.cat([uniforms((config.seed, i), config.n_samples, config.horizon) for i in rows])
-        with steer(chat, direction) if config.rollouts == "teacher" else nullcontext():
+        with _steered(chat, direction, config) if by_teacher else nullcontext():
             ids = generate_ids(
                 chat,
-                batch,
+                told if by_teacher else batch,
                 max_new_tokens=config.horizon,
+                min_new_tokens=0 if config.early_ends else config.horizon - 1,
                 temperature=1.0,
                 n_samples=config.n_samples,
                 uniform=uniform,
@@ -72,12 +75,26 @@ def sample_answers(
         if ids.shape[1] < config.horizon:  # every sample ended early
             missing = config.horizon - ids.shape[1]
             ids = torch.nn.functional.pad(ids, (0, missing), value=chat.eos_ids[0])
-        with steer(chat, direction):
-            teacher = _step_hidden(chat, batch, ids)
+        with _steered(chat, direction, config):
+            teacher = _step_hidden(chat, told, ids)
         parts.append((teacher, _step_hidden(chat, batch, ids), ids))
         prompt_of_row += [prompts[i] for i in rows for _ in range(config.n_samples)]
     teacher, base, ids = (torch.cat(part) for part in zip(*parts, strict=True))
     return AnswerStates(teacher, base, ids, _counting(chat, base, ids), tuple(prompt_of_row))
+
+
+def _steered(chat: ChatModel, direction: Direction, config: TokenConfig) -> AbstractContextManager[None]:
+    """Steer inside, where that is what makes the teacher."""
+    return steer(chat, direction) if config.teacher == "steered" else nullcontext()
+
+
+def _told(
+    chat: ChatModel, batch: PromptBatch, prompts: Sequence[PromptLike], config: TokenConfig
+) -> PromptBatch:
+    """Return the prompts of `batch` as the teacher reads them: the teacher "prompt" has its system prompt."""
+    if config.teacher == "steered":
+        return batch
+    return PromptBatch.of(chat.tokenizer, prompts, system=config.system, device=chat.device)
 
 
 def _step_hidden(
