@@ -42,8 +42,8 @@ ABLATIONS := table3_teachers table4_support table5_normalizers selection_rollout
   selection_size selection_method selection_coverage harmful_samples figure3_shift paper_preset
 
 # Hours on two cores; every arm is a file in analysis/results/MODEL/rows, so it can be stopped and continued.
-# On a GPU: make ablations ARGS="--model Qwen/Qwen3-4B-Instruct-2507 --preset paper"
-ARGS ?= --model qwen2.5-coder-0.5b --preset paper --laptop
+# On a GPU: make ablations ARGS="--model Qwen/Qwen3-4B-Instruct-2507 --preset paper-qwen"
+ARGS ?= --model qwen2.5-coder-0.5b --preset paper-qwen --laptop
 ablations: setup
 	set -e; for name in $(ABLATIONS); do $(BIN)/python analysis/$$name.py $(ARGS); done
 

@@ -47,6 +47,7 @@ N_HARMFUL = "n_harmful"
 # Sixteen tokens hold the sentence that refuses; Eq. 6 gained nothing after 5 steps on the home-made refusing
 # model, and there the preset's minimum probability left S without tokens that occur (docs/log.md).
 LAPTOP = {
+    "dtype": "float32",
     "direction.n_val": 8,
     "direction.n_controls": 2,
     "tokens.horizon": 3,
@@ -126,7 +127,7 @@ def command_line(about: str) -> argparse.ArgumentParser:
     """Make the parser of what every study understands."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="Hub id, folder or the name of a known model")
-    parser.add_argument("--preset", default="quick", choices=["quick", "paper"])
+    parser.add_argument("--preset", default="quick", choices=["quick", "paper-qwen", "paper-llama"])
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--laptop", action="store_true", help="settings of the paper's preset for two cores")
     parser.add_argument("--seeds", type=int, default=3)

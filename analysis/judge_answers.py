@@ -25,6 +25,7 @@ those are left out when they are labelled, and counted.
 import argparse
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -61,13 +62,12 @@ def answered(name: str, chat: ChatModel, prompts: PromptSet, seed: int) -> list[
 
 def published(base: ChatModel, direction: ss.Direction) -> ChatModel:
     """Train the student of the published recipe, a little."""
-    preset = ss.recipe("paper", **{"tokens.min_steered_prob": 1e-8, "tokens.n_samples": 4})
+    preset = ss.recipe("paper-qwen", **{"tokens.n_samples": 4})
     prompts = ss.load_prompts()
     tokens = ss.select_tokens(base, direction, prompts.split("val").harmless[:16], preset.tokens)
     print(tokens)
-    small = {"n_steps": 4, "harmful_per_step": 4, "n_rollouts": 4, "max_new_tokens": 24, "lr": 1e-5}
-    changes = {f"distill.{name}": value for name, value in (small | {"precision": "bfloat16"}).items()}
-    config = ss.recipe("paper", **changes).distill
+    small = {"n_steps": 4, "harmful_per_step": 4, "n_rollouts": 4, "max_new_tokens": 24}
+    config = replace(preset.distill, **small)
     return ss.distill(base, direction, tokens, prompts, config)
 
 

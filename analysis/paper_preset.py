@@ -12,7 +12,7 @@ refusing model that nothing makes any more, the recipe that reaches this ("twice
 a look at test, and 2.25 on the logit of "I" at the first answer token gives 91 % and 5 % there without
 training (the best student: 91 % and 7 %).
 
-1. stage 1 of `--preset paper`, once;
+1. stage 1 of `--preset paper-qwen`, once;
 2. search: S on the split `val` for some horizons and minimum probabilities (no training: the share of
    KL(teacher || base) that S carries), then recipes: the paper's own, that with a loss that is lowest where
    student and teacher agree, and that with an anchor; refusals are counted on prompts
@@ -49,7 +49,7 @@ ANY_DIRECTION = {
     "direction.min_steering": -100.0,
 }
 CAPABILITY = ("arc_easy", "piqa", "lambada_openai")
-SELECTIONS = [{"tokens.horizon": h, "tokens.min_steered_prob": p} for h in (3, 7) for p in (1e-6, 1e-3)]
+SELECTIONS = [{"tokens.horizon": h, "tokens.min_steered_prob": p} for h in (3, 7) for p in (1e-8, 1e-3)]
 # Sixteen prompts of each kind once, not four harmful ones eight times; harmless answers held to the base.
 ANCHOR = {
     "distill.harmful_per_step": 16,
@@ -182,7 +182,7 @@ def main() -> None:
     parser = command_line(__doc__ or "")
     parser.add_argument("--data", type=Path, help="folder of local rows (ARC-Easy, PIQA, LAMBADA)")
     parser.add_argument("--limit", type=int, default=200, help="rows per task")
-    parser.set_defaults(model="qwen2.5-coder-0.5b", preset="paper")
+    parser.set_defaults(model="qwen2.5-coder-0.5b", preset="paper-qwen")
     options = parser.parse_args()
     study = study_of("paper_preset", options)
     study = replace(study, settings=(ANY_DIRECTION if study.quick else {}) | study.settings)

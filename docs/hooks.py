@@ -67,19 +67,19 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def settings_tables() -> str:
-    """Return one table per section of a recipe, with the value of both presets."""
+    """Return one table per section of a recipe, with the value of every preset."""
     from safesteer.recipes import SECTIONS, recipe
 
-    quick, paper = (list(recipe(preset).rows()) for preset in ("quick", "paper"))
+    presets = ("quick", "paper-qwen", "paper-llama")
     tables: dict[str, list[str]] = {"": [], **{name: [] for name in SECTIONS}}
-    for (name, value, unit, text), (_, published, _, _) in zip(quick, paper, strict=True):
+    for row in zip(*(recipe(preset).rows() for preset in presets), strict=True):
+        name, _, unit, text = row[0]
         section, _, key = name.rpartition(".")
-        shown, other = _shown(value), _shown(published)
-        if other != shown:
-            other = f"**{other}**"
+        first, *others = (_shown(value) or "-" for _, value, *_ in row)
+        cells = [first, *(other if other == first else f"**{other}**" for other in others)]
         meaning = text.replace("|", "\\|") + (f" ({unit})" if unit else "")
-        tables[section].append(f"| `{key}` | {shown or '-'} | {other or '-'} | {meaning} |")
-    head = "| setting | quick | paper | meaning |\n|---|---|---|---|\n"
+        tables[section].append(f"| `{key}` | {' | '.join(cells)} | {meaning} |")
+    head = f"| setting | {' | '.join(presets)} | meaning |\n|---|---|---|---|---|\n"
     titles = {"": "## Of the whole run", **{name: f"## {name}" for name in SECTIONS}}
     parts = (
         f'{titles[name]}\n\n<div class="settings" markdown>\n\n{head}' + "\n".join(rows) + "\n\n</div>"
@@ -93,7 +93,8 @@ def _shown(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return ", ".join(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 40 else f"{text[:37]} ..."
 
 
 class Examples(griffe.Extension):

@@ -68,7 +68,8 @@ def align(
     Args:
         model: A Hub id, a local folder, "smollm2-135m", or an open model, which stays as it is.
         out: The run folder.
-        recipe: Settings (`safesteer.recipe`, `Recipe.load`); None: the preset "quick".
+        recipe: Settings (`safesteer.recipe`, `Recipe.load`); None: the preset "quick". The preset "paper"
+            becomes that of the model's family.
         prompts: Prompts with the splits train, val, distill and test; None: the project's own.
         judge: Says which answers refuse; None: the direction is chosen by how answers open (`refuses`), and
             the test prompts are judged by their sentences (`declines`).
@@ -100,6 +101,7 @@ def align(
     processes = PartialState(cpu=base.device.type == "cpu")
     first = processes.is_main_process
     console = (console or Console()) if first else Console(quiet=True)
+    recipe = _for_family(recipe, base, console)
     run = Run(Path(out), source, recipe, prompts, judge or refuses, judge or declines, console, track)
     with locked(run.path) if first else nullcontext():
         if first:
@@ -117,6 +119,17 @@ def align(
                 record_stage(run, stage, written, time.perf_counter() - started)
         processes.wait_for_everyone()
     return run.path
+
+
+def _for_family(recipe: recipes.Recipe, base: ChatModel, console: Console) -> recipes.Recipe:
+    """Choose among the authors' presets by the model, and say which."""
+    kind = base.config.model_type
+    chosen = recipes.for_family(recipe, kind)
+    if chosen != recipe:
+        known = kind.startswith(("qwen", "llama"))
+        why = f"the model is of type '{kind}'" + ("" if known else ", for which the authors have no values")
+        console.print(f"The preset paper is {chosen.preset} here: {why}.", highlight=False)
+    return chosen
 
 
 def _direction(run: Run, base: ChatModel) -> list[str]:

@@ -32,7 +32,9 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or 'smollm2-135m'.")]
 Out = Annotated[Path, typer.Option("--out", help="The run folder to write or to continue.")]
-Preset = Annotated[str, typer.Option(help="'quick' (small machine) or 'paper' (as published).")]
+Preset = Annotated[
+    str, typer.Option(help="'quick' (small machine) or 'paper' (as published: paper-qwen or paper-llama).")
+]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="A recipe file (TOML), such as a run folder's recipe.toml.")
 ]
@@ -166,13 +168,13 @@ for _name, _help in UP_TO.items():
 
 @app.command()
 def settings(
-    preset: Annotated[str, typer.Argument(help="'quick' or 'paper'.")] = "quick",
+    preset: Annotated[str, typer.Argument(help="'quick', 'paper-qwen' or 'paper-llama'.")] = "quick",
     toml: Annotated[bool, typer.Option("--toml", help="Print a recipe file to start from.")] = False,
 ) -> None:
     """Print every setting of a preset: value, unit and meaning."""
-    from safesteer.recipes import recipe
+    from safesteer.recipes import for_family, recipe
 
-    chosen = recipe(preset)
+    chosen = for_family(recipe(preset))
     if toml:
         typer.echo(chosen.to_toml(), nl=False)
     else:

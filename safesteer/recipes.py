@@ -1,8 +1,8 @@
-"""Recipes: the settings of a whole run in one frozen value, with two presets and a TOML file.
+"""Recipes: the settings of a whole run in one frozen value, with presets and a TOML file.
 
-"paper" follows the text of arXiv 2606.02530, sections 3 and 4 (`paper` says where the authors' scripts
-differ). "quick" is for small machines, found by measurement on SmolLM2-135M-Instruct (4-bit weights, Q4_1);
-it also aligns a model that never refused.
+"paper-qwen" and "paper-llama" are what the authors of arXiv 2606.02530 ran on either family; "paper" is the
+one of the two that fits the model (`for_family`). "quick" is for small machines, found by measurement on
+SmolLM2-135M-Instruct (4-bit weights, Q4_1); it also aligns a model that never refused.
 A recipe file holds any of the settings, over those of the preset that it names:
 
     preset = "quick"
@@ -111,9 +111,9 @@ class Recipe:
         write_text(Path(path), self.to_toml())
 
     def to_toml(self) -> str:
-        """Return the text of a recipe file."""
+        """Return the text of a recipe file. It has every value, so "paper" is written as "paper-qwen"."""
         document: Any = tomlkit.document()
-        for name, value, unit, description in self.rows():
+        for name, value, unit, description in for_family(self).rows():
             stage, _, key = name.rpartition(".")
             if stage and stage not in document:
                 document.add(tomlkit.nl())
@@ -172,15 +172,16 @@ def quick() -> Recipe:
     return Recipe()
 
 
-def paper() -> Recipe:
-    """Build the published recipe: partial reverse KL, no anchor, 100 harmful prompts x 8 answers.
+def paper_qwen() -> Recipe:
+    """Build the published recipe for Qwen: partial reverse KL, no anchor, 100 harmful prompts x 8 answers.
 
-    Learning rate 1e-5 and horizon 7 are those for Qwen. The minimum probability 1e-6 is only the default of
-    one of the authors' scripts: they set 1e-8 for Qwen, and 1e-7, horizon 5 and learning rate 1e-6 for Llama.
+    The values are those of the authors' scripts. They train weights in bfloat16, where most steps of this
+    size round to nothing; here the frozen base and the passes have bfloat16, and what trains has float32.
     """
     return Recipe(
-        preset="paper",
+        preset="paper-qwen",
         seed=42,
+        dtype="bfloat16",
         direction=DirectionConfig(
             extraction="instruction",
             coeff=1.0,
@@ -191,7 +192,7 @@ def paper() -> Recipe:
             n_controls=None,
             n_held_out=5,
         ),
-        tokens=TokenConfig(k_vote=200, n_samples=8, min_steered_prob=1e-6, batch_size=2),
+        tokens=TokenConfig(k_vote=200, n_samples=8, min_steered_prob=1e-8, early_ends=False, batch_size=2),
         distill=DistillConfig(
             divergence="reverse",
             normalizer="partial",
@@ -204,6 +205,7 @@ def paper() -> Recipe:
             harmless_per_step=0,
             n_rollouts=8,
             max_new_tokens=512,
+            precision="bfloat16",
             lr=1e-5,
             micro_batch=4,
             checkpoint_every=5,
@@ -212,20 +214,60 @@ def paper() -> Recipe:
     )
 
 
-PRESETS = {"quick": quick, "paper": paper}
+def paper_llama() -> Recipe:
+    """Build the published recipe for Llama."""
+    qwen = paper_qwen()
+    tokens = replace(qwen.tokens, horizon=5, min_steered_prob=1e-7)
+    return replace(qwen, preset="paper-llama", tokens=tokens, distill=replace(qwen.distill, lr=1e-6))
+
+
+def paper() -> Recipe:
+    """Build the published recipe with the values for Qwen, until `for_family` knows the model."""
+    return replace(paper_qwen(), preset="paper")
+
+
+PRESETS = {"quick": quick, "paper": paper, "paper-qwen": paper_qwen, "paper-llama": paper_llama}
+BY_FAMILY = ("tokens.horizon", "tokens.min_steered_prob", "distill.lr")  # where the two differ
+
+
+def for_family(chosen: Recipe, model_type: str = "") -> Recipe:
+    """Replace the preset "paper" by that of the model's family; settings that were changed stay.
+
+    Args:
+        chosen: Any recipe; one of another preset is returned as it is.
+        model_type: That of the model's configuration, such as "qwen3" or "llama". A model that is neither
+            gets the values for Qwen.
+
+    Example:
+        >>> from safesteer.recipes import for_family
+        >>> for_family(ss.recipe("paper"), "llama").tokens.horizon
+        5
+    """
+    if chosen.preset != "paper":
+        return chosen
+    published = _values(recipe("paper", chosen.seed))
+    changed = {name: value for name, value in _values(chosen).items() if value != published[name]}
+    family = "paper-llama" if model_type.startswith("llama") else "paper-qwen"
+    return recipe(family, chosen.seed, **changed)
+
+
+def _values(chosen: Recipe) -> dict[str, Any]:
+    return {name: value for name, value, *_ in chosen.rows()}
 
 
 def recipe(preset: str = "quick", seed: int | str | None = None, **changes: Any) -> Recipe:
     """Build a recipe: a preset with some settings changed, and one seed for everything random.
 
     Args:
-        preset: "quick" or "paper".
+        preset: "quick", "paper-qwen", "paper-llama", or "paper": `align` takes the one of the two that fits
+            the model, and until then it has the values for Qwen.
         seed: Seed of every stage; None keeps the preset's.
         changes: Settings by name, such as `**{"distill.lr": 3e-5}`. Strings are read as the command line
             reads them.
 
     Raises:
-        SafeSteerError: For an unknown preset or setting, or a value outside its bounds.
+        SafeSteerError: For an unknown preset or setting, a value outside its bounds, or a value of Qwen over
+            the preset "paper", which a Llama would have to replace.
 
     Example:
         >>> ss.recipe("quick", seed=3, **{"distill.n_steps": 5}).tokens.seed
@@ -241,6 +283,12 @@ def recipe(preset: str = "quick", seed: int | str | None = None, **changes: Any)
             raise SafeSteerError(f"Unknown setting '{key}': `safesteer settings` lists what there is.")
         (values[stage] if stage else values)[name] = value
     result = Recipe(**values)
+    for key in changes if preset == "paper" else ():
+        if key in BY_FAMILY and _values(result)[key] == _values(base)[key]:
+            raise SafeSteerError(
+                f"{key}={changes[key]} is the value for Qwen, which the preset 'paper' replaces for a Llama:"
+                " use the preset 'paper-qwen' or 'paper-llama'."
+            )
     seeds = {
         name: replace(getattr(result, name), seed=result.seed)
         for name in SECTIONS

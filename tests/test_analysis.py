@@ -32,7 +32,7 @@ def flat(values: dict, prefix: str = "") -> dict:
 
 
 @pytest.mark.parametrize("name", STUDIES)
-@pytest.mark.parametrize("preset", ["quick", "paper"])
+@pytest.mark.parametrize("preset", ["quick", "paper-qwen"])
 def test_every_arm_changes_what_it_names_and_nothing_else(name, preset):
     study = importlib.import_module(name)
     default = flat(asdict(recipe(preset)))
@@ -70,7 +70,7 @@ def test_a_study_runs_to_its_csv_and_continues(name, model_folder, tmp_path, mon
 
 def test_studies_share_what_they_have_in_common():
     ablation = importlib.import_module("ablation")
-    study = ablation.Study("one", Path("out"), "some/model", "paper", 3, False, {}, Console())
+    study = ablation.Study("one", Path("out"), "some/model", "paper-qwen", 3, False, {}, Console())
     size, support = (
         importlib.import_module("selection_size").ARMS,
         importlib.import_module("table4_support").ARMS,

@@ -12,7 +12,6 @@ from transformers import TrainingArguments, get_cosine_schedule_with_warmup
 
 from conftest import assert_near, batch_of, copy_of, naive_logits, reference_divergence
 from safesteer._errors import SafeSteerError
-from safesteer.directions.refusal_tokens import REFUSING_SYSTEM
 from safesteer.distillation.early_stopping import look_at
 from safesteer.distillation.loop import (
     Student,
@@ -141,7 +140,7 @@ def naive_step(chat: ChatModel, direction: Direction, tokens: TokenSet, few, con
             with steer(chat, direction):
                 q = logps()
         elif harmful:
-            q = logps(system=REFUSING_SYSTEM)
+            q = logps(system=config.system)
         loss = []
         for student, teacher in zip(p.exp().tolist(), q.exp().tolist(), strict=True):
             order = sorted(range(len(teacher)), key=lambda v, t=teacher: -t[v])
@@ -179,6 +178,7 @@ def naive_step(chat: ChatModel, direction: Direction, tokens: TokenSet, few, con
         {"support": "topk"},
         {"support": "full", "divergence": "reverse"},
         {"teacher": "prompt"},
+        {"teacher": "prompt", "system": "Say no."},
         {"harmless_per_step": 0},
         {"anchor_weight": 0.25},
         {"rollouts": "student"},
@@ -335,7 +335,7 @@ def test_students_in_half_precision_are_refused(tiny_llama, direction):
 
 def test_the_paper_preset_is_eq_6_on_recorded_states(tiny_llama, direction, tokens, few):
     """sum over S of ps (log ps - log pt), in float64 and over whole vocabularies."""
-    config = recipe("paper").distill
+    config = recipe("paper-qwen").distill
     batch = PromptBatch.of(tiny_llama.tokenizer, few.harmful)
     student = final_hidden(tiny_llama.model, batch)[:, -1]
     with steer(tiny_llama, direction):
@@ -350,7 +350,7 @@ def test_the_paper_preset_is_eq_6_on_recorded_states(tiny_llama, direction, toke
 
 def test_the_paper_preset_trains_as_published():
     """25 steps of 4 prompts x 8 answers: 100 prompts once; lr 1e-5 after a tenth, then half a cosine."""
-    config = recipe("paper").distill
+    config = recipe("paper-qwen").distill
     assert config.harmful_per_step * config.n_rollouts == 32
     assert sorted(i for s in range(25) for i in prompt_indices(100, 4, s, config.seed)) == list(range(100))
     rates = [learning_rate(s, config) for s in range(25)]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pandas as pd
 import pytest
@@ -236,6 +237,21 @@ def test_auto_extraction_says_what_it_chose(model_folder, tmp_path, capsys):
     align(str(model_folder), tmp_path / "run", recipe(**settings), stages=("direction",), console=Console())
     assert "prefill contrast" in capsys.readouterr().out
     assert Direction.load(tmp_path / "run" / "direction.safetensors").extraction == "prefill"
+
+
+def test_the_preset_paper_becomes_that_of_the_model(tiny_llama, tiny_qwen2, tiny_gemma2, tmp_path, capsys):
+    """The manifest names it, and the run continues under each of its names."""
+    models = {"paper-llama": tiny_llama, "paper-qwen": tiny_qwen2}
+    for preset, chat in models.items():
+        run = align(chat, tmp_path / preset, recipe("paper", 3), stages=(), console=Console(width=200))
+        manifest = json.loads((run / "manifest.json").read_text())
+        want = json.loads(json.dumps(asdict(recipe(preset, 3))))
+        assert (manifest["preset"], manifest["recipe"]) == (preset, want)
+        assert f"The preset paper is {preset} here: the model is of type" in capsys.readouterr().out
+        for again in (recipe("paper", 3), recipe(preset, 3), Recipe.load(run / "recipe.toml")):
+            align(chat, run, again, stages=(), console=QUIET)
+    align(tiny_gemma2, tmp_path / "other", recipe("paper"), stages=(), console=Console(width=200))
+    assert "paper-qwen here: the model is of type 'gemma2', for which the authors" in capsys.readouterr().out
 
 
 @pytest.mark.model

@@ -6,7 +6,8 @@ import pytest
 
 from safesteer import settings as every_setting
 from safesteer._errors import SafeSteerError
-from safesteer.recipes import SECTIONS, Recipe, paper, quick, recipe
+from safesteer.prompts.prompt_set import load_prompts
+from safesteer.recipes import PRESETS, SECTIONS, Recipe, for_family, quick, recipe
 from safesteer.settings import DistillConfig, TokenConfig
 
 
@@ -87,7 +88,7 @@ def test_words_of_the_command_line_become_values(key, word, value):
 
 
 def test_one_seed_sets_every_seed_unless_a_stage_has_its_own():
-    for preset in ("quick", "paper"):
+    for preset in PRESETS:
         changed = recipe(preset, seed="7")
         seeds = {getattr(getattr(changed, name), "seed", 7) for name in SECTIONS}
         assert {changed.seed, *seeds} == {7}
@@ -96,20 +97,111 @@ def test_one_seed_sets_every_seed_unless_a_stage_has_its_own():
     assert {getattr(getattr(recipe("paper"), name), "seed", 42) for name in SECTIONS} == {42}
 
 
+# What the authors' scripts for Qwen and for Llama set, or where they set nothing what sections 3 and 4 of
+# arXiv 2606.02530 say (read for facts; bfloat16 is theirs for all weights, here of what does not train).
+PUBLISHED = {
+    "dtype": ("bfloat16", "bfloat16"),
+    # the direction: 128 + 128 prompts to read, 32 + 32 to select on, d added as it is
+    "direction.extraction": ("instruction", "instruction"),
+    "direction.n_train": (None, None),  # all of the split: 128 pairs, below
+    "direction.n_val": (None, None),  # 32 pairs
+    "direction.coeff": (1.0, 1.0),
+    "direction.rank_by": ("ablation", "ablation"),
+    "direction.max_layer_share": (0.8, 0.8),
+    "direction.max_kl": (0.1, 0.1),
+    "direction.min_steering": (0.0, 0.0),
+    "direction.n_kl_tokens": (1, 1),
+    # S
+    "tokens.k": (50, 50),
+    "tokens.k_vote": (200, 200),
+    "tokens.n_samples": (8, 8),
+    "tokens.horizon": (7, 5),
+    "tokens.min_steered_prob": (1e-8, 1e-7),
+    "tokens.early_ends": (False, False),  # min_new_tokens = H - 1
+    "tokens.method": ("vote", "vote"),
+    "tokens.teacher": ("steered", "steered"),
+    "tokens.rollouts": ("teacher", "teacher"),
+    "tokens.prompts": ("harmless", "harmless"),
+    # distillation: 100 harmful prompts x 8 answers of 512 tokens, 32 sequences per optimizer step, one epoch
+    "distill.divergence": ("reverse", "reverse"),
+    "distill.normalizer": ("partial", "partial"),
+    "distill.support": ("safety", "safety"),
+    "distill.teacher": ("steered", "steered"),
+    "distill.rollouts": ("student", "student"),
+    "distill.splits": (("distill",), ("distill",)),
+    "distill.train_layers": ("all", "all"),
+    "distill.lora_rank": (0, 0),
+    "distill.n_steps": (25, 25),
+    "distill.harmful_per_step": (4, 4),
+    "distill.n_rollouts": (8, 8),
+    "distill.harmless_per_step": (0, 0),
+    "distill.max_new_tokens": (512, 512),
+    "distill.decay": (1.0, 1.0),
+    "distill.precision": ("bfloat16", "bfloat16"),
+    "distill.lr": (1e-5, 1e-6),
+    "distill.warmup": (0.1, 0.1),
+    "distill.weight_decay": (0.0, 0.0),
+    "distill.max_grad_norm": (1.0, 1.0),
+    "distill.check_every": (0, 0),
+}
+
+
+def values(chosen: Recipe) -> dict:
+    return {name: value for name, value, *_ in chosen.rows()}
+
+
+@pytest.mark.parametrize(("place", "preset"), [(0, "paper-qwen"), (1, "paper-llama")])
+def test_the_papers_presets_are_the_authors_scripts(place, preset):
+    got = values(recipe(preset))
+    assert {name: got[name] for name in PUBLISHED} == {name: both[place] for name, both in PUBLISHED.items()}
+    assert got["preset"] == preset
+    pairs = load_prompts()
+    sizes = {name: len(pairs.split(name).harmful) for name in ("train", "val", "distill")}
+    assert sizes == {"train": 128, "val": 32, "distill": 100}
+    assert got["distill.n_steps"] * got["distill.harmful_per_step"] == sizes["distill"]  # one epoch
+    assert got["distill.harmful_per_step"] * got["distill.n_rollouts"] == 32
+    # T = 1 and top-p 1 are no settings: answers are sampled by the model's own probabilities.
+    assert not [name for name in got if "temperature" in name or "top_p" in name]
+
+
 def test_presets():
     assert recipe() == quick()
-    published = paper().distill
-    assert (published.divergence, published.normalizer, published.harmless_per_step) == (
-        "reverse",
-        "partial",
-        0,
-    )
-    assert (published.rollouts, published.decay, published.splits) == ("student", 1.0, ("distill",))
-    # 100 harmful prompts x 8 rollouts in optimizer steps of 32 sequences, one epoch.
-    assert published.n_steps * published.harmful_per_step == 100
-    assert published.harmful_per_step * published.n_rollouts == 32
+    qwen, llama = values(recipe("paper-qwen")), values(recipe("paper-llama"))
+    different = {name for name, value in qwen.items() if value != llama[name]}
+    assert different == {"preset", "tokens.horizon", "tokens.min_steered_prob", "distill.lr"}
+    assert values(recipe("paper")) == qwen | {"preset": "paper"}
     with pytest.raises(SafeSteerError, match="Unknown preset"):
         recipe("fancy")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "preset"),
+    [
+        ("qwen2", "paper-qwen"),
+        ("qwen3_moe", "paper-qwen"),
+        ("llama", "paper-llama"),
+        ("llama4_text", "paper-llama"),
+        ("gemma2", "paper-qwen"),
+    ],
+)
+def test_the_preset_paper_is_that_of_the_models_family(model_type, preset):
+    assert for_family(recipe("paper"), model_type) == recipe(preset)
+    changes = {"tokens.k": 10, "distill.lr": 3e-6, "tokens.seed": 42}
+    want = recipe(preset, 7, **changes)
+    assert for_family(recipe("paper", 7, **changes), model_type) == want
+    assert want.tokens.seed == 42
+    for named in ("quick", "paper-qwen", "paper-llama"):
+        assert for_family(recipe(named), model_type) == recipe(named)
+
+
+@pytest.mark.parametrize("key", ["tokens.horizon", "tokens.min_steered_prob", "distill.lr"])
+def test_a_value_of_qwen_over_the_preset_paper_is_not_lost_on_a_llama(key):
+    """Whether it was named could not be told later."""
+    value = values(recipe("paper-qwen"))[key]
+    for written in (value, str(value)):
+        with pytest.raises(SafeSteerError, match=f"{key}=.* use the preset 'paper-qwen' or 'paper-llama'"):
+            recipe("paper", **{key: written})
+        assert recipe("paper-qwen", **{key: written}) == recipe("paper-qwen")
 
 
 def test_every_setting_says_what_it_means():
@@ -121,10 +213,11 @@ def test_every_setting_says_what_it_means():
 
 
 def test_a_recipe_file_is_read_as_it_was_written(tmp_path):
-    for preset in ("quick", "paper"):
+    for preset in PRESETS:
         written = recipe(preset, seed=5, **{"direction.n_val": "none", "distill.splits": "distill"})
         written.save(tmp_path / "r.toml")
-        assert Recipe.load(tmp_path / "r.toml") == written
+        # With every value in it, a file leaves nothing to the model's family.
+        assert Recipe.load(tmp_path / "r.toml") == for_family(written)
     assert "# Size of S. [tokens]" in (tmp_path / "r.toml").read_text()
 
 
