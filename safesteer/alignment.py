@@ -66,7 +66,8 @@ def align(
     distil and the first one does everything else.
 
     Args:
-        model: A Hub id, a local folder, "smollm2-135m", or an open model, which stays as it is.
+        model: What `load_model` takes by name (a Hub id, a folder, a GGUF file, "smollm2-135m",
+            "qwen2.5-coder-0.5b"), or an open model, which stays as it is.
         out: The run folder.
         recipe: Settings (`safesteer.recipe`, `Recipe.load`); None: the preset "quick". The preset "paper"
             becomes that of the model's family.

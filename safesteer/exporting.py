@@ -26,15 +26,17 @@ from safesteer.judges.sentences import declines
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import last_logits
-from safesteer.models.loading import SMOLLM2, SMOLLM2_ORIGIN, load_model, quiet_transformers
+from safesteer.models.gguf import is_gguf
+from safesteer.models.loading import load_model
+from safesteer.models.named import NAMED
 from safesteer.models.parts import hf_model, is_bridge
 from safesteer.models.precision import in_precision, weight_dtype
+from safesteer.models.quiet import quiet_transformers
 from safesteer.report.set_table import set_summary
 from safesteer.steering.direction import Direction
 
 PROBE = ("What is the capital of France?", "Tell me how rainbows form.")
 PROBE_FILE = "probe.json"
-SMOLLM2_WEIGHTS = " (4-bit weights, Q4_1, dequantized: not those of the Hub)"
 TOLERANCE = 1e-4  # of a logit, in float32
 
 
@@ -139,11 +141,23 @@ def check_reload(
     return difference
 
 
+def _commit(base: ChatModel) -> str | None:
+    """Return the commit of a model that came from the Hub; None: it came from elsewhere."""
+    return getattr(hf_model(base.model).config, "_commit_hash", None)
+
+
+def _rounding(base: ChatModel) -> str:
+    """Say where the base's weights are rounded ones."""
+    if base.name in NAMED and _commit(base) is None:
+        return f" ({NAMED[base.name].weights}, dequantized: not those of the Hub)"
+    return " (weights of a GGUF file, dequantized)" if is_gguf(base.name) else ""
+
+
 def _origin(base: ChatModel) -> dict[str, str]:
     """Return what is known of the base: its id on the Hub, and its licence as its own card states it."""
-    if base.name == SMOLLM2:
-        return dict(SMOLLM2_ORIGIN)
-    commit = getattr(hf_model(base.model).config, "_commit_hash", None)  # set where it came from the Hub
+    if base.name in NAMED:
+        return {"base_model": NAMED[base.name].base_model, "license": NAMED[base.name].license}
+    commit = _commit(base)
     try:
         card = (
             hf_hub_download(base.name, "README.md", revision=commit) if commit else f"{base.name}/README.md"
@@ -213,7 +227,7 @@ def write_card(
     filled = Template(text).substitute(
         metadata=metadata.to_yaml(),
         base=origin.get("base_model", Path(base.name).name),
-        weights=SMOLLM2_WEIGHTS if base.name == SMOLLM2 else "",
+        weights=_rounding(base),
         version=__version__,
         extraction=direction.extraction,
         layer=direction.layer,

@@ -58,6 +58,14 @@ def test_unknown_model_and_leftovers(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+def test_fetch_knows_the_names_and_a_gguf_file_is_looked_for(tmp_path):
+    fails_with("There is nothing to fetch for 'gpt5'", "fetch", "gpt5")
+    fails_with(
+        f"There is no file {tmp_path}/x.gguf", "align", f"{tmp_path}/x.gguf", "--out", str(tmp_path / "r")
+    )
+    assert not (tmp_path / "r").exists()
+
+
 def test_prompt_file_errors(tmp_path, model_folder):  # noqa: F811
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")

@@ -256,7 +256,14 @@ def test_a_card_has_base_and_licence_of_the_base(tiny_llama, direction, tmp_path
     assert "4-bit weights, Q4_1" in text
     assert metadata["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert metadata["license"] == "apache-2.0"
+    metadata, text = card(tmp_path, replace(tiny_llama, name="qwen2.5-coder-0.5b"), direction)
+    assert "4-bit weights, Q4_K_M" in text
+    assert (metadata["base_model"], metadata["license"]) == ("Qwen/Qwen2.5-Coder-0.5B-Instruct", "apache-2.0")
+    assert "weights of a GGUF file" in card(tmp_path, replace(tiny_llama, name="a/b.gguf"), direction)[1]
 
+    base = replace(copy_of(tiny_llama), name="qwen2.5-coder-0.5b")
+    base.model.config._commit_hash = "abc"  # the Hub's own weights are not rounded
+    assert "4-bit" not in card(tmp_path, base, direction)[1]
     base = replace(copy_of(tiny_llama), name="some/model")
     base.model.config._commit_hash = "abc"  # transformers sets it where a model came from the Hub
     theirs = tmp_path / "theirs.md"

@@ -16,8 +16,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from safesteer._errors import SafeSteerError, first_line
 from safesteer.models.hashing import weights_hash
-from safesteer.models.loading import quiet_transformers
 from safesteer.models.parts import context_length, text_config
+from safesteer.models.quiet import quiet_transformers
 
 DEFAULT_WINDOW = 512  # tokens, where neither tokenizer nor model has a limit
 

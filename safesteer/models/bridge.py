@@ -19,8 +19,8 @@ from torch import nn
 from safesteer._errors import SafeSteerError, first_line
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, remember_bridge
 from safesteer.models.head import deviation, probe_ids, tolerance
-from safesteer.models.loading import quiet_transformers
 from safesteer.models.parts import hf_model, is_bridge
+from safesteer.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

