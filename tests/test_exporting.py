@@ -25,6 +25,7 @@ from safesteer.exporting import check_reload, export, reload_difference, write_c
 from safesteer.models import loading
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.loading import load_model
+from safesteer.models.named import NAMED
 from safesteer.models.parts import blocks
 from safesteer.models.precision import in_precision
 from safesteer.prompts.prompt_set import load_prompts
@@ -254,7 +255,7 @@ def test_a_card_names_only_what_is_known(tiny_llama, direction, tmp_path):
 def test_a_card_has_base_and_licence_of_the_base(tiny_llama, direction, tmp_path, monkeypatch):
     metadata, text = card(tmp_path, replace(tiny_llama, name="smollm2-135m"), direction)
     assert "4-bit weights, Q4_1" in text
-    assert metadata["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert metadata["base_model"] == NAMED["smollm2-135m"].base_model
     assert metadata["license"] == "apache-2.0"
     metadata, text = card(tmp_path, replace(tiny_llama, name="qwen2.5-coder-0.5b"), direction)
     assert "4-bit weights, Q4_K_M" in text

@@ -4,9 +4,10 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,19 +230,23 @@ def test_files_beside_it_do_not_matter(tiny_qwen2, tmp_path):
     assert_near(logits(load_model(str(path), device="cpu").model), logits(tiny_qwen2.model), 1e-5)
 
 
-def _convert(path: str) -> str:
-    torch.set_num_threads(1)
-    return str(gguf_folder(path))
-
-
-@pytest.mark.slow
-def test_two_processes_at_once_keep_one_folder(tiny_qwen2, tmp_path, cache):
+def test_of_two_at_once_one_converts(tiny_qwen2, tmp_path, cache, monkeypatch):
+    """The lock is the system's, so it holds between processes as between threads."""
     path = write_model(tiny_qwen2, tmp_path / "tiny.gguf")
     stale = cache / "gguf" / ".tiny-x.part"  # of a process that was killed
     stale.mkdir(parents=True)
-    with get_context("spawn").Pool(2) as pool:
-        first, second = pool.map(_convert, [str(path)] * 2)
+    converted, dequantize = [], gguf_files._dequantize
+
+    def slowly(*args):
+        converted.append(args)
+        time.sleep(0.5)
+        return dequantize(*args)
+
+    monkeypatch.setattr(gguf_files, "_dequantize", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(gguf_folder, [path] * 2)
     assert first == second
+    assert len(converted) == 1
     assert not leftovers(cache)
     assert_near(logits(load_model(str(path), device="cpu").model), logits(tiny_qwen2.model), 1e-5)
 

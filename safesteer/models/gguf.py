@@ -19,6 +19,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,15 +68,12 @@ def gguf_folder(path: str | Path, dtype: torch.dtype | str = torch.float32) -> P
         SafeSteerError: If the file or a part is missing or damaged, transformers cannot read a model of its
             kind, or the memory does not hold it.
     """
-    parts = part_files(Path(path))
-    name = Path(path).name
-    matched = SPLIT.fullmatch(name) or BYTES.fullmatch(name)
-    label = matched["stem"] if matched else name
-    is_split = SPLIT.fullmatch(name) is not None
-    place = join_split if is_split and len(parts) > 1 else join_bytes
-    return keep(
-        label.removesuffix(".gguf"), hash_of(parts), lambda target: place(parts, target), dtype, str(path)
-    )
+    path = Path(path)
+    parts, split = part_files(path), SPLIT.fullmatch(path.name)
+    matched = split or BYTES.fullmatch(path.name)
+    label = (matched["stem"] if matched else path.name).removesuffix(".gguf")
+    place = partial(join_split if split else join_bytes, parts)
+    return keep(label, hash_of(parts), place, dtype, str(path))
 
 
 def part_files(path: Path) -> list[Path]:
@@ -102,8 +100,8 @@ def part_files(path: Path) -> list[Path]:
             same = rule.fullmatch(other.name)
             if same and (same["stem"], same["count"]) == (matched["stem"], matched["count"]):
                 beside[int(same["number"])] = other
-        first = min(beside, default=1) if rule is BYTES and 0 in beside else 1
-        last = int(matched["count"]) if matched["count"] else max(beside)
+        first = 0 if 0 in beside else 1
+        last = first + int(matched["count"]) - 1 if matched["count"] else max(beside)
         missing = [n for n in range(first, last + 1) if n not in beside]
         if missing:
             raise SafeSteerError(

