@@ -12,7 +12,7 @@ from test_pipeline import model_folder  # noqa: F401
 from conftest import SHARED
 from safesteer._errors import SafeSteerError
 from safesteer.directions.extraction import mean_difference
-from safesteer.directions.shifts import representation_shift
+from safesteer.directions.shifts import representation_shift, shift_along
 from safesteer.evaluation import sets
 from safesteer.evaluation import suite as suites
 from safesteer.evaluation.capability import KNOWN as TASKS
@@ -24,7 +24,7 @@ from safesteer.judges.judge import ModelJudge, Verdict
 from safesteer.models.loading import load_model
 from safesteer.prompts.benchmarks import KNOWN as BENCHMARKS
 from safesteer.prompts.prompt_set import load_prompts
-from safesteer.report.figures import shift_figure, suite_figure
+from safesteer.report.figures import along_figure, shift_figure, suite_figure
 from safesteer.report.set_table import set_lines, set_summary
 from safesteer.settings import EvaluateConfig
 from safesteer.steering.direction import steer
@@ -203,6 +203,26 @@ def test_the_shift_is_the_distance_of_means_in_spreads_of_the_base(tiny_llama):
     assert [t.name for t in shift_figure(points).data] == [
         "base: shift 0.00",
         f"teacher: shift {expected:.2f}",
+    ]
+
+
+def test_a_shift_along_the_direction_starts_at_its_layer_and_is_its_length(tiny_llama, direction, few):
+    steered = direction.with_coeff(2.0)
+    table = shift_along(tiny_llama, steered, few, tiny_llama)
+    teacher = table[table.model == "teacher"].set_index(["prompts", "layer"])
+    for label in ("harmful", "harmless"):
+        at = teacher.loc[(label, direction.layer)]
+        assert at.along == pytest.approx(2 * float(direction.vector.norm()), rel=1e-4)
+        assert at.cosine == pytest.approx(1, abs=1e-4)
+        assert all(teacher.loc[(label, layer)].norm < 1e-4 for layer in range(direction.layer))
+        above = teacher.loc[(label, direction.layer + 1)]
+        assert 0 < above.along < above.norm
+    assert table[table.model == "student"].norm.max() == 0  # the base itself
+    assert [t.name for t in along_figure(table).data] == [
+        "teacher, harmful prompts",
+        "teacher, harmless prompts",
+        "student, harmful prompts",
+        "student, harmless prompts",
     ]
 
 
