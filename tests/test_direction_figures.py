@@ -1,6 +1,7 @@
 """Pictures of directions hold the numbers of their tables, escaped, in both looks."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -18,8 +19,10 @@ from safesteer.report.direction_figures import (
     strength_figure,
     sweep_figure,
 )
+from safesteer.report.reader_figures import reader_figure
 from safesteer.settings import DirectionConfig
 from safesteer.steering.direction import Direction
+from safesteer.steering.reader import HarmfulnessReader
 
 REFUSAL_IDS = torch.tensor([7, 40, 90])
 
@@ -91,3 +94,21 @@ def test_cosines_are_drawn_as_they_are(candidates, theme):
     table = cosines(candidates)
     figure = cosine_figure(table, theme)
     assert pd.DataFrame(figure.data[0].z).to_numpy() == pytest.approx(table.to_numpy())
+
+
+def test_a_reader_is_drawn_with_its_threshold_and_its_layers(theme):
+    curve = ((0, 0.7), (1, 0.9), (2, 0.8))
+    reader = HarmfulnessReader(random_vector(4), 0.0, 1, "prompt", threshold=0.5, layer_aucs=curve)
+    scores = {"harmful": [2.0, 0.4], "harmless": [-1.0, 0.6, 0.1, 0.5], "<b>": [9.0]}
+    figure = reader_figure(reader, scores, theme)
+    harmful, harmless, other, line, ring = figure.data
+    assert [list(v.x) for v in (harmful, harmless, other)] == list(scores.values())
+    assert [v.name for v in (harmful, harmless)] == ["harmful, 50% above", "harmless, 25% above"]
+    assert other.name == "&lt;b&gt;, 100% above"
+    assert (list(line.x), list(line.y)) == ([0, 1, 2], [0.7, 0.9, 0.8])
+    assert (list(ring.x), list(ring.y)) == ([1], [0.9])
+    (threshold,) = figure.layout.shapes
+    assert (threshold.x0, threshold.x1, threshold.xref) == (0.5, 0.5, "x")
+    json.loads(figure.to_json())
+    given = replace(reader, layer_aucs=())
+    assert len(reader_figure(given, scores, theme).data) == 3

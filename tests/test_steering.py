@@ -21,7 +21,7 @@ from safesteer.models.generation import generate_ids
 from safesteer.models.head import output_head
 from safesteer.models.logits import logits_of
 from safesteer.models.parts import blocks, hf_model
-from safesteer.models.passes import answers_start
+from safesteer.models.passes import reading
 from safesteer.steering.direction import Direction, steer
 from safesteer.steering.hooks import apply_hooks, record_resid_pre, run_from_layer
 from safesteer.steering.interventions import ablate, ablate_placebo, add, clamp, gate
@@ -441,7 +441,7 @@ def test_gates_that_cannot_decide_are_refused(tiny_llama):
     token = torch.ones((4, 1), dtype=torch.long)
     with (
         pytest.raises(SafeSteerError, match="did not see the prompt"),
-        answers_start(batch.answer_start),
+        reading(batch),
         gate(tiny_llama.model, vector, 1, 0.0),
     ):
         tiny_llama.model(token, past_key_values=cache)

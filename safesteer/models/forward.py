@@ -17,13 +17,13 @@ from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ModelLike, as_chat
 from safesteer.models.head import output_head
 from safesteer.models.logits import logits_of
-from safesteer.models.passes import read_cache, read_states
+from safesteer.models.passes import has_differing_rows, read_cache, read_states
 from safesteer.models.traits import require_padding, traits_of
 
 
 def earned(model: nn.Module, batch: PromptBatch) -> PromptBatch:
     """Return the batch in a layout that the model reads right; columns keep their places from the right."""
-    if batch.n_shared and not traits_of(model).shares_prefix:
+    if batch.n_shared and (has_differing_rows(model) or not traits_of(model).shares_prefix):
         batch = batch.plain()
     require_padding(model, batch.attention_mask)
     return batch

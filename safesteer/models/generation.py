@@ -18,7 +18,7 @@ from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import earned, prefill
 from safesteer.models.parts import hf_model
-from safesteer.models.passes import answers_start, plain_decoding
+from safesteer.models.passes import plain_decoding, reading
 from safesteer.models.traits import traits_of
 from safesteer.prompts.conversation import PromptLike, as_prompts
 
@@ -91,7 +91,7 @@ def generate_ids(
         if uniform is None:
             uniform = torch.rand(len(batch.prompt_ids) * n_samples, max_new_tokens, dtype=torch.float64)
         processors = [_Sampling(uniform.to(batch.prompt_ids.device), temperature, chat.name)]
-    eos, start = chat.eos_ids, batch.answer_start.repeat_interleave(n_samples)
+    eos = chat.eos_ids
     # All but the last column: a prompt is read once, however many samples continue it.
     upto = batch.prompt_ids.shape[1] - (first_ids is None)
     cache = prefill(chat.model, batch, upto, n_samples)
@@ -100,7 +100,7 @@ def generate_ids(
     if first_ids is not None:
         ids = torch.cat([ids, first_ids.to(ids).repeat(len(batch.prompt_ids))[:, None]], 1)
         mask = torch.cat([mask, torch.ones_like(ids[:, -1:])], 1)
-    with answers_start(start), plain_decoding(chat.model):
+    with reading(batch), plain_decoding(chat.model):
         out = hf_model(chat.model).generate(
             ids,
             attention_mask=mask,

@@ -1,7 +1,8 @@
 """Forward passes over a batch, as it is laid out: shared columns once, then the others with their cache.
 
-`forward` decides which layout and which cache a model may have; here nothing is decided. Steering with a
-scope needs to know where answers start: `answers_start` tells it, for the passes inside.
+`forward` decides which layout and which cache a model may have; here nothing is decided. Steering needs to
+know which prompts a pass continues and where their answers start: `reading` tells it, for the passes inside.
+Steering that differs from row to row tells `forward` in its turn, by `rows_differ`.
 """
 
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationConfig
 
@@ -17,18 +18,35 @@ from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
 from safesteer.models.parts import context_length, decoder, hf_model, text_config
 
-# Column where each row's answer starts, for the passes now running: steering with a scope asks.
-ANSWER_START: ContextVar[Tensor | None] = ContextVar("answer_start", default=None)
+# The prompts that the passes now running read and continue: steering with a scope or a gate asks.
+READ_NOW: ContextVar[PromptBatch | None] = ContextVar("read_now", default=None)
+# Decoders whose rows are steered differently, so that none of their columns are the same in every row.
+_DIFFERING: ContextVar[tuple[nn.Module, ...]] = ContextVar("differing", default=())
 
 
 @contextmanager
-def answers_start(at: Int[Tensor, " rows"]) -> Iterator[None]:
-    """Tell steering in which column each answer starts, for the passes inside the block."""
-    token = ANSWER_START.set(at)
+def reading(batch: PromptBatch) -> Iterator[None]:
+    """Tell steering which prompts are read, for the passes inside the block."""
+    token = READ_NOW.set(batch)
     try:
         yield
     finally:
-        ANSWER_START.reset(token)
+        READ_NOW.reset(token)
+
+
+@contextmanager
+def rows_differ(model: nn.Module) -> Iterator[None]:
+    """Let no columns be shared by the rows of a batch, for passes of `model` inside the block."""
+    token = _DIFFERING.set((*_DIFFERING.get(), decoder(model)))
+    try:
+        yield
+    finally:
+        _DIFFERING.reset(token)
+
+
+def has_differing_rows(model: nn.Module) -> bool:
+    """Return whether a block of `rows_differ` is open for the model."""
+    return any(part is decoder(model) for part in _DIFFERING.get())
 
 
 @contextmanager
@@ -74,7 +92,7 @@ def read_cache(model: nn.Module, batch: PromptBatch, upto: int, times: int = 1) 
     _check_length(model, batch)
     read, n = decoder(model), batch.n_shared
     cache: Cache = DynamicCache(config=text_config(model))
-    with answers_start(batch.answer_start):
+    with reading(batch):
         if n > 0:
             cache = read(batch.prompt_ids[:1, :n], past_key_values=cache, use_cache=True).past_key_values
             cache.batch_repeat_interleave(len(batch.prompt_ids))
@@ -112,7 +130,7 @@ def read_states(
     if cache is None and batch.n_shared > 0:
         cache = read_cache(model, batch, batch.n_shared)
     n = 0 if cache is None else cache.get_seq_length()
-    with answers_start(batch.answer_start):
+    with reading(batch):
         out = decoder(model)(
             batch.prompt_ids[:, n:],
             attention_mask=batch.attention_mask,

@@ -6,7 +6,7 @@ prompts. Loading it against another model is an error that says what differs.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from safesteer._errors import SafeSteerError
 from safesteer._files import write_tensors
 from safesteer._version import __version__
 from safesteer.models.chat_model import ModelLike, module_of
-from safesteer.steering.interventions import ablate, add, clamp
-from safesteer.steering.scopes import Scope
+from safesteer.steering.gating import Closed, closed_moves, gated
+from safesteer.steering.interventions import ablating, adding, clamping
+from safesteer.steering.reader import HarmfulnessReader
+from safesteer.steering.scopes import Scope, apply_in_scope
 from safesteer.steering.stamps import check_stamp, load_stamped
 
 OPERATIONS = ("add", "ablate", "clamp")
@@ -130,6 +132,8 @@ def steer(
     scope: Scope = "all",
     n_last: int = 1,
     prompt_width: int | None = None,
+    gate: HarmfulnessReader | None = None,
+    closed: Closed = "nothing",
 ) -> Iterator[None]:
     """Turn `chat` into the teacher of Eq. 1 inside the block: the direction is applied.
 
@@ -143,9 +147,14 @@ def steer(
         scope: Where in the text it acts: "all", "prompt", "answer" or "last".
         n_last: Number of prompt positions for "last".
         prompt_width: Prompt columns, where SafeSteer does not run the passes itself.
+        gate: Steer only the rows whose prompt this reader takes for harmful, as it reads them without
+            steering; None: all rows.
+        closed: What happens in the other rows: "nothing", or "ablate", the direction is projected out of
+            every write.
 
     Raises:
-        SafeSteerError: For an unknown operation or scope, or where the end of the prompt is not known.
+        SafeSteerError: For an unknown operation, scope or `closed`, a reader of a model of another size, or
+            where the end of the prompt is not known.
 
     Example:
         >>> with ss.steer(chat, direction, coeff=5.0):
@@ -156,14 +165,18 @@ def steer(
     model, strength = module_of(chat), direction.coeff if coeff is None else coeff
     vector, layer = direction.vector.to(next(model.parameters()).device), direction.layer
     if direction.operation == "add":
-        edit = add(model, vector, layer, strength, scope=scope, n_last=n_last, prompt_width=prompt_width)
+        moves = adding(vector, layer, strength)
     elif direction.operation == "clamp":
-        edit = clamp(model, vector, layer, strength, scope=scope, n_last=n_last, prompt_width=prompt_width)
+        moves = clamping(vector, layer, strength)
     elif direction.operation == "ablate":
-        edit = ablate(model, vector, scope=scope, n_last=n_last, prompt_width=prompt_width)
+        moves = ablating(model, vector)
     else:
         raise SafeSteerError(
             f"Unknown operation '{direction.operation}': use one of {', '.join(OPERATIONS)}."
         )
-    with edit:
+    with ExitStack() as stack:
+        if gate is not None:
+            by_row = gated(model, gate, moves, closed_moves(model, vector, closed), prompt_width)
+            moves = stack.enter_context(by_row)
+        stack.enter_context(apply_in_scope(model, moves, scope, n_last, prompt_width))
         yield

@@ -1,12 +1,14 @@
 """Hooks: plain functions tensor -> tensor at named points of the residual stream, always removed.
 
 On a TransformerBridge `resid_pre` is TransformerLens's own hook point; all else are hooks on modules.
-`record_resid_pre` only reads; `run_from_layer` runs a pass from a middle layer on.
+`record_resid_pre` only reads; `run_from_layer` runs a pass from a middle layer on; `bare` puts the hooks of
+SafeSteer aside for a pass inside a pass.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -24,12 +26,38 @@ from safesteer.models.writes import writes_of
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+P = ParamSpec("P")
+T = TypeVar("T")
 RESUMED_HALF_TOLERANCE = 0.05  # of the spread of final states, below float32
 
 Point = Literal["embed", "resid_pre", "write"]
 Edit = Callable[[Tensor], Tensor | None]  # an edit that returns None only reads
 # By (point, layer): "resid_pre" is the input of block `layer`; of "write" the number counts `writes_of`.
 Edits = Mapping[tuple[Point, int], Edit]
+
+
+# How many blocks of `bare` are open: a hook acts in as many as were open when it was set.
+_DEPTH: ContextVar[int] = ContextVar("depth", default=0)
+
+
+@contextmanager
+def bare() -> Iterator[None]:
+    """Run passes inside the block as if no hook had been set before it."""
+    token = _DEPTH.set(_DEPTH.get() + 1)
+    try:
+        yield
+    finally:
+        _DEPTH.reset(token)
+
+
+def unless_bare(hook: Callable[P, T]) -> Callable[P, T | None]:
+    """Return the hook, silent in blocks of `bare` that are opened later."""
+    depth = _DEPTH.get()
+
+    def acting(*args: P.args, **kwargs: P.kwargs) -> T | None:
+        return hook(*args, **kwargs) if _DEPTH.get() == depth else None
+
+    return acting
 
 
 @contextmanager
@@ -46,8 +74,8 @@ def apply_hooks(chat: ModelLike, edits: Edits) -> Iterator[None]:
         hook_points = []
         for (point, layer), edit in edits.items():
             if is_bridge(model) and point == "resid_pre":
-                name = f"blocks.{layer}.hook_in"
-                hook_points.append((name, lambda tensor, hook, edit=edit: edit(tensor)))
+                name, act = f"blocks.{layer}.hook_in", unless_bare(edit)
+                hook_points.append((name, lambda tensor, hook, act=act: act(tensor)))
             else:
                 for handle in _attach(model, point, layer, edit):
                     stack.callback(handle.remove)
@@ -73,7 +101,7 @@ def _attach(model: nn.Module, point: Point, layer: int, edit: Edit) -> list[Remo
                 return None
             return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
-        return [blocks(model)[layer].register_forward_pre_hook(before, with_kwargs=True)]
+        return [blocks(model)[layer].register_forward_pre_hook(unless_bare(before), with_kwargs=True)]
 
     handles: list[RemovableHandle] = []
     shape: list[int] = []  # of the residual stream: some parts return positions flat
@@ -92,8 +120,8 @@ def _attach(model: nn.Module, point: Point, layer: int, edit: Edit) -> list[Remo
     if point == "write":
         writes = writes_of(model)
         part, block = writes.modules[layer], writes.blocks[layer]
-        handles.append(block.register_forward_pre_hook(remember, with_kwargs=True))
-    handles.append(part.register_forward_hook(after))
+        handles.append(block.register_forward_pre_hook(unless_bare(remember), with_kwargs=True))
+    handles.append(part.register_forward_hook(unless_bare(after)))
     return handles
 
 

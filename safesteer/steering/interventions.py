@@ -26,7 +26,7 @@ from safesteer._errors import SafeSteerError
 from safesteer.models.chat_model import ModelLike, module_of
 from safesteer.models.writes import writes_of
 from safesteer.steering.hooks import Edits, Point, apply_hooks
-from safesteer.steering.scopes import Columns, Scope, apply_in_scope, columns_of
+from safesteer.steering.scopes import Columns, Moves, Scope, apply_in_scope, columns_of
 
 Vector = Float[Tensor, " d_model"] | Float[Tensor, "batch d_model"]
 
@@ -44,6 +44,29 @@ def _unit(vector: Tensor) -> Tensor:
 def _along(x: Tensor, unit: Tensor) -> Float[Tensor, "batch pos 1"]:
     """Project every position on a unit vector, or on one per row."""
     return (x @ unit)[..., None] if unit.dim() == 1 else torch.linalg.vecdot(x, unit)[..., None]
+
+
+def adding(vector: Vector, layer: int, coeff: float) -> Moves:
+    """Return the edit of `add`, by its point."""
+    shift = coeff * _per_row(vector)
+    return {("resid_pre", layer): lambda h: h + shift.to(h)}
+
+
+def clamping(vector: Vector, layer: int, value: float) -> Moves:
+    """Return the edit of `clamp`, by its point."""
+    unit = _unit(vector)
+
+    def set_to(h: Tensor) -> Tensor:
+        u = unit.to(h)
+        return torch.addcmul(h, value - _along(h, u), u)
+
+    return {("resid_pre", layer): set_to}
+
+
+def ablating(model: nn.Module, vector: Vector) -> Moves:
+    """Return the edits of `ablate`, by their points."""
+    unit = _unit(vector)
+    return dict.fromkeys(_writes(model), lambda x: _project_out(x, unit))
 
 
 @contextmanager
@@ -77,12 +100,7 @@ def add(
         >>> steered == ss.generate(chat, ["Hello"], max_new_tokens=4)
         False
     """
-    shift = coeff * _per_row(vector)
-
-    def shifted(h: Tensor) -> Tensor:
-        return h + shift.to(h)
-
-    with apply_in_scope(module_of(chat), {("resid_pre", layer): shifted}, scope, n_last, prompt_width):
+    with apply_in_scope(module_of(chat), adding(vector, layer, coeff), scope, n_last, prompt_width):
         yield
 
 
@@ -117,13 +135,7 @@ def clamp(
         >>> steered == ss.generate(chat, ["Hello"], max_new_tokens=4)
         False
     """
-    unit = _unit(vector)
-
-    def set_to(h: Tensor) -> Tensor:
-        u = unit.to(h)
-        return torch.addcmul(h, value - _along(h, u), u)
-
-    with apply_in_scope(module_of(chat), {("resid_pre", layer): set_to}, scope, n_last, prompt_width):
+    with apply_in_scope(module_of(chat), clamping(vector, layer, value), scope, n_last, prompt_width):
         yield
 
 
@@ -256,9 +268,8 @@ def ablate(
         >>> bool((seen[1] @ direction.unit).abs().max() < 1e-4)
         True
     """
-    model, unit = module_of(chat), _unit(vector)
-    edits = dict.fromkeys(_writes(model), lambda x: _project_out(x, unit))
-    with apply_in_scope(model, edits, scope, n_last, prompt_width):
+    model = module_of(chat)
+    with apply_in_scope(model, ablating(model, vector), scope, n_last, prompt_width):
         yield
 
 

@@ -16,11 +16,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.parts import decoder
-from safesteer.models.passes import ANSWER_START
-from safesteer.steering.hooks import Edit, Point, apply_hooks
+from safesteer.models.passes import READ_NOW
+from safesteer.steering.hooks import Edit, Point, apply_hooks, unless_bare
 
 Scope = Literal["all", "prompt", "answer", "last"]
-
+# What an intervention does, by (point, layer) as in `hooks.Edits`; each returns a tensor of the same shape.
+Moves = Mapping[tuple[Point, int], Callable[[Tensor], Tensor]]
 
 CACHES = ("past_key_values", "cache_params", "state")  # the names under which decoders take a cache
 
@@ -55,7 +56,8 @@ class Columns:
 
     def start(self, h: Tensor) -> Int[Tensor, "rows 1"]:
         """Return the column of each row's first answer token; one row where all rows share it."""
-        start = ANSWER_START.get()
+        batch = READ_NOW.get()
+        start = None if batch is None else batch.answer_start
         if self.prompt_width is not None:
             start = torch.tensor([self.prompt_width])
         if start is None:
@@ -78,7 +80,7 @@ class Columns:
 def columns_of(model: nn.Module, prompt_width: int | None) -> Iterator[Columns]:
     """Follow the columns of the passes that run inside the block."""
     at = Columns(prompt_width)
-    handle = decoder(model).register_forward_pre_hook(at.read_cache, with_kwargs=True)
+    handle = decoder(model).register_forward_pre_hook(unless_bare(at.read_cache), with_kwargs=True)
     try:
         yield at
     finally:
@@ -106,7 +108,7 @@ def _inside(scope: Scope, n_last: int, at: Columns, h: Tensor) -> Bool[Tensor, "
 @contextmanager
 def apply_in_scope(
     model: nn.Module,
-    edits: Mapping[tuple[Point, int], Callable[[Tensor], Tensor]],
+    edits: Moves,
     scope: Scope,
     n_last: int,
     prompt_width: int | None,
