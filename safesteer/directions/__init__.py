@@ -11,5 +11,6 @@ In the order in which one reads it:
     calibration     how strongly to steer
     finding         all of it in one call: `find_direction`
     inspection      what a direction says, where it lives, which components write it
+    reader_fitting  a reader of harmfulness, which says whom to steer: `fit_reader`
     formats         directions in the files of other tools
 """

@@ -1,6 +1,6 @@
 """The figure of a reader of harmfulness: its scores, where it draws the line, and the layer that it reads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import plotly.graph_objects as go
@@ -12,7 +12,7 @@ KINDS = {"harmful": COLOURS["random"], "harmless": COLOURS["student"]}
 
 
 def reader_figure(
-    reader: HarmfulnessReader, scores: Mapping[str, Sequence[float]], theme: Theme = "light"
+    reader: HarmfulnessReader, scores: Mapping[str, Iterable[float]], theme: Theme = "light"
 ) -> go.Figure:
     """Draw scores set by set with the threshold, and beside them the AUC of every layer that was tried.
 
@@ -47,7 +47,7 @@ def reader_figure(
     )
 
 
-def _scores_of(name: str, values: Sequence[float], threshold: float, colour: str) -> go.Violin:
+def _scores_of(name: str, values: Iterable[float], threshold: float, colour: str) -> go.Violin:
     """Return one set's distribution, its name with the share above the threshold."""
     drawn = numbers(values)
     above = sum(v is not None and v > threshold for v in drawn)

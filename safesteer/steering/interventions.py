@@ -12,6 +12,8 @@ the "last" n prompt positions (n up to the length of the shortest prompt). Colum
 the start of the text, through the KV cache, so cached and uncached decoding agree. Where a prompt
 ends is known to SafeSteer's own passes and to `generate`; with any other call, pass `prompt_width`,
 the number of prompt columns.
+
+`adding`, `clamping` and `ablating` are the same as plain edits by their points, for `steer` and its gate.
 """
 
 from collections.abc import Iterator

@@ -211,9 +211,9 @@ def pooled_resid_pre(
     def adding(layer: int) -> Edit:
         def add_up(h: Tensor) -> None:
             # Columns that all rows share come first, as one row.
-            part = weight[:, None, read[layer] : read[layer] + h.shape[1]] @ h.float()
+            part = weight.to(h.device)[:, None, read[layer] : read[layer] + h.shape[1]] @ h.float()
             read[layer] += h.shape[1]
-            pooled[layer] = pooled[layer] + part[:, 0].double().cpu()
+            pooled[layer] = pooled[layer] + part[:, 0].cpu().double()
             if layer == last and read[layer] == width:
                 raise _ReadEnough
 
