@@ -25,6 +25,7 @@ TOKENS = {
 }
 OPTIMIZERS = {
     "adam": "Adam",
+    "adam 2e-06": "Adam, lr 2e-6",
     "adam 1e-5": "Adam, eps 1e-5",
     "unit sgd": "SGD, steps of one length",
     "sgd": "SGD, one rate",

@@ -56,7 +56,8 @@ from safesteer.tokens.token_set import TokenSet
 CHECKS = (1, 2, 4)  # steps after which the student is looked at
 EVERY = 16  # one coordinate in so many stands for all where updates are compared
 EPS = {"adam": 1e-8, "adam 1e-5": 1e-5}
-LR = 1e-5
+LR = 1e-5  # the authors' for Qwen
+SLOW = 2e-6  # for losses that go all the way in one step at that rate
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,12 @@ class Arm:
     optimizer: str = "adam"
     seed: int = 0
     draw: int = 0
+    lr: float = LR
 
     @property
     def name(self) -> str:
-        return f"{self.tokens}-{self.draw}--{self.optimizer}--{self.seed}".replace(" ", "_")
+        rate = "" if self.lr == LR else f" {self.lr:g}"
+        return f"{self.tokens}-{self.draw}--{self.optimizer}{rate}--{self.seed}".replace(" ", "_")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,12 +99,14 @@ def arms() -> Iterator[Arm]:
     """Yield the arms, those that decide first."""
     sets = ("published 1e-8", "random", "whole", "published 1e-3", "divergence 1e-3")
     yield from (Arm(name) for name in sets)
+    yield from (Arm(name, lr=SLOW) for name in ("whole", "divergence 1e-3"))
     yield from (Arm(name, seed=1, draw=1) for name in sets[:2])
     yield Arm("matched")
     for optimizer in ("unit sgd", "adam 1e-5", "sgd"):
         yield from (Arm(name, optimizer) for name in sets[:3])
     yield from (Arm(name, seed=seed, draw=seed) for seed in (1, 2) for name in sets)
     yield from (Arm("matched", seed=seed, draw=seed) for seed in (1, 2))
+    yield from (Arm(name, seed=seed, lr=SLOW) for seed in (1, 2) for name in ("whole", "divergence 1e-3"))
     yield from (Arm("complement", seed=seed) for seed in (0, 1, 2))
     for optimizer in ("unit sgd", "adam 1e-5", "sgd"):
         yield Arm("divergence 1e-3", optimizer)
@@ -124,7 +129,7 @@ def settings_of(arm: Arm) -> ss.DistillConfig:
         max_new_tokens=24,
         rollouts="student",
         decay=1.0,
-        lr=LR,
+        lr=arm.lr,
         precision="bfloat16",
         micro_batch=16,
         seed=arm.seed,
@@ -179,7 +184,7 @@ def optimizer_of(arm: Arm, state: DistillState) -> torch.optim.Optimizer:
     params = list(state.trained.values())
     if arm.optimizer in EPS:
         return torch.optim.AdamW(
-            params, lr=LR, betas=(0.9, 0.95), eps=EPS[arm.optimizer], weight_decay=0, foreach=False
+            params, lr=arm.lr, betas=(0.9, 0.95), eps=EPS[arm.optimizer], weight_decay=0, foreach=False
         )
     return torch.optim.SGD(params, lr=1.0, foreach=False)
 
@@ -231,7 +236,7 @@ def run(arm: Arm, study: Study, tokens: TokenSet) -> None:
     teacher = Teacher(study.base, study.direction, tokens)
     state = prepare_student(ss.load_model(study.model), study.direction, config)
     optimizer, params = optimizer_of(arm, state), list(state.trained.values())
-    length = LR * sum(p.numel() for p in params) ** 0.5  # of Adam's first step
+    length = arm.lr * sum(p.numel() for p in params) ** 0.5  # of Adam's first step
     whole = replace(config, support="full", divergence="reverse", normalizer="partial")
     by_whole, by_arm = AdamOf(EPS.get(arm.optimizer, 1e-8)), AdamOf(EPS.get(arm.optimizer, 1e-8))
     rows, looks, rate = [], [], None

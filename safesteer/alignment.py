@@ -28,6 +28,7 @@ from safesteer._errors import SafeSteerError
 from safesteer._files import locked, write_json_lines, write_text
 from safesteer.attribution.explanation import explain
 from safesteer.directions.finding import find_direction
+from safesteer.directions.reader_fitting import fit_reader
 from safesteer.directions.shifts import SHIFT_FILE, shift_along
 from safesteer.distillation.loop import Student, Training, restore_student, train_student
 from safesteer.evaluation.ledger import log_look
@@ -42,8 +43,9 @@ from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.loading import load_model
 from safesteer.models.precision import cast_weights, in_precision_of, weight_dtype
 from safesteer.models.sharding import on_cpu, require_processes
-from safesteer.prompts.prompt_set import PromptSet, load_prompts
+from safesteer.prompts.prompt_set import LABELS, PromptSet, load_prompts
 from safesteer.report.page import write_report
+from safesteer.report.reader_figures import READER_FILE, READER_SCORES_FILE
 from safesteer.report.set_table import SET_ANSWERS_FILE, SETS_FILE, set_lines
 from safesteer.run_folder import STAGES, Run, finished, open_run, record_stage
 from safesteer.tokens.selection import select_tokens
@@ -148,7 +150,25 @@ def _direction(run: Run, base: ChatModel) -> list[str]:
         written.append("calibration.csv")
     for line in direction.story():
         run.say(line)
-    return written
+    return written + _write_reader(run, base)
+
+
+def _write_reader(run: Run, base: ChatModel) -> list[str]:
+    """Fit a reader of harmfulness on the prompts that train, for gated steering, and score val with it."""
+    train, val = (run.prompts.split(name) for name in ("train", "val"))
+    fitted = PromptSet(
+        (*train.prompts, *run.prompts.split("distill").prompts), f"{run.prompts.name}/training"
+    )
+    try:
+        reader = fit_reader(base, fitted)
+    except SafeSteerError as error:
+        run.say(f"no reader of harmfulness: {error}")
+        return []
+    reader.save(run.path / READER_FILE)
+    scores = [{"label": label, "score": x} for label in LABELS for x in reader.scores(base, val.texts(label))]
+    write_text(run.path / READER_SCORES_FILE, pd.DataFrame(scores).round(4).to_csv(index=False))
+    run.say(reader)
+    return [READER_FILE, READER_SCORES_FILE]
 
 
 def _tokens(run: Run, base: ChatModel) -> list[str]:

@@ -23,6 +23,7 @@ from safesteer.prompts.prompt_set import load_prompts
 from safesteer.recipes import Recipe, recipe
 from safesteer.run_folder import STAGES, Run, finished
 from safesteer.steering.direction import Direction
+from safesteer.steering.reader import HarmfulnessReader
 from safesteer.tokens.token_set import TokenSet
 
 QUIET = Console(quiet=True)
@@ -97,7 +98,19 @@ def test_run_folder_is_the_contract(run):
     fields = "refusal_rate_harmful refusal_rate_harmless kl_harmless perplexity n refusal_rate_harmful_ci"
     assert all(set(fields.split()) <= s.keys() for s in evaluation.values())
     assert len((run / "answers.jsonl").read_text().splitlines()) == 8
-    assert "<html" in (run / "report.html").read_text()
+    reader = HarmfulnessReader.load(run / "reader.safetensors")
+    scores = pd.read_csv(run / "reader_scores.csv")
+    val = load_prompts().split("val")
+    assert scores.label.value_counts().to_dict() == {
+        "harmful": len(val.harmful),
+        "harmless": len(val.harmless),
+    }
+    assert 0 < reader.auc <= 1
+    shift = pd.read_csv(run / "shift.csv")
+    assert set(shift.model) == {"teacher", "student"}
+    assert shift[shift.model == "student"].norm.max() > 0
+    page = (run / "report.html").read_text()
+    assert "<html" in page
     assert not [p.name for p in run.iterdir() if p.name.startswith(".") and p.name != ".lock"]
 
 

@@ -24,8 +24,10 @@ from safesteer.attribution.tracing import Alternative, Trace, TraceToken
 from safesteer.directions.shifts import SHIFT_FILE
 from safesteer.directions.sweeping import COLUMNS
 from safesteer.report import direction_figures, figures
+from safesteer.report.reader_figures import READER_FILE, READER_SCORES_FILE, reader_figure
 from safesteer.report.set_table import SETS_FILE, set_summary
 from safesteer.steering.direction import Direction
+from safesteer.steering.reader import HarmfulnessReader
 from safesteer.tokens.token_set import Context, TokenSet
 
 SECTIONS = {  # section -> its file, and what the page says without it
@@ -34,6 +36,7 @@ SECTIONS = {  # section -> its file, and what the page says without it
     "answers": ("answers.jsonl", "This run has no answers to compare yet"),
     "sweep": ("sweep.csv", "This run has no sweep of directions yet"),
     "direction": ("direction.safetensors", "This run has no direction yet"),
+    "reader": (READER_FILE, "This run has no reader of harmfulness"),
     "tokens": ("tokens.json", "This run has no safety tokens yet"),
     "history": ("history.jsonl", "This run has no training history yet"),
     "shift": (SHIFT_FILE, "This run has not measured yet how far the student follows the steering"),
@@ -50,6 +53,7 @@ def load_page_data(run: Path) -> dict[str, Any]:
         "answers": json_lines,
         "sweep": _read_sweep,
         "direction": Direction.load,
+        "reader": _read_reader,
         "tokens": TokenSet.load,
         "history": json_lines,
         "shift": pd.read_csv,
@@ -103,6 +107,12 @@ def _read_sweep(path: Path) -> pd.DataFrame:
     if lacking:
         raise ValueError(f"columns {lacking} are missing")
     return table.assign(kept=table.kept.astype(str).str.lower() == "true")
+
+
+def _read_reader(path: Path) -> go.Figure:
+    scores = pd.read_csv(path.parent / READER_SCORES_FILE)
+    by_label = {str(label): rows.score for label, rows in scores.groupby("label")}
+    return reader_figure(HarmfulnessReader.load(path), by_label)
 
 
 def _run_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,6 +280,8 @@ def _figures(values: Mapping[str, Any]) -> dict[str, Any]:
         chosen = values["direction"]
         at = (chosen.position, chosen.layer) if chosen else None
         made["sweep"] = direction_figures.sweep_figure(values["sweep"], chosen=at)
+    if values["reader"] is not None:
+        made["reader"] = values["reader"]
     attribution: Attribution | None = values["attribution"]
     if values["tokens"]:
         stories = attribution.stories if attribution else {}

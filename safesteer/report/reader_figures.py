@@ -8,6 +8,8 @@ import plotly.graph_objects as go
 from safesteer.report.figures import COLOURS, SEQUENCE, Theme, figure_of, numbers, safe
 from safesteer.steering.reader import HarmfulnessReader
 
+# Of a run folder: the reader, and its scores of the val prompts, which it was not fitted on.
+READER_FILE, READER_SCORES_FILE = "reader.safetensors", "reader_scores.csv"
 KINDS = {"harmful": COLOURS["random"], "harmless": COLOURS["student"]}
 
 
