@@ -22,6 +22,7 @@ from safesteer.models.head import output_head
 from safesteer.models.logits import logits_of
 from safesteer.models.parts import blocks, hf_model
 from safesteer.models.passes import reading
+from safesteer.models.writes import writes_of
 from safesteer.steering.direction import Direction, steer
 from safesteer.steering.hooks import apply_hooks, record_resid_pre, run_from_layer
 from safesteer.steering.interventions import ablate, ablate_placebo, add, clamp, gate
@@ -488,3 +489,25 @@ def test_an_unknown_operation_is_refused(tiny_llama, direction):
     odd = Direction(direction.vector, 1, "-1", "instruction", operation="rotate")
     with pytest.raises(SafeSteerError, match="use one of add, ablate, clamp"), steer(tiny_llama, odd):
         pass
+
+
+def test_the_rounding_of_huge_elements_is_no_write_of_its_own(tiny_llama):
+    """Qwen2's stream has elements near 2,000, which bfloat16 knows to 8; a block adds a tenth of one."""
+    chat = copy_of(tiny_llama)
+    with torch.no_grad():
+        chat.model.get_input_embeddings().weight[:, 3] = 1744.0
+    chat.model.bfloat16()
+    writes = writes_of(chat.model)
+    assert len(writes.modules) == 2 * chat.n_layers
+    assert writes.starts_at_embedding
+
+
+def test_a_write_that_is_left_out_is_seen_beside_huge_elements(tiny_llama):
+    chat = copy_of(tiny_llama)
+    with torch.no_grad():
+        chat.model.get_input_embeddings().weight[:, 3] = 1744.0
+    chat.model.bfloat16()
+    block, inside = blocks(chat.model)[0], blocks(chat.model)[0].forward
+    block.forward = lambda *args, **kwargs: inside(*args, **kwargs) + torch.arange(chat.d_model) / 9
+    with pytest.raises(SafeSteerError, match="not a sum of its parts"):
+        writes_of(chat.model)
