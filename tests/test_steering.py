@@ -508,6 +508,8 @@ def test_a_write_that_is_left_out_is_seen_beside_huge_elements(tiny_llama):
         chat.model.get_input_embeddings().weight[:, 3] = 1744.0
     chat.model.bfloat16()
     block, inside = blocks(chat.model)[0], blocks(chat.model)[0].forward
-    block.forward = lambda *args, **kwargs: inside(*args, **kwargs) + torch.arange(chat.d_model) / 9
+    block.forward = lambda *args, **kwargs: (
+        inside(*args, **kwargs) + torch.arange(chat.d_model).bfloat16() / 9
+    )
     with pytest.raises(SafeSteerError, match="not a sum of its parts"):
         writes_of(chat.model)
