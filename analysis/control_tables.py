@@ -1,6 +1,6 @@
 """Tables of the control of which tokens teach (which_tokens.py), from its committed rows."""
 
-import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ HARMFUL_SETS = ("own-val-harmful", "harmbench")
 HARMLESS_SETS = {"xstest": "XSTest, safe", "everyday": "everyday", "own-val-harmless": "twins"}
 AT = 0.75  # harmful refusals at which arms are compared
 N_DRAWS = 300
+LAST = 4  # the step after which every arm was looked at last
 NATS = tuple(x / 4 for x in range(-24, 41))
 TOKENS = {
     "published 1e-8": "S as published (1e-8), Eq. 6",
@@ -37,24 +38,31 @@ def runs(part: str) -> pd.DataFrame:
     tables = []
     for path in sorted(ROWS.glob(f"*--*.{part}.csv")):
         tokens, optimizer, seed = path.name.removesuffix(f".{part}.csv").split("--")
-        name, draw = re.fullmatch(r"(.*)-(\d+)", tokens).groups()
+        name, _, draw = tokens.rpartition("-")
         labels = {"tokens": name.replace("_", " "), "draw": int(draw)}
         labels |= {"optimizer": optimizer.replace("_", " "), "seed": int(seed)}
         tables.append(pd.read_csv(path).assign(**labels))
     return pd.concat(tables, ignore_index=True)
 
 
+def _where(table: pd.DataFrame, **values: object) -> pd.DataFrame:
+    """Return the rows with these values."""
+    for column, value in values.items():
+        table = table.loc[table[column] == value]
+    return table
+
+
 def _rates(rows: pd.DataFrame, column: str = "refused") -> dict[str, float]:
     """Return the harmful rate, a mean over prompts, and the rate of each harmless set."""
-    harmful = rows[rows.set.isin(HARMFUL_SETS)][column].mean()
-    return {"harmful": harmful} | {s: rows[rows.set == s][column].mean() for s in HARMLESS_SETS}
+    rates = {"harmful": float(rows.loc[rows.set.isin(HARMFUL_SETS), column].to_numpy().mean())}
+    return rates | {s: float(_where(rows, set=s)[column].to_numpy().mean()) for s in HARMLESS_SETS}
 
 
-def _groups(table: pd.DataFrame):
+def _groups(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """Yield (tokens, optimizer, rows) in the order of the page."""
     for optimizer in OPTIMIZERS:
         for tokens in TOKENS:
-            part = table[(table.tokens == tokens) & (table.optimizer == optimizer)]
+            part = _where(table, tokens=tokens, optimizer=optimizer)
             if len(part):
                 yield tokens, optimizer, part
 
@@ -71,71 +79,55 @@ def steps_table() -> tuple[list[str], list[list[str]]]:
     lines.append(["teacher (steered)", "", "", _cell(_rates(base, "teacher")), *[""] * (len(steps) - 1)])
     for tokens, optimizer, part in _groups(table):
         n_runs = len(part[["seed", "draw"]].drop_duplicates())
-        cells = [_cell(_rates(part[part.step == step])) for step in steps]
+        cells = [_cell(_rates(_where(part, step=s))) if (part.step == s).any() else "" for s in steps]
         lines.append([TOKENS[tokens], OPTIMIZERS[optimizer], str(n_runs), *cells])
     return ["trained on", "optimizer", "runs", *(f"step {step}" for step in steps)], lines
 
 
-def _points(rows: pd.DataFrame, base: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Return a curve's points: the base, and each run after each look."""
+def _looks(base: pd.DataFrame, rows: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Return per set an array of looks by prompts, 1 where refused; the first look is the base's."""
     looks = [base, *(part for _, part in rows.groupby(["seed", "draw", "step"]))]
-    rates = [_rates(look) for look in looks]
-    return pd.DataFrame({"harmful": r["harmful"], "over_refusal": r[name]} for r in rates)
+    return {
+        str(name): np.stack([_where(look, set=name).sort_values("row").refused.to_numpy() for look in looks])
+        for name in base.set.unique()
+    }
 
 
-def _drawn(table: pd.DataFrame, random: np.random.Generator, ids: pd.DataFrame) -> pd.DataFrame:
-    """Draw prompts anew within each set, the same ones for every look."""
-    picked = ids.groupby("set", group_keys=False).sample(frac=1, replace=True, random_state=random)
-    return picked.merge(table, on=["set", "row"])
+def _over_of_looks(looks: Mapping[str, np.ndarray], name: str) -> float:
+    """Return the over-refusal on a set where the curve through the looks reaches AT."""
+    harmful = np.concatenate([looks[s] for s in HARMFUL_SETS], 1).mean(1)
+    return over_refusal_at(pd.DataFrame({"harmful": harmful, "over_refusal": looks[name].mean(1)}), AT)
 
 
-def _with_interval(measure, *tables: pd.DataFrame) -> str:
-    ids, random = tables[0][["set", "row"]].drop_duplicates(), np.random.default_rng(0)
-    draws = []
+def _over_of_constant(margins: Mapping[str, np.ndarray], name: str) -> float:
+    """Return the over-refusal on a set where a constant on the base's openers reaches AT."""
+    harmful = np.concatenate([margins[s][0] for s in HARMFUL_SETS])
+    return over_refusal_at(bias_curve(harmful, margins[name][0], NATS), AT)
+
+
+def _with_interval(
+    measure: Callable[[Mapping[str, np.ndarray], str], float], values: Mapping[str, np.ndarray], name: str
+) -> str:
+    """Write a measure with its 95 % interval over prompts, drawn anew within each set."""
+    random, drawn = np.random.default_rng(0), []
     for _ in range(N_DRAWS):
-        picked = ids.groupby("set").sample(frac=1, replace=True, random_state=random)
-        draws.append(measure(*(picked.merge(t, on=["set", "row"]) for t in tables)))
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return f"{100 * measure(*tables):.0f} ({100 * low:.0f} to {100 * high:.0f})"
+        again = {s: v[:, random.integers(0, v.shape[1], v.shape[1])] for s, v in values.items()}
+        drawn.append(measure(again, name))
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return f"{100 * measure(values, name):.0f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def at_equal_harm() -> tuple[list[str], list[list[str]]]:
     """Make the table of over-refusal at equal harmful refusals, beside the base's line of a constant."""
     base, table = pd.read_csv(ROWS / "base.csv"), runs("rows")
-
-    def constant(name: str):
-        def measure(rows: pd.DataFrame) -> float:
-            harmful = rows[rows.set.isin(HARMFUL_SETS)].margin.to_numpy()
-            line = bias_curve(harmful, rows[rows.set == name].margin.to_numpy(), NATS)
-            return over_refusal_at(line, AT)
-
-        return measure
-
-    lines = [
-        [
-            "no training: a constant on the base's openers",
-            "",
-            *(_with_interval(constant(s), base) for s in HARMLESS_SETS),
-        ]
-    ]
+    margins = {str(s): _where(base, set=s).margin.to_numpy()[None] for s in base.set.unique()}
+    cells = [_with_interval(_over_of_constant, margins, name) for name in HARMLESS_SETS]
+    lines = [["no training: a constant on the base's openers", "", *cells]]
     for tokens, optimizer, part in _groups(table):
-        if (
-            _rates(part)["harmful"] < 0.2
-            or part.groupby(["seed", "draw", "step"])
-            .apply(lambda look: _rates(look)["harmful"], include_groups=False)
-            .max()
-            < AT
-        ):
-            continue
-
-        def measure(before: pd.DataFrame, rows: pd.DataFrame, name: str) -> float:
-            return over_refusal_at(_points(rows, before, name), AT)
-
-        cells = [
-            _with_interval(lambda before, rows, s=s: measure(before, rows, s), base, part)
-            for s in HARMLESS_SETS
-        ]
-        lines.append([TOKENS[tokens], OPTIMIZERS[optimizer], *cells])
+        looks = _looks(base, part)
+        if np.concatenate([looks[s] for s in HARMFUL_SETS], 1).mean(1).max() >= AT:
+            cells = [_with_interval(_over_of_looks, looks, name) for name in HARMLESS_SETS]
+            lines.append([TOKENS[tokens], OPTIMIZERS[optimizer], *cells])
     return ["trained on", "optimizer", *HARMLESS_SETS.values()], lines
 
 
@@ -143,17 +135,17 @@ def instruments() -> tuple[list[str], list[list[str]]]:
     """Make the table of what the first step does, and of where the residual stream is after the last."""
     steps, shift = runs("steps"), runs("shift")
     teacher = pd.read_csv(ROWS / "teacher.shift.csv")
-    last, top = shift.step.max(), int(shift.layer.max())
+    top = int(shift.layer.max())
 
     def along(rows: pd.DataFrame, label: str) -> tuple[float, float]:
-        at = rows[(rows.layer == top) & (rows.prompts == label)]
+        at = _where(rows, layer=top, prompts=label)
         return at.along.mean(), at.cosine.mean()
 
     lines = []
     whole = {label: along(teacher, label)[0] for label in ("harmful", "harmless")}
     for tokens, optimizer, part in _groups(steps):
-        first = part[part.step == 1]
-        moved = shift[(shift.tokens == tokens) & (shift.optimizer == optimizer) & (shift.step == last)]
+        first = _where(part, step=1)
+        moved = _where(shift, tokens=tokens, optimizer=optimizer, step=LAST)
         shares = [along(moved, label)[0] / whole[label] for label in ("harmful", "harmless")]
         lines.append(
             [

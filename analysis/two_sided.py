@@ -10,7 +10,7 @@ Arms change one thing of "two-sided": whole vocabulary, symmetric divergence, ha
 harmless ones the direction ablated, every second answer opened by the steered teacher, 12 tokens, all
 weights, 8 + 8 prompts per step of pairs (train, distill) and of other kinds (train). Nothing here is a test
 prompt: arms are compared on val splits and on public prompts that are there for choosing. After each of the
-steps of CHECKS every prompt is answered, and is a row. `chosen` in `test.py` names what goes to the test.
+steps of CHECKS every prompt is answered, and is a row.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from safesteer.models.precision import in_precision_of
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.tokens.token_set import TokenSet
 
-CHECKS = (4, 8, 12, 16)
+CHECKS = (6, 12)
 TWO_SIDED = ss.DistillConfig(
     divergence="symmetric",
     normalizer="generalized",

@@ -87,7 +87,8 @@ def align(
     for stage in stages:
         if stage not in STAGES:
             raise SafeSteerError(f"Unknown stage '{stage}': use some of {', '.join(STAGES)}.")
-    recipe, prompts = recipe or recipes.recipe(), prompts or load_prompts()
+    recipe = recipe or recipes.recipe()
+    prompts = prompts or load_prompts(recipe.prompts)
     if recipe.distill.sharded:
         require_processes()
     for name in ("train", "val", "distill", "test"):

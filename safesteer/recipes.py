@@ -64,6 +64,11 @@ class Recipe:
     template_args: Annotated[tuple[str, ...], Words] = setting(
         (), "Defaults of the template's arguments, as name=value: enable_thinking=true."
     )
+    prompts: Literal["pairs", "all"] = setting(
+        "pairs",
+        "Prompts of the project that are used where none are given: matched pairs, or also prompts of other"
+        " kinds to distil on.",
+    )
     direction: DirectionConfig = section(DirectionConfig, "Stage 1: find the direction.")
     tokens: TokenConfig = section(TokenConfig, "Stage 2: select the safety tokens.")
     distill: DistillConfig = section(DistillConfig, "Stage 3: teach the student.")

@@ -239,8 +239,17 @@ def test_prompts_of_other_kinds_are_new(held_out):
         assert max(len(new & old) / len(new | old) for old in words) < 0.5, prompt.text
 
 
+def test_all_adds_the_kinds_to_what_is_distilled_and_to_nothing_else(pairs):
+    everything, train = load_prompts("all"), load_prompts("kinds").split("train")
+    for name in ("train", "val", "test"):
+        assert everything.split(name).prompts == pairs.split(name).prompts
+    distilled = everything.split("distill")
+    assert distilled.harmful == pairs.split("distill").harmful + train.harmful
+    assert distilled.harmless == pairs.split("distill").harmless + train.harmless
+
+
 def test_the_project_has_no_other_prompts():
-    with pytest.raises(SafeSteerError, match="pairs, kinds, forms, not 'alpaca'"):
+    with pytest.raises(SafeSteerError, match="pairs, kinds, forms and all, not 'alpaca'"):
         load_prompts("alpaca")
 
 

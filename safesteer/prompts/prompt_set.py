@@ -266,8 +266,9 @@ def load_prompts(name: str = "pairs") -> PromptSet:
 
     Args:
         name: "pairs": matched pairs in four splits; "kinds": requests of other kinds to train on, in the
-            splits "train" and "val"; "forms": requests in other forms than the pairs', all of the split
-            "test", on which nothing chooses.
+            splits "train" and "val"; "all": the pairs, and in the split "distill" the train split of the
+            kinds too; "forms": requests in other forms than the pairs', all of the split "test", on which
+            nothing chooses.
 
     Raises:
         SafeSteerError: For another name.
@@ -277,8 +278,12 @@ def load_prompts(name: str = "pairs") -> PromptSet:
         >>> {name: len(prompts.split(name).harmful) for name in ("train", "val", "distill", "test")}
         {'train': 128, 'val': 32, 'distill': 100, 'test': 100}
     """
+    if name == "all":
+        kinds = load_prompts("kinds").split("train").prompts
+        added = tuple(replace(p, split="distill") for p in kinds)
+        return PromptSet(load_prompts().prompts + added, "safesteer-all")
     if name not in SHIPPED:
-        raise SafeSteerError(f"The project has prompts named {', '.join(SHIPPED)}, not '{name}'.")
+        raise SafeSteerError(f"The project has prompts named {', '.join(SHIPPED)} and all, not '{name}'.")
     path = resources.files("safesteer.prompts") / "data" / f"{name}.jsonl"
     with resources.as_file(path) as file:
         prompts = PromptSet.from_jsonl(file)
