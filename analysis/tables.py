@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import control_tables
 import numpy as np
 import pandas as pd
 from ablation import summary
@@ -27,7 +28,10 @@ from safesteer.evaluation.curves import bias_curve, curve_area, over_refusal_at
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "analysis" / "results"
 EARLIER = RESULTS / "earlier" / "paper_preset-149-pairs"
-PAGES = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/judges.md", "docs/log.md"))
+PAGES = tuple(
+    ROOT / name
+    for name in ("README.md", "docs/results.md", "docs/which-tokens.md", "docs/judges.md", "docs/log.md")
+)
 CONSTANTS = tuple(x / 4 for x in range(-40, 61))  # nats on the logits of the refusal tokens
 HARMFUL = 0.7  # harmful refusals at which lines are compared: about the student's
 N_DRAWS = 500
@@ -423,6 +427,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "demo-sets": demo_sets,
     "demo-curve": demo_curve,
+    "which-tokens-steps": lambda: markdown(*control_tables.steps_table()),
+    "which-tokens-at": lambda: markdown(*control_tables.at_equal_harm()),
+    "which-tokens-first": lambda: markdown(*control_tables.instruments()),
     "judges": judges,
     "judges-differ": judges_differ,
     "demo-suite": demo_suite,

@@ -149,3 +149,32 @@ def test_the_choice_is_bounded_by_harmless_refusals():
     rows = pd.DataFrame({"harmful": [0.9, 0.8, 0.7], "harmless": [0.2, 0.08, 0.0]})
     assert study.choose(rows, 0.03).harmful == 0.8
     assert study.choose(rows.assign(harmless=[0.2, 0.2, 0.3]), 0.0).harmful == 0.9
+
+
+def test_the_update_that_is_compared_is_adams():
+    import torch
+
+    study = importlib.import_module("which_tokens")
+    weight = torch.nn.Parameter(torch.zeros(40))
+    optimizer = torch.optim.AdamW([weight], lr=1.0, betas=(0.9, 0.95), eps=1e-5, weight_decay=0)
+    by_hand, generator = study.AdamOf(1e-5), torch.Generator().manual_seed(0)
+    for _ in range(3):
+        before = weight.detach().clone()
+        weight.grad = torch.randn(40, generator=generator) * 1e-4
+        update = by_hand.update(study.sampled([weight]))
+        optimizer.step()
+        torch.testing.assert_close(-update, (weight.detach() - before)[:: study.EVERY])
+
+
+def test_the_arms_of_the_control_have_names_of_their_own_that_its_tables_read(tmp_path, monkeypatch):
+    study, tables = importlib.import_module("which_tokens"), importlib.import_module("control_tables")
+    arms = set(study.arms())
+    assert len({arm.name for arm in arms}) == len(arms)
+    for arm in arms:
+        pd.DataFrame({"step": [1]}).to_csv(tmp_path / f"{arm.name}.steps.csv")
+        assert study.settings_of(arm).lr == arm.lr
+    monkeypatch.setattr(tables, "ROWS", tmp_path)
+    read = tables.runs("steps")
+    assert set(read.tokens) == set(tables.TOKENS)
+    assert set(read.optimizer) == set(tables.OPTIMIZERS)
+    assert len(read) == len(arms)
