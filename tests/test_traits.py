@@ -1,11 +1,15 @@
 """Short cuts are earned: what is measured when a model is loaded, and samples that do not depend on it."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from conformance.checks import own_logits
 from conformance.families import build
 
 from conftest import PROMPTS, _used, copy_of
+from safesteer.models import traits
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.generation import generate_ids, uniforms
 from safesteer.models.head import logit_shape
@@ -61,3 +65,24 @@ def test_mixed_precision_is_put_aside_while_a_model_is_measured(tiny_llama):
         measured = traits_of(mixed.model)
     assert measured == traits_of(plain.model)
     assert logit_shape(mixed.model) == logit_shape(plain.model)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "cpmant", "recurrent_gemma", "mpt", "rwkv", "mamba", "mistral, window of 8"]
+)
+def test_half_precision_earns_what_float32_earns(name):
+    """Rounding is not taken for a wrong layout, nor a wrong layout for rounding."""
+    model = build(name).model.float()
+    wide = traits_of(model)
+    half = traits_of(copy.deepcopy(model).bfloat16())
+    assert replace(half, deviations=()) == replace(wide, deviations=())
+
+
+def test_a_few_huge_elements_cost_no_short_cut():
+    """Qwen2's states have elements of 15 spreads; bfloat16 moves them by a quarter of one."""
+    want = torch.randn(2, 2, 896, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    want[..., 3] = 15
+    got = want.to(torch.bfloat16).double()
+    got[..., 3] += 0.24
+    assert traits._misfit(got, want, torch.bfloat16) < traits.HALF_TOLERANCE
+    assert traits._misfit(got, want, torch.float32) > 0.2
