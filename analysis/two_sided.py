@@ -162,6 +162,7 @@ def main() -> None:
     print(reader, flush=True)
     if not (args.out / "base.csv").exists():
         answer_rows(base, sets).to_csv(args.out / "base.csv", index=False)
+    if not (args.out / "gated.csv").exists():
         steered = direction.with_coeff(COEFF)
         gated = gated_rows(base, steered, reader, sets)
         gated.to_csv(args.out / "gated.csv", index=False)
