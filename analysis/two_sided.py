@@ -29,7 +29,7 @@ from safesteer.models.precision import in_precision_of
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.tokens.token_set import TokenSet
 
-CHECKS = (6, 12)
+CHECKS = (12, 24)
 TWO_SIDED = ss.DistillConfig(
     divergence="symmetric",
     normalizer="generalized",
@@ -37,8 +37,7 @@ TWO_SIDED = ss.DistillConfig(
     harmless_teacher="ablated",
     anchor_support="full",
     train_layers="all",
-    n_steps=100,
-    warmup=0,
+    n_steps=24,
     harmful_per_step=8,
     harmless_per_step=8,
     n_rollouts=1,
@@ -76,6 +75,8 @@ def arms() -> dict[str, Arm]:
         "coefficient 1": Arm(full, coeff=1.0),
         "answers of the student": Arm(replace(full, rollouts="student")),
         "upper blocks": Arm(replace(full, train_layers="from_steered")),
+        "half the rate": Arm(replace(full, lr=5e-6)),
+        "constant rate": Arm(replace(full, n_steps=100, warmup=0)),  # its rows are of steps 6 and 12
     }
 
 
