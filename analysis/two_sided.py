@@ -76,6 +76,7 @@ def arms() -> dict[str, Arm]:
         "answers of the student": Arm(replace(full, rollouts="student")),
         "upper blocks": Arm(replace(full, train_layers="from_steered")),
         "half the rate": Arm(replace(full, lr=5e-6)),
+        "harmless by half": Arm(replace(full, anchor_weight=0.5, late_anchor_weight=0.5)),
         "constant rate": Arm(replace(full, n_steps=100, warmup=0)),  # its rows are of steps 6 and 12
     }
 
