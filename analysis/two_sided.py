@@ -17,19 +17,24 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
+from sklearn.metrics import roc_auc_score
 from which_tokens import answer_rows
 
 import safesteer as ss
 from safesteer._files import json_lines
+from safesteer.directions.refusal_tokens import RefusalTokens
 from safesteer.distillation.loop import training_steps
 from safesteer.distillation.rollouts import Teacher
 from safesteer.distillation.state import prepare_student
+from safesteer.evaluation.curves import refusal_margins
 from safesteer.models.precision import in_precision_of
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.tokens.token_set import TokenSet
 
-CHECKS = (12, 24)
+CHECKS = (12, 24, 40, 60)
 TWO_SIDED = ss.DistillConfig(
     divergence="symmetric",
     normalizer="generalized",
@@ -77,6 +82,8 @@ def arms() -> dict[str, Arm]:
         "upper blocks": Arm(replace(full, train_layers="from_steered")),
         "half the rate": Arm(replace(full, lr=5e-6)),
         "harmless by half": Arm(replace(full, anchor_weight=0.5, late_anchor_weight=0.5)),
+        "long": Arm(replace(full, n_steps=60)),
+        "long on S": Arm(replace(on_s, n_steps=60)),
         "constant rate": Arm(replace(full, n_steps=100, warmup=0)),  # its rows are of steps 6 and 12
     }
 
@@ -103,12 +110,19 @@ def choosing_sets(data: Path) -> dict[str, list[str]]:
     }
 
 
-def run(name: str, arm: Arm, base: ss.ChatModel, direction: ss.Direction, tokens: TokenSet, args) -> None:
+def run(
+    name: str,
+    arm: Arm,
+    base: ss.ChatModel,
+    direction: ss.Direction,
+    tokens: TokenSet,
+    args: argparse.Namespace,
+) -> None:
     """Train one arm with one seed, and write a row per prompt and check."""
     path = args.out / f"{name.replace(' ', '_')}--{args.seed}.rows.csv"
     if path.exists():
         return
-    config, sets = replace(arm.config, seed=args.seed), choosing_sets(args.data)
+    config, sets, ids = replace(arm.config, seed=args.seed), choosing_sets(args.data), opening_ids(args.run)
     state = prepare_student(ss.load_model(args.model), direction, config)
     teacher, looks = Teacher(base, direction.with_coeff(arm.coeff), tokens), []
     for record in training_steps(state, teacher, training_prompts(arm.kinds)):
@@ -116,15 +130,34 @@ def run(name: str, arm: Arm, base: ss.ChatModel, direction: ss.Direction, tokens
         if record.step in CHECKS:
             state.optimizer.zero_grad(set_to_none=True)
             with in_precision_of(base, state.student):
-                looks.append(answer_rows(state.student, sets).assign(step=record.step))
+                looks.append(look(state.student, sets, ids).assign(step=record.step))
             rates = looks[-1].groupby("set", sort=False).refused.mean().round(2).to_dict()
             print(name, record.step, rates, flush=True)
             state.student.model.save_pretrained(
                 args.keep / f"{path.stem}-{record.step}"
             ) if args.keep else None
-        if record.step == max(CHECKS):
+        if record.step == min(max(CHECKS), config.n_steps):
             break
     pd.concat(looks).to_csv(path, index=False)
+
+
+def opening_ids(run: Path) -> torch.Tensor:
+    """Return the tokens that open the base's refusals."""
+    return RefusalTokens(pd.read_csv(run / "refusal_tokens.csv")).ids
+
+
+def look(chat: ss.ChatModel, sets: dict[str, list[str]], ids: torch.Tensor) -> pd.DataFrame:
+    """Answer every prompt, and measure how near it is to a refusal at the first token."""
+    margins = np.concatenate([refusal_margins(chat, ids, texts) for texts in sets.values()])
+    rows = answer_rows(chat, sets).assign(margin=margins.round(3))
+    harmful = rows.set.str.endswith("harmful")
+    auc = {
+        kind: round(float(roc_auc_score(harmful[at], rows.margin[at])), 3)
+        for kind in ("pairs", "kinds", "public")
+        if len(at := rows.set.str.startswith(kind))
+    }
+    print("AUC of the margin:", auc, flush=True)
+    return rows
 
 
 def gated_rows(base: ss.ChatModel, direction: ss.Direction, reader: ss.HarmfulnessReader, sets: dict):
@@ -163,7 +196,7 @@ def main() -> None:
     reader, sets = ss.HarmfulnessReader.load(reader_path, base), choosing_sets(args.data)
     print(reader, flush=True)
     if not (args.out / "base.csv").exists():
-        answer_rows(base, sets).to_csv(args.out / "base.csv", index=False)
+        look(base, sets, opening_ids(args.run)).to_csv(args.out / "base.csv", index=False)
     if not (args.out / "gated.csv").exists():
         steered = direction.with_coeff(COEFF)
         gated = gated_rows(base, steered, reader, sets)
