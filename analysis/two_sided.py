@@ -133,11 +133,10 @@ def run(
                 looks.append(look(state.student, sets, ids).assign(step=record.step))
             rates = looks[-1].groupby("set", sort=False).refused.mean().round(2).to_dict()
             print(name, record.step, rates, flush=True)
-            state.student.model.save_pretrained(
-                args.keep / f"{path.stem}-{record.step}"
-            ) if args.keep else None
         if record.step == min(max(CHECKS), config.n_steps):
             break
+    if args.keep:
+        state.student.model.save_pretrained(args.keep / path.stem)
     pd.concat(looks).to_csv(path, index=False)
 
 
@@ -184,7 +183,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arms", nargs="*", default=list(arms()))
-    parser.add_argument("--keep", type=Path, help="a folder that keeps every student")
+    parser.add_argument("--keep", type=Path, help="a folder that keeps the last student of every arm")
     parser.add_argument("--out", type=Path, default=Path("analysis/results/two_sided"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
