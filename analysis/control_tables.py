@@ -1,4 +1,7 @@
-"""Tables of the control of which tokens teach (which_tokens.py), from its committed rows."""
+"""Tables of the studies on a model that refuses by itself, from their committed rows.
+
+Which tokens teach (which_tokens.py), and the two-sided teacher (two_sided.py).
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -6,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from safesteer.evaluation.changes import paired_change
 from safesteer.evaluation.curves import bias_curve, over_refusal_at
 
 ROWS = Path(__file__).parent / "results" / "which_tokens"
+TWO_SIDED = ROWS.parent / "two_sided"
 HARMFUL_SETS = ("own-val-harmful", "harmbench")
 HARMLESS_SETS = {"xstest": "XSTest, safe", "everyday": "everyday", "own-val-harmless": "twins"}
 AT = 0.75  # harmful refusals at which arms are compared
@@ -168,3 +173,29 @@ def instruments() -> tuple[list[str], list[list[str]]]:
     ]
     titles += ["the update's", "shift along d, harmful", "harmless", "its cosine with d"]
     return titles, lines
+
+
+CHOOSING = {  # of two_sided.py: public prompts that are there for choosing, and val splits of our own
+    "pairs harmful": "harmful: our pairs (val)",
+    "kinds harmful": "harmful: our other kinds (val)",
+    "public harmful": "harmful: AdvBench, MaliciousInstruct, TDC 2023",
+    "pairs harmless": "harmless: our pairs (val)",
+    "kinds harmless": "harmless: our other kinds (val)",
+    "public harmless": "harmless: Alpaca",
+}
+
+
+def gated() -> tuple[list[str], list[list[str]]]:
+    """Make the table of steering that a reader gates on both sides, without training."""
+    base, rows = (pd.read_csv(TWO_SIDED / f"{name}.csv") for name in ("base", "gated"))
+    both = base.merge(rows, on=["set", "row"], suffixes=("_base", "_gated"))
+    lines = []
+    for name, title in CHOOSING.items():
+        part = _where(both, set=name)
+        values = [part[c].astype(bool).tolist() for c in ("refused_base", "refused_gated")]
+        before, after = values
+        change = paired_change(before, after)
+        shares = [f"{100 * sum(v) / len(v):.0f}" for v in (part.open.tolist(), before, after)]
+        change = f"{100 * change.value:+.0f} ({100 * change.low:+.0f} to {100 * change.high:+.0f})"
+        lines.append([title, str(len(part)), *shares, change])
+    return ["set", "n", "gate open, %", "refused: base, %", "gated, %", "change, points"], lines

@@ -30,7 +30,14 @@ RESULTS = ROOT / "analysis" / "results"
 EARLIER = RESULTS / "earlier" / "paper_preset-149-pairs"
 PAGES = tuple(
     ROOT / name
-    for name in ("README.md", "docs/results.md", "docs/which-tokens.md", "docs/judges.md", "docs/log.md")
+    for name in (
+        "README.md",
+        "docs/results.md",
+        "docs/which-tokens.md",
+        "docs/how-to/gated-steering.md",
+        "docs/judges.md",
+        "docs/log.md",
+    )
 )
 CONSTANTS = tuple(x / 4 for x in range(-40, 61))  # nats on the logits of the refusal tokens
 HARMFUL = 0.7  # harmful refusals at which lines are compared: about the student's
@@ -430,6 +437,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "which-tokens-steps": lambda: markdown(*control_tables.steps_table()),
     "which-tokens-at": lambda: markdown(*control_tables.at_equal_harm()),
     "which-tokens-first": lambda: markdown(*control_tables.instruments()),
+    "gated": lambda: markdown(*control_tables.gated()),
     "judges": judges,
     "judges-differ": judges_differ,
     "demo-suite": demo_suite,
