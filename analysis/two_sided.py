@@ -159,21 +159,14 @@ def look(chat: ss.ChatModel, sets: dict[str, list[str]], ids: torch.Tensor) -> p
     return rows
 
 
-def gated_rows(base: ss.ChatModel, direction: ss.Direction, reader: ss.HarmfulnessReader, sets: dict):
-    """Answer every prompt under gated steering, without training: added where open, ablated where closed."""
-    tables = []
-    for name, texts in sets.items():
-        is_open = reader.is_harmful(base, texts)
-        table = pd.DataFrame({"set": name, "row": range(len(texts)), "open": is_open})
-        for verdict in (True, False):
-            at = [i for i, x in enumerate(is_open) if x == verdict]
-            if at:
-                edit = ss.steer(base, direction) if verdict else ss.ablate(base, direction.vector)
-                with edit:
-                    rows = answer_rows(base, {name: [texts[i] for i in at]})
-                table.loc[at, "refused"] = rows.refused.to_numpy()
-        tables.append(table)
-    return pd.concat(tables)
+def gated_rows(
+    base: ss.ChatModel, direction: ss.Direction, reader: ss.HarmfulnessReader, sets: dict[str, list[str]]
+) -> pd.DataFrame:
+    """Answer every prompt under gated steering, without training: add, ablate, or leave alone."""
+    with ss.steer(base, direction, gate=reader, closed="ablate"):
+        rows = answer_rows(base, sets)
+    scores = np.concatenate([reader.scores(base, texts) for texts in sets.values()])
+    return rows.assign(score=scores.round(4), open=scores > reader.threshold, closed=scores <= reader.lower)
 
 
 def main() -> None:
@@ -189,18 +182,17 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     base = ss.load_model(args.model, dtype="bfloat16")
     direction = ss.Direction.load(args.run / "direction.safetensors", base)
-    reader_path = args.out / "reader.safetensors"
+    reader_path = args.out / "reader-band.safetensors"
     if not reader_path.exists():
         ss.fit_reader(base, training_prompts(True)).save(reader_path)
     reader, sets = ss.HarmfulnessReader.load(reader_path, base), choosing_sets(args.data)
     print(reader, flush=True)
     if not (args.out / "base.csv").exists():
         look(base, sets, opening_ids(args.run)).to_csv(args.out / "base.csv", index=False)
-    if not (args.out / "gated.csv").exists():
-        steered = direction.with_coeff(COEFF)
-        gated = gated_rows(base, steered, reader, sets)
-        gated.to_csv(args.out / "gated.csv", index=False)
-        print(gated.groupby("set", sort=False)[["open", "refused"]].mean(), flush=True)
+    if not (args.out / "gated-band.csv").exists():
+        gated = gated_rows(base, direction.with_coeff(COEFF), reader, sets)
+        gated.to_csv(args.out / "gated-band.csv", index=False)
+        print(gated.groupby("set", sort=False)[["open", "closed", "refused"]].mean(), flush=True)
     tokens = TokenSet.load(args.out.parent / "which_tokens" / "tokens-0.001.json")
     for name in args.arms:
         run(name, arms()[name], base, direction, tokens, args)

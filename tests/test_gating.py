@@ -58,10 +58,19 @@ def reader_of(chat: ChatModel, pooling: str = "prompt", layer: int = 2) -> Harmf
     return replace(reader, threshold=float(sorted(reader.scores(chat, PROMPTS))[1]) + 1e-4)
 
 
+def with_band(chat: ChatModel, reader: HarmfulnessReader) -> HarmfulnessReader:
+    """The same with one prompt of PROMPTS between open and closed."""
+    low, middle, *_ = sorted(reader.scores(chat, PROMPTS))
+    return replace(reader, clear_below=float(low + middle) / 2)
+
+
 def alone(chat: ChatModel, prompt: str, reader: HarmfulnessReader, direction: Direction, closed: str):
     """What holds for a prompt by itself: steered, ablated or nothing."""
-    if reader.is_harmful(chat, [prompt])[0]:
+    score = reader.scores(chat, [prompt])[0]
+    if score > reader.threshold:
         return steer(chat, direction)
+    if score > reader.lower:
+        return nullcontext()
     return ablate(chat, direction.vector) if closed == "ablate" else nullcontext()
 
 
@@ -100,8 +109,9 @@ def test_a_batch_answers_as_its_rows_do_alone(chat, pooling, closed):
 @pytest.mark.parametrize("closed", ["nothing", "ablate"])
 @pytest.mark.parametrize("operation", ["add", "clamp", "ablate"])
 def test_teacher_forced_passes_are_those_of_single_rows(chat, operation, closed):
-    """Answers of unequal length, with and without a cache of the prompts."""
+    """Answers of unequal length, with and without a cache; one prompt may lie between open and closed."""
     reader, direction = reader_of(chat), direction_of(chat, operation)
+    reader = with_band(chat, reader) if closed == "ablate" else reader
     tails = ["I", "Here is a long answer to it", " Yes, and no", "No."]
     batch, want, base = PromptBatch.of(chat.tokenizer, PROMPTS, tails), [], []
     with torch.no_grad():
@@ -120,7 +130,7 @@ def test_teacher_forced_passes_are_those_of_single_rows(chat, operation, closed)
     assert_near(got, torch.stack(want), 1e-3)
     assert_near(continued, torch.stack(want), 1e-3)
     moved = (torch.stack(want) - torch.stack(base)).abs().amax(1) > 0.01
-    assert int(moved.sum()) == (2 if closed == "nothing" else 4)
+    assert int(moved.sum()) == (2 if closed == "nothing" else 3)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

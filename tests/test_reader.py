@@ -13,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 from conftest import PROMPTS, assert_near, copy_of, n_hooks
 from safesteer._errors import SafeSteerError
+from safesteer.directions import reader_fitting
 from safesteer.directions.reader_fitting import _check, _folds, fit_reader
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel
@@ -86,9 +87,11 @@ def twelve(pairs):
 
 
 @pytest.mark.parametrize("pooling", ["prompt", "instruction"])
-def test_the_fit_is_scikit_learns(tiny_llama, twelve, pooling):
+def test_the_fit_is_scikit_learns(tiny_llama, twelve, pooling, monkeypatch):
     """Weight, bias, AUC and threshold from the features of single prompts, by a pipeline."""
-    reader = fit_reader(tiny_llama, twelve, pooling=pooling, false_alarms=0.25, n_folds=3, seed=1, c=0.1)
+    monkeypatch.setattr(reader_fitting, "C", 0.1)
+    shares = {"false_alarms": 0.25, "misses": 0.17}
+    reader = fit_reader(tiny_llama, twelve, pooling=pooling, **shares, n_folds=3, seed=1)
     texts = [p.text for p in twelve.prompts]
     y = np.array([p.label == "harmful" for p in twelve.prompts])
     fold, aucs, out = _folds(twelve, 3, 1), {}, {}
@@ -106,6 +109,9 @@ def test_the_fit_is_scikit_learns(tiny_llama, twelve, pooling):
     harmless = sorted(out[reader.layer][~y])
     assert reader.threshold == pytest.approx(harmless[12 - 1 - 3], abs=1e-3)  # a quarter of twelve above it
     assert reader.false_alarms == (0.25 if pooling == "prompt" else 0.0)  # or fewer, where scores are tied
+    below = sorted(out[reader.layer][y])[2]  # two of twelve lie under it
+    assert reader.clear_below == pytest.approx(min(below, reader.threshold), abs=1e-3)
+    assert reader.misses == pytest.approx((out[reader.layer][y] < reader.clear_below - 1e-3).mean())
     assert reader.hits == pytest.approx((out[reader.layer][y] > reader.threshold).mean())
     x = torch.stack([naive_pooled(tiny_llama, t, reader.layer, pooling) for t in texts]).numpy()
     whole = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(x, y)
@@ -197,7 +203,7 @@ def test_a_reader_shows_itself(reader):
     [
         ({"layer": 3}, "has the layers 0 to 2, and no layer 3"),
         ({"false_alarms": 1.0}, "a share from 0 to less than 1"),
-        ({"c": 0.0}, "must be above 0"),
+        ({"misses": 1.0}, "misses is a share"),
         ({"n_folds": 1}, "at least 2 parts"),
         ({"n_folds": 13}, "'safesteer-pairs/val' has 12 of the rarer kind"),
     ],
@@ -209,7 +215,7 @@ def test_settings_that_do_not_fit_are_one_sentence(tiny_llama, twelve, settings,
 
 def test_an_unknown_pooling_is_one_sentence(twelve):
     with pytest.raises(SafeSteerError, match="must be prompt or instruction, not 'last'"):
-        _check(twelve, "last", 0.05, 5, 0.01)
+        _check(twelve, "last", (0.1, 0.02), 5)
 
 
 def test_damaged_weights_are_named(tiny_llama, twelve):

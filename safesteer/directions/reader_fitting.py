@@ -21,6 +21,7 @@ from safesteer.prompts.prompt_set import Prompt, PromptSet
 from safesteer.steering.reader import HarmfulnessReader, Pooling, pooled_resid_pre
 from safesteer.steering.stamps import stamp_of
 
+C = 0.01  # inverse strength of scikit-learn's regularization, on standardized residuals
 DEPTH = 0.8  # of the blocks: later layers are about the next token
 
 
@@ -30,10 +31,10 @@ def fit_reader(
     *,
     layer: int | None = None,
     pooling: Pooling = "prompt",
-    false_alarms: float = 0.05,
+    false_alarms: float = 0.1,
+    misses: float = 0.02,
     n_folds: int = 5,
     seed: int = 0,
-    c: float = 0.01,
 ) -> HarmfulnessReader:
     """Fit a logistic regression, harmful against harmless, on one layer's residual stream.
 
@@ -45,9 +46,9 @@ def fit_reader(
         pooling: "prompt": the mean over all tokens of the prompt; "instruction": its last token before those
             that the template writes after it.
         false_alarms: Share of the harmless prompts, in cross-validation, that may lie above the threshold.
+        misses: Share of the harmful prompts, in cross-validation, that may lie below `clear_below`.
         n_folds: Parts of the cross-validation.
         seed: Deals the prompts to the parts.
-        c: Inverse regularization strength of scikit-learn, on standardized residuals.
 
     Returns:
         The fit on all prompts, with its threshold and what cross-validation says of it.
@@ -64,27 +65,32 @@ def fit_reader(
 
     chat = as_chat(chat)
     layers = _layers(chat, layer)
-    _check(prompts, pooling, false_alarms, n_folds, c)
+    _check(prompts, pooling, (false_alarms, misses), n_folds)
     harmful = np.array([p.label == "harmful" for p in prompts.prompts])
     fold, n_after = _folds(prompts, n_folds, seed), n_after_instruction(chat.tokenizer)
     resid_pre = _pooled(chat, prompts.prompts, pooling, n_after)
-    left_out = {at: _left_out_scores(resid_pre[:, at], harmful, fold, c) for at in layers}
+    left_out = {at: _left_out_scores(resid_pre[:, at], harmful, fold) for at in layers}
     aucs = {at: float(roc_auc_score(harmful, scores)) for at, scores in left_out.items()}
     best = max(layers, key=lambda at: aucs[at])
     scores, n_harmless = left_out[best], int((~harmful).sum())
-    n_above = math.floor(false_alarms * n_harmless + 1e-9)
+    n_above, n_below = (
+        math.floor(s * n + 1e-9) for s, n in ((false_alarms, n_harmless), (misses, harmful.sum()))
+    )
     threshold = float(np.sort(scores[~harmful])[n_harmless - 1 - n_above])
-    weight, bias = _fit(resid_pre[:, best], harmful, c)
+    clear_below = min(threshold, float(np.sort(scores[harmful])[n_below]))
+    weight, bias = _fit(resid_pre[:, best], harmful)
     return HarmfulnessReader(
         weight=torch.from_numpy(weight),
         bias=bias,
         layer=best,
         pooling=pooling,
         threshold=threshold,
+        clear_below=clear_below,
         n_after=n_after,
         auc=aucs[best],
         false_alarms=float((scores[~harmful] > threshold).mean()),
         hits=float((scores[harmful] > threshold).mean()),
+        misses=float((scores[harmful] < clear_below).mean()),
         layer_aucs=tuple(aucs.items()),
         **stamp_of(chat),
         prompts_hash=prompts.hash,
@@ -99,13 +105,12 @@ def _layers(chat: ChatModel, layer: int | None) -> list[int]:
     return [layer]
 
 
-def _check(prompts: PromptSet, pooling: str, false_alarms: float, n_folds: int, c: float) -> None:
+def _check(prompts: PromptSet, pooling: str, shares: tuple[float, float], n_folds: int) -> None:
     if pooling not in ("prompt", "instruction"):
         raise SafeSteerError(f"pooling must be prompt or instruction, not '{pooling}'.")
-    if not 0 <= false_alarms < 1:
-        raise SafeSteerError(f"false_alarms is a share from 0 to less than 1, not {false_alarms}.")
-    if c <= 0:
-        raise SafeSteerError(f"c, the inverse strength of the regularization, must be above 0, not {c}.")
+    for name, share in zip(("false_alarms", "misses"), shares, strict=True):
+        if not 0 <= share < 1:
+            raise SafeSteerError(f"{name} is a share from 0 to less than 1, not {share}.")
     smaller = min(len(prompts.harmful), len(prompts.harmless))
     if not 2 <= n_folds <= smaller:
         raise SafeSteerError(
@@ -146,25 +151,25 @@ def _pooled(
 
 
 def _fit(
-    x: Float[np.ndarray, "n d_model"], harmful: np.ndarray, c: float
+    x: Float[np.ndarray, "n d_model"], harmful: np.ndarray
 ) -> tuple[Float[np.ndarray, " d_model"], float]:
     """Fit on standardized residuals; return weight and bias for residuals as they are."""
     from sklearn.linear_model import LogisticRegression  # slow to import
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(x)
-    fit = LogisticRegression(C=c, max_iter=1000).fit(scaler.transform(x), harmful)
+    fit = LogisticRegression(C=C, max_iter=1000).fit(scaler.transform(x), harmful)
     weight = (fit.coef_[0] / scaler.scale_).astype(np.float32)
     # With the rounded weight: residuals have means that are large beside what they vary.
     return weight, float(fit.intercept_[0] - scaler.mean_ @ weight.astype(np.float64))
 
 
 def _left_out_scores(
-    x: Float[np.ndarray, "n d_model"], harmful: np.ndarray, fold: Int[np.ndarray, " n"], c: float
+    x: Float[np.ndarray, "n d_model"], harmful: np.ndarray, fold: Int[np.ndarray, " n"]
 ) -> Float[np.ndarray, " n"]:
     """Score every prompt by a fit on the parts that do not hold it."""
     scores = np.zeros(len(x))
     for i in np.unique(fold):
-        weight, bias = _fit(x[fold != i], harmful[fold != i], c)
+        weight, bias = _fit(x[fold != i], harmful[fold != i])
         scores[fold == i] = x[fold == i] @ weight.astype(np.float64) + bias
     return scores

@@ -16,7 +16,7 @@ KINDS = {"harmful": COLOURS["random"], "harmless": COLOURS["student"]}
 def reader_figure(
     reader: HarmfulnessReader, scores: Mapping[str, Iterable[float]], theme: Theme = "light"
 ) -> go.Figure:
-    """Draw scores set by set with the threshold, and beside them the AUC of every layer that was tried.
+    """Draw scores set by set with both thresholds, and beside them the AUC of every layer that was tried.
 
     Args:
         reader: Its threshold, its layer and its curve are drawn; without a curve there is one panel.
@@ -36,8 +36,9 @@ def reader_figure(
         showlegend=False,
     )
     line = {"color": "rgba(128,128,128,.6)", "dash": "dash", "width": 1}
-    at = {"x0": reader.threshold, "x1": reader.threshold, "y0": 0, "y1": 1}
-    figure.add_shape(type="line", xref="x", yref="y domain", line=line, **at)
+    for score in sorted({reader.lower, reader.threshold}):
+        at = {"x0": score, "x1": score, "y0": 0, "y1": 1}
+        figure.add_shape(type="line", xref="x", yref="y domain", line=line, **at)
     figure.update_yaxes(autorange="reversed")
     if not curve:
         return figure

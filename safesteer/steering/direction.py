@@ -149,8 +149,8 @@ def steer(
         prompt_width: Prompt columns, where SafeSteer does not run the passes itself.
         gate: Steer only the rows whose prompt this reader takes for harmful, as it reads them without
             steering; None: all rows.
-        closed: What happens in the other rows: "nothing", or "ablate", the direction is projected out of
-            every write.
+        closed: What happens in rows whose prompt it takes for clearly harmless: "nothing", or "ablate", the
+            direction is projected out of every write. Rows between its two thresholds are left alone.
 
     Raises:
         SafeSteerError: For an unknown operation, scope or `closed`, a reader of a model of another size, or

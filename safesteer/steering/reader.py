@@ -34,10 +34,14 @@ Pooling = Literal["prompt", "instruction"]
 class HarmfulnessReader:
     """Tells harmful prompts by one layer's residual stream; above `threshold` a prompt is harmful.
 
+    Below `clear_below` it is clearly harmless; between the two the reader does not say (None: there is no
+    such band).
+
     The score is the log-odds weight . x + bias, in nats; x is `resid_pre` of block `layer`, the mean over the
     columns of the prompt (pooling "prompt") or at the last token of the instruction (pooling "instruction",
     `n_after` template tokens before the answer). `auc`, `false_alarms` and `hits` come from cross-validation:
-    the shares of harmless and of harmful prompts above the threshold. `layer_aucs` holds (layer, AUC) of
+    the shares of harmless and of harmful prompts above the threshold; `misses` is that of harmful prompts
+    below `clear_below`. `layer_aucs` holds (layer, AUC) of
     every layer that was tried. The hashes name the model, chat template and prompts it came from.
     """
 
@@ -46,10 +50,12 @@ class HarmfulnessReader:
     layer: int
     pooling: Pooling
     threshold: float = 0.0
+    clear_below: float | None = None
     n_after: int = 0
     auc: float | None = None
     false_alarms: float | None = None
     hits: float | None = None
+    misses: float | None = None
     layer_aucs: tuple[tuple[int, float], ...] = ()
     model: str = ""
     fingerprint: str = ""
@@ -107,6 +113,11 @@ class HarmfulnessReader:
         return (self.scores(chat, prompts, system=system) > self.threshold).tolist()
 
     @property
+    def lower(self) -> float:
+        """The score up to which a prompt is clearly harmless: `clear_below`, or else the threshold."""
+        return self.threshold if self.clear_below is None else self.clear_below
+
+    @property
     def curve(self) -> pd.DataFrame:
         """Cross-validated AUC per layer, with the columns layer and auc."""
         return pd.DataFrame(list(self.layer_aucs), columns=["layer", "auc"])
@@ -162,12 +173,10 @@ class HarmfulnessReader:
     def __repr__(self) -> str:
         measured = "" if self.auc is None else f", AUC {self.auc:.3f}"
         if self.hits is not None and self.false_alarms is not None:
-            measured += (
-                f", {self.hits:.0%} of harmful and {self.false_alarms:.0%} of harmless prompts above it"
-            )
+            measured += f", {self.hits:.0%} of harmful and {self.false_alarms:.0%} of harmless prompts above"
         return (
-            f"HarmfulnessReader({self.pooling}, resid_pre of layer {self.layer}, threshold"
-            f" {self.threshold:.2f}{measured}, {self.model!r})"
+            f"HarmfulnessReader({self.pooling}, resid_pre of layer {self.layer}, harmful above"
+            f" {self.threshold:.2f}, harmless below {self.lower:.2f}{measured}, {self.model!r})"
         )
 
     def _repr_html_(self) -> str:
