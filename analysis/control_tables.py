@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from sklearn.metrics import roc_auc_score
 
 from safesteer.evaluation.changes import paired_change
 from safesteer.evaluation.curves import bias_curve, over_refusal_at
@@ -185,17 +186,35 @@ CHOOSING = {  # of two_sided.py: public prompts that are there for choosing, and
 }
 
 
+def _two_sided_rows(name: str) -> pd.DataFrame:
+    return pd.read_csv(TWO_SIDED / f"{name}.csv")
+
+
 def gated() -> tuple[list[str], list[list[str]]]:
-    """Make the table of steering that a reader gates on both sides, without training."""
-    base, rows = (pd.read_csv(TWO_SIDED / f"{name}.csv") for name in ("base", "gated"))
-    both = base.merge(rows, on=["set", "row"], suffixes=("_base", "_gated"))
+    """Make the table of what a reader's gate does without training, and of the student on S."""
+    base, one, band = (_two_sided_rows(name) for name in ("base", "gated", "gated-band"))
+    student = _two_sided_rows("long_on_S--0.rows")
     lines = []
     for name, title in CHOOSING.items():
-        part = _where(both, set=name)
-        values = [part[c].astype(bool).tolist() for c in ("refused_base", "refused_gated")]
-        before, after = values
-        change = paired_change(before, after)
-        shares = [f"{100 * sum(v) / len(v):.0f}" for v in (part.open.tolist(), before, after)]
-        change = f"{100 * change.value:+.0f} ({100 * change.low:+.0f} to {100 * change.high:+.0f})"
-        lines.append([title, str(len(part)), *shares, change])
-    return ["set", "n", "gate open, %", "refused: base, %", "gated, %", "change, points"], lines
+        before, single, both = (_where(t, set=name).sort_values("row") for t in (base, one, band))
+        cells = [f"{100 * values.mean():.0f}" for values in (before.refused, single.refused, both.refused)]
+        change = paired_change(before.refused.astype(bool).tolist(), both.refused.astype(bool).tolist())
+        cells.append(f"{100 * change.value:+.0f} ({100 * change.low:+.0f} to {100 * change.high:+.0f})")
+        looks = [_where(student, set=name, step=step).refused.mean() for step in (24, 40, 60)]
+        lines.append([title, str(len(before)), *cells, " / ".join(f"{100 * x:.0f}" for x in looks)])
+    titles = ["set, % refused", "n", "base", "one threshold", "a band", "change, points"]
+    return [*titles, "student on S: step 24 / 40 / 60"], lines
+
+
+def margin_aucs() -> tuple[list[str], list[list[str]]]:
+    """Make the table of how well the first-token margin of base and student tells harmful from harmless."""
+    base, student = _two_sided_rows("base"), _two_sided_rows("long_on_S--0.rows")
+    models = {"base": base} | {f"student on S, step {s}": _where(student, step=s) for s in (12, 24, 40, 60)}
+    lines = []
+    for model, rows in models.items():
+        cells = []
+        for kind in ("pairs", "kinds", "public"):
+            part = rows.loc[rows.set.str.startswith(kind)]
+            cells.append(f"{roc_auc_score(part.set == f'{kind} harmful', part.margin):.2f}")
+        lines.append([model, *cells])
+    return ["AUC of the margin", "our pairs", "our other kinds", "public"], lines
