@@ -547,6 +547,7 @@ def test_a_page_loads_nothing_and_states_what_is_missing(tmp_path):
     assert "https://" not in shell
     missing = load_page_data(tmp_path)["missing"]
     files = {"evaluation", "sets", "answers", "sweep", "tokens", "history", "attribution", "direction"}
+    files |= {"reader", "shift"}
     assert set(missing) == files
     assert all("is missing" in line for line in missing.values())
 
@@ -556,7 +557,15 @@ def test_a_damaged_file_costs_its_section_only(tmp_path, chosen, attribution):
     for name in ("sweep.csv", "history.jsonl", "attribution.json"):
         (run / name).write_text("broken\x00{")
     shown = load_page_data(run)
-    assert set(shown["missing"]) == {"sets", "sweep", "history", "attribution", "direction"}
+    assert set(shown["missing"]) == {
+        "sets",
+        "sweep",
+        "history",
+        "attribution",
+        "direction",
+        "reader",
+        "shift",
+    }
     assert shown["tokens"]
     assert write_report(run).stat().st_size > 0
 

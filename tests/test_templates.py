@@ -18,8 +18,8 @@ from safesteer.attribution.explanation import explain
 from safesteer.attribution.tracing import trace
 from safesteer.directions.calibration import choose_coeff
 from safesteer.directions.finding import find_direction
-from safesteer.directions.inspection import representation_shift
 from safesteer.directions.refusal_tokens import learn_refusal_tokens, refusal_scores
+from safesteer.directions.shifts import representation_shift
 from safesteer.evaluation.scores import Evaluation, evaluate
 from safesteer.judges.classifiers import Guard
 from safesteer.judges.judge import judge_all

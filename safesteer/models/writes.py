@@ -139,7 +139,7 @@ def _writers(
     return (), 0.0
 
 
-def _rounding(stream: Float[Tensor, "1 n d_model"]) -> Float[Tensor, "1 n d_model"]:
+def _rounding(stream: Float[Tensor, "1 n *stream"]) -> Float[Tensor, "1 n *stream"]:
     """Bound the rounding of a sum that is stored in the stream's precision, element by element."""
     return stream.double().abs() * torch.finfo(stream.dtype).eps
 
