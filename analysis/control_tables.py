@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from sklearn.metrics import roc_auc_score
+from table_text import percent, ranged
 
 from safesteer.evaluation.changes import paired_change
 from safesteer.evaluation.curves import bias_curve, over_refusal_at
@@ -120,7 +121,7 @@ def _with_interval(
         again = {s: v[:, random.integers(0, v.shape[1], v.shape[1])] for s, v in values.items()}
         drawn.append(measure(again, name))
     low, high = np.percentile(drawn, [2.5, 97.5])
-    return f"{100 * measure(values, name):.0f} ({100 * low:.0f} to {100 * high:.0f})"
+    return ranged(measure(values, name), float(low), float(high))
 
 
 def at_equal_harm() -> tuple[list[str], list[list[str]]]:
@@ -161,7 +162,7 @@ def instruments() -> tuple[list[str], list[list[str]]]:
                 f"{first.gradient_norm.mean():.2g}",
                 f"{first.gradient_cosine.mean():.2f}",
                 f"{first.update_cosine.mean():.2f}",
-                *(f"{share:.0%}".replace("%", " %") for share in shares),
+                *map(percent, shares),
                 f"{along(moved, 'harmful')[1]:.2f}",
             ]
         )
@@ -199,7 +200,7 @@ def gated() -> tuple[list[str], list[list[str]]]:
         before, single, both = (_where(t, set=name).sort_values("row") for t in (base, one, band))
         cells = [f"{100 * values.mean():.0f}" for values in (before.refused, single.refused, both.refused)]
         change = paired_change(before.refused.astype(bool).tolist(), both.refused.astype(bool).tolist())
-        cells.append(f"{100 * change.value:+.0f} ({100 * change.low:+.0f} to {100 * change.high:+.0f})")
+        cells.append(ranged(change.value, change.low, change.high, "+.0f"))
         looks = [_where(student, set=name, step=step).refused.mean() for step in (24, 40, 60)]
         lines.append([title, str(len(before)), *cells, " / ".join(f"{100 * x:.0f}" for x in looks)])
     titles = ["set, % refused", "n", "base", "one threshold", "a band", "change, points"]

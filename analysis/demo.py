@@ -115,7 +115,7 @@ def single_numbers(folder: Path) -> pd.DataFrame:
 
 def margin_rows(run: Path, models: dict[str, ChatModel], answers: pd.DataFrame) -> pd.DataFrame:
     """Measure how near every prompt is to a refusal at the first token; a row per model and prompt."""
-    ids = RefusalTokens(pd.read_csv(run / "refusal_tokens.csv")).ids
+    ids = RefusalTokens.load(run / "refusal_tokens.csv").ids
     prompts = answers[answers.model == "base"]
     parts = [
         prompts[["set", "row"]].assign(

@@ -90,11 +90,7 @@ def arms() -> dict[str, Arm]:
 
 def training_prompts(kinds: bool) -> PromptSet:
     """Return the prompts that train: pairs, and where asked for prompts of other kinds."""
-    pairs = ss.load_prompts()
-    prompts = (*pairs.split("train").prompts, *pairs.split("distill").prompts)
-    return PromptSet(
-        prompts + (ss.load_prompts("kinds").split("train").prompts if kinds else ()), "two-sided"
-    )
+    return ss.load_prompts("all" if kinds else "pairs").split("train", "distill")
 
 
 def choosing_sets(data: Path) -> dict[str, list[str]]:
@@ -142,7 +138,7 @@ def run(
 
 def opening_ids(run: Path) -> torch.Tensor:
     """Return the tokens that open the base's refusals."""
-    return RefusalTokens(pd.read_csv(run / "refusal_tokens.csv")).ids
+    return RefusalTokens.load(run / "refusal_tokens.csv").ids
 
 
 def look(chat: ss.ChatModel, sets: dict[str, list[str]], ids: torch.Tensor) -> pd.DataFrame:

@@ -37,6 +37,7 @@ import safesteer as ss
 from safesteer._files import write_text
 from safesteer.attribution.coverage import Controls, matched_sets, random_sets, sum_by_step
 from safesteer.directions.refusal_tokens import RefusalTokens
+from safesteer.directions.shifts import shift_along
 from safesteer.distillation.loss import LossTerms
 from safesteer.distillation.rollouts import StepPrompts, Teacher
 from safesteer.distillation.state import DistillState, prepare_student
@@ -44,12 +45,9 @@ from safesteer.distillation.step import Reading, accumulate_gradient, read_answe
 from safesteer.evaluation.curves import refusal_margins
 from safesteer.evaluation.ledger import log_look
 from safesteer.judges.wording import refuses
-from safesteer.models.forward import final_hidden
 from safesteer.models.precision import in_precision_of
 from safesteer.models.templates import control_ids
 from safesteer.prompts.benchmarks import load_benchmark
-from safesteer.prompts.prompt_set import LABELS, Label
-from safesteer.steering.hooks import record_resid_pre
 from safesteer.tokens.sampling import sample_answers
 from safesteer.tokens.token_set import TokenSet
 
@@ -78,7 +76,7 @@ class Arm:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """What all arms share: `before` are the base's residual streams, `sets` the prompts to answer."""
+    """What all arms share; `sets` are the prompts to answer."""
 
     base: ss.ChatModel
     direction: ss.Direction
@@ -86,7 +84,6 @@ class Study:
     out: Path
     sets: dict[str, list[str]]
     val: ss.PromptSet
-    before: dict[Label, torch.Tensor]
 
     def log(self, chat: ss.ChatModel, why: str) -> None:
         for name in ("harmbench", "xstest", "everyday"):
@@ -281,7 +278,7 @@ def look(study: Study, student: ss.ChatModel, arm: Arm, step: int) -> tuple[pd.D
     """Answer every prompt, and measure how far the residual stream has moved along the direction."""
     with in_precision_of(study.base, student):
         rows = answer_rows(student, study.sets).assign(step=step)
-        shift = shift_table(study, student).assign(step=step)
+        shift = shift_table(study, "student", student).assign(step=step)
     if step == max(CHECKS):
         study.log(student, arm.name)
     print(arm.name, step, rows.groupby("set", sort=False).refused.mean().round(2).to_dict(), flush=True)
@@ -310,37 +307,18 @@ def answer_rows(chat: ss.ChatModel, sets: dict[str, list[str]]) -> pd.DataFrame:
     )
 
 
-@torch.no_grad()
-def residuals(chat: ss.ChatModel, prompts: list[str]) -> torch.Tensor:
-    """Read resid_pre of every layer at the last prompt position, [layer, prompt, d_model]."""
-    out = torch.zeros(chat.n_layers, len(prompts), chat.d_model)
-    for at, batch in chat.batched(prompts, 16):
-        with record_resid_pre(chat, range(chat.n_layers), lambda h: h[:, -1].float().cpu()) as seen:
-            final_hidden(chat.model, batch)
-        for layer, states in seen.items():
-            out[layer, at] = states
-    return out
-
-
-def shift_table(study: Study, chat: ss.ChatModel) -> pd.DataFrame:
-    """Project the mean shift of each layer's residual stream from the base on the steering direction."""
-    tables, unit = [], study.direction.unit.float()
-    for label, before in study.before.items():
-        shift = (residuals(chat, study.val.texts(label)) - before).mean(1)
-        along, norm = shift @ unit, shift.norm(dim=-1)
-        columns = {"layer": range(len(shift)), "along": along, "norm": norm}
-        tables.append(
-            pd.DataFrame({"prompts": label, **columns, "cosine": along / norm.clamp(min=1e-12)}).round(5)
-        )
-    return pd.concat(tables)
+def shift_table(study: Study, model: str, student: ss.ChatModel | None = None) -> pd.DataFrame:
+    """Project the shift of the teacher or of a student on the steering direction."""
+    table = shift_along(study.base, study.direction, study.val, student)
+    return table.loc[table.model == model].drop(columns="model").round(5)
 
 
 def write_base(study: Study, run: Path) -> None:
     """Write what stands without training: base and teacher, and the margins that a constant would move."""
     with ss.steer(study.base, study.direction):
         teacher = answer_rows(study.base, study.sets)
-        shift_table(study, study.base).to_csv(study.out / "teacher.shift.csv", index=False)
-    ids = RefusalTokens(pd.read_csv(run / "refusal_tokens.csv")).ids
+    shift_table(study, "teacher").to_csv(study.out / "teacher.shift.csv", index=False)
+    ids = RefusalTokens.load(run / "refusal_tokens.csv").ids
     margins = np.concatenate([refusal_margins(study.base, ids, texts) for texts in study.sets.values()])
     table = answer_rows(study.base, study.sets).assign(margin=margins.round(4), teacher=teacher.refused)
     table.to_csv(study.out / "base.csv", index=False)
@@ -357,8 +335,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     base, val = ss.load_model(args.model, dtype="bfloat16"), ss.load_prompts().split("val")
     direction = ss.Direction.load(args.run / "direction.safetensors", base)
-    before: dict[Label, torch.Tensor] = {label: residuals(base, val.texts(label)) for label in LABELS}
-    study = Study(base, direction, args.model, args.out, prompt_sets(args.data), val, before)
+    study = Study(base, direction, args.model, args.out, prompt_sets(args.data), val)
     if not (args.out / "base.csv").exists():
         write_base(study, args.run)
     chosen = token_sets(base, direction, args.out)

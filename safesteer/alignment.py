@@ -156,12 +156,9 @@ def _direction(run: Run, base: ChatModel) -> list[str]:
 
 def _write_reader(run: Run, base: ChatModel) -> list[str]:
     """Fit a reader of harmfulness on the prompts that train, for gated steering, and score val with it."""
-    train, val = (run.prompts.split(name) for name in ("train", "val"))
-    fitted = PromptSet(
-        (*train.prompts, *run.prompts.split("distill").prompts), f"{run.prompts.name}/training"
-    )
+    val = run.prompts.split("val")
     try:
-        reader = fit_reader(base, fitted)
+        reader = fit_reader(base, run.prompts.split("train", "distill"))
     except SafeSteerError as error:
         run.say(f"no reader of harmfulness: {error}")
         return []

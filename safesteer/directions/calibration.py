@@ -36,10 +36,14 @@ ANSWER_TOKENS = 20  # length of the answers that are judged
 PERPLEXITY_TOKENS = 1024  # plain text read per strength
 
 
+def refused(chat: ChatModel, prompts: Sequence[PromptLike], judge: Judge, max_new_tokens: int) -> list[bool]:
+    """Say of each prompt whether its greedy answer refuses."""
+    return refusals(judge_all(judge, prompts, generate(chat, prompts, max_new_tokens=max_new_tokens)))
+
+
 def refusal_rate(chat: ChatModel, prompts: Sequence[PromptLike], judge: Judge, max_new_tokens: int) -> float:
     """Return the share of greedy answers that refuse."""
-    answers = generate(chat, prompts, max_new_tokens=max_new_tokens)
-    return sum(refusals(judge_all(judge, prompts, answers))) / len(prompts)
+    return sum(refused(chat, prompts, judge, max_new_tokens)) / len(prompts)
 
 
 def choose_coeff(

@@ -76,6 +76,11 @@ class RefusalTokens:
         """Write the table as CSV."""
         write_text(Path(path), self.table.to_csv(index=False))
 
+    @classmethod
+    def load(cls, path: str | Path) -> "RefusalTokens":
+        """Read what `save` wrote."""
+        return cls(pd.read_csv(path))
+
     def __repr__(self) -> str:
         tokens = ", ".join(repr(text) for text in self.table.text[self.table.refusal])
         source = "learnt from the model" if self.learnt else "taken from written refusals"

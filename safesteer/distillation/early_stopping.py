@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from safesteer.judges.judge import Judge, judge_all, refusals
+from safesteer.directions.calibration import refusal_rate
+from safesteer.judges.judge import Judge
 from safesteer.judges.wording import refuses
 from safesteer.models.adapter import as_base
 from safesteer.models.chat_model import ChatModel
@@ -32,9 +33,8 @@ def look_at(
 ) -> Look:
     """Measure the student on held-out prompts, in the base's precision. The base may carry its adapter."""
     with in_precision_of(base, student):
-        answers = generate(student, prompts.harmful, max_new_tokens=n_tokens)
+        share = refusal_rate(student, prompts.harmful, judge, n_tokens)
         with as_base(base, student):
             base_answers = generate(base, prompts.harmless, max_new_tokens=n_tokens)
         kls = kl_on_answers(base, student, prompts.harmless, base_answers, n_tokens=n_tokens)
-    refused = sum(refusals(judge_all(judge, prompts.harmful, answers)))
-    return Look(refused / len(prompts.harmful), float(np.mean(kls)))
+    return Look(share, float(np.mean(kls)))

@@ -254,8 +254,7 @@ def _prompts_to_train_on(prompts: PromptSet, config: DistillConfig) -> PromptSet
             "Early stopping (distill.check_every) measures val, so nothing is left to train on: add a split"
             " to distill.splits."
         )
-    selected = [p for name in names for p in prompts.split(name).prompts]
-    return PromptSet(tuple(selected), prompts.name)
+    return prompts.split(*names)
 
 
 def restore_student(

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from safesteer._errors import SafeSteerError
-from safesteer.judges.judge import Judge, judge_all, refusals
+from safesteer.directions.calibration import refused
+from safesteer.judges.judge import Judge
 from safesteer.models.adapter import as_base
 from safesteer.models.chat_model import ChatModel
-from safesteer.models.generation import generate
 from safesteer.models.precision import in_precision_of
 from safesteer.prompts.conversation import PromptLike
 from safesteer.settings import DistillConfig
@@ -43,7 +43,7 @@ def start_watch(
     if not prompts:
         return None
     with as_base(base, student):
-        return Watch(tuple(prompts), tuple(_refused(base, prompts, judge)))
+        return Watch(tuple(prompts), tuple(refused(base, prompts, judge, N_TOKENS)))
 
 
 def look(watch: Watch, base: ChatModel, student: ChatModel, judge: Judge, config: DistillConfig) -> float:
@@ -55,7 +55,7 @@ def look(watch: Watch, base: ChatModel, student: ChatModel, judge: Judge, config
     from scipy.stats import binomtest  # slow to import
 
     with in_precision_of(base, student):
-        now = _refused(student, watch.prompts, judge)
+        now = refused(student, watch.prompts, judge, N_TOKENS)
     share = sum(now) / len(now)
     lost = sum(before and not after for before, after in zip(watch.base_refused, now, strict=True))
     won = sum(after and not before for before, after in zip(watch.base_refused, now, strict=True))
@@ -74,8 +74,3 @@ def look(watch: Watch, base: ChatModel, student: ChatModel, judge: Judge, config
         raise SafeSteerError(f"{sentence} The last checkpoint is kept; distill.on_fall=warn goes on.")
     warnings.warn(sentence, stacklevel=2)
     return share
-
-
-def _refused(chat: ChatModel, prompts: Sequence[PromptLike], judge: Judge) -> list[bool]:
-    answers = generate(chat, prompts, max_new_tokens=N_TOKENS)
-    return list(refusals(judge_all(judge, prompts, answers)))

@@ -69,17 +69,20 @@ class PromptSet:
         """The harmless requests, in their order."""
         return self.texts("harmless")
 
-    def split(self, name: str) -> "PromptSet":
-        """Return the prompts of one split: "train", "val", "distill" or "test".
+    def split(self, *names: str) -> "PromptSet":
+        """Return the prompts of some splits, one after the other: "train", "val", "distill" or "test".
 
         Raises:
             SafeSteerError: For a split that the set does not have.
         """
-        chosen = tuple(p for p in self.prompts if p.split == name)
-        if not chosen:
-            known = sorted({p.split for p in self.prompts})
-            raise SafeSteerError(f"Prompt set '{self.name}' has no split '{name}'; it has {known}.")
-        return PromptSet(chosen, f"{self.name}/{name}")
+        chosen: list[Prompt] = []
+        for name in names:
+            there = [p for p in self.prompts if p.split == name]
+            if not there:
+                known = sorted({p.split for p in self.prompts})
+                raise SafeSteerError(f"Prompt set '{self.name}' has no split '{name}'; it has {known}.")
+            chosen += there
+        return PromptSet(tuple(chosen), f"{self.name}/{'+'.join(names)}")
 
     def first(self, n_pairs: int | None) -> "PromptSet":
         """Return the first n harmful and the first n harmless prompts (all of them for None)."""
