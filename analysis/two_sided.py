@@ -34,7 +34,7 @@ from safesteer.models.precision import in_precision_of
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.tokens.token_set import TokenSet
 
-CHECKS = (12, 24, 40, 60)
+CHECKS = (24, 40, 60)
 TWO_SIDED = ss.DistillConfig(
     divergence="symmetric",
     normalizer="generalized",
@@ -71,6 +71,7 @@ def arms() -> dict[str, Arm]:
     """Name the arms, those that decide first."""
     full = TWO_SIDED
     on_s = replace(full, support="safety")
+    first = replace(on_s, decay=0.7, max_new_tokens=8, harmful_per_step=12, harmless_per_step=12, n_steps=40)
     return {
         "two-sided": Arm(full),
         "on S": Arm(on_s),
@@ -84,6 +85,15 @@ def arms() -> dict[str, Arm]:
         "harmless by half": Arm(replace(full, anchor_weight=0.5, late_anchor_weight=0.5)),
         "long": Arm(replace(full, n_steps=60)),
         "long on S": Arm(replace(on_s, n_steps=60)),
+        "first tokens": Arm(first),
+        "first tokens, both on S": Arm(replace(first, anchor_support="same", n_steps=24)),
+        "first tokens, upper blocks, both on S": Arm(
+            replace(first, anchor_support="same", n_steps=24, train_layers="from_steered")
+        ),
+        "first tokens, upper blocks": Arm(replace(first, train_layers="from_steered")),
+        "first tokens, harmless by half": Arm(replace(first, anchor_weight=0.5, late_anchor_weight=0.5)),
+        "first tokens, coefficient 2": Arm(first, coeff=2.0),
+        "first tokens, twice the rate": Arm(replace(first, lr=2e-5)),
         "constant rate": Arm(replace(full, n_steps=100, warmup=0)),  # its rows are of steps 6 and 12
     }
 

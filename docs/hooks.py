@@ -70,7 +70,7 @@ def settings_tables() -> str:
     """Return one table per section of a recipe, with the value of every preset."""
     from safesteer.recipes import SECTIONS, recipe
 
-    presets = ("quick", "paper-qwen", "paper-llama")
+    presets = ("quick", "two-sided", "paper-qwen", "paper-llama")
     tables: dict[str, list[str]] = {"": [], **{name: [] for name in SECTIONS}}
     for row in zip(*(recipe(preset).rows() for preset in presets), strict=True):
         name, _, unit, text = row[0]
@@ -79,7 +79,7 @@ def settings_tables() -> str:
         cells = [first, *(other if other == first else f"**{other}**" for other in others)]
         meaning = text.replace("|", "\\|") + (f" ({unit})" if unit else "")
         tables[section].append(f"| `{key}` | {' | '.join(cells)} | {meaning} |")
-    head = f"| setting | {' | '.join(presets)} | meaning |\n|---|---|---|---|---|\n"
+    head = f"| setting | {' | '.join(presets)} | meaning |\n{'|---' * (len(presets) + 2)}|\n"
     titles = {"": "## Of the whole run", **{name: f"## {name}" for name in SECTIONS}}
     parts = (
         f'{titles[name]}\n\n<div class="settings" markdown>\n\n{head}' + "\n".join(rows) + "\n\n</div>"

@@ -1,6 +1,6 @@
 """The command line: parse, call the library, turn a SafeSteerError into one sentence.
 
-    safesteer align MODEL --out RUN [--preset quick|paper] [--recipe my.toml] [--set distill.lr=3e-5 ...]
+    safesteer align MODEL --out RUN [--preset quick|two-sided|paper] [--recipe my.toml] [--set NAME=VALUE ...]
     safesteer direction, tokens, distill, export     the same up to that stage
     safesteer evaluate MODEL_OR_RUN                  a suite of benchmarks: quick, small or paper
     safesteer report RUN                             the page again, from a run folder
@@ -37,7 +37,10 @@ Model = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="The run folder to write or to continue.")]
 Preset = Annotated[
-    str, typer.Option(help="'quick' (small machine) or 'paper' (as published: paper-qwen or paper-llama).")
+    str,
+    typer.Option(
+        help="'quick' (small machine), 'two-sided' (a model that refuses) or 'paper' (as published)."
+    ),
 ]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="A recipe file (TOML), such as a run folder's recipe.toml.")
@@ -172,7 +175,9 @@ for _name, _help in UP_TO.items():
 
 @app.command()
 def settings(
-    preset: Annotated[str, typer.Argument(help="'quick', 'paper-qwen' or 'paper-llama'.")] = "quick",
+    preset: Annotated[
+        str, typer.Argument(help="'quick', 'two-sided', 'paper-qwen' or 'paper-llama'.")
+    ] = "quick",
     toml: Annotated[bool, typer.Option("--toml", help="Print a recipe file to start from.")] = False,
 ) -> None:
     """Print every setting of a preset: value, unit and meaning."""

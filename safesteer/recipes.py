@@ -231,7 +231,44 @@ def paper() -> Recipe:
     return replace(paper_qwen(), preset="paper")
 
 
-PRESETS = {"quick": quick, "paper": paper, "paper-qwen": paper_qwen, "paper-llama": paper_llama}
+def two_sided() -> Recipe:
+    """Build the preset for models that refuse by themselves: steer harmful answers, ablate on harmless ones.
+
+    A teacher that only adds the direction refuses more of everything, and so does its student. Here harmless
+    answers are held, over the whole vocabulary, to a base that has lost the direction; harmful ones are
+    taught on S, with a divergence whose minimum is the teacher. Early positions count most: there the model
+    decides (docs/results.md).
+    """
+    return Recipe(
+        preset="two-sided",
+        dtype="bfloat16",
+        prompts="all",
+        direction=DirectionConfig(coeff=1.6, n_train=None, n_val=16),
+        tokens=TokenConfig(k_vote=200, n_samples=8, batch_size=8),
+        distill=DistillConfig(
+            harmless_teacher="ablated",
+            anchor_support="full",
+            splits=("distill", "train"),
+            train_layers="all",
+            n_steps=40,
+            harmful_per_step=12,
+            harmless_per_step=12,
+            anchor_weight=1.0,
+            late_anchor_weight=1.0,
+            decay=0.7,
+            lr=1e-5,
+            precision="bfloat16",
+        ),
+    )
+
+
+PRESETS = {
+    "quick": quick,
+    "two-sided": two_sided,
+    "paper": paper,
+    "paper-qwen": paper_qwen,
+    "paper-llama": paper_llama,
+}
 BY_FAMILY = ("tokens.horizon", "tokens.min_steered_prob", "distill.lr")  # where the two differ
 
 
@@ -264,8 +301,8 @@ def recipe(preset: str = "quick", seed: int | str | None = None, **changes: Any)
     """Build a recipe: a preset with some settings changed, and one seed for everything random.
 
     Args:
-        preset: "quick", "paper-qwen", "paper-llama", or "paper": `align` takes the one of the two that fits
-            the model, and until then it has the values for Qwen.
+        preset: "quick", "two-sided", "paper-qwen", "paper-llama", or "paper": `align` takes the one of the
+            last two that fits the model, and until then it has the values for Qwen.
         seed: Seed of every stage; None keeps the preset's.
         changes: Settings by name, such as `**{"distill.lr": 3e-5}`. Strings are read as the command line
             reads them.

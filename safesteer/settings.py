@@ -2,7 +2,8 @@
 
 One class per stage of a run, in the order of the stages. The defaults are those of the preset "quick"
 (`recipes.py`), found by measurement on SmolLM2-135M-Instruct; the paper's values are in the presets
-"paper-qwen" and "paper-llama". `safesteer settings` prints this page.
+"paper-qwen" and "paper-llama", those for a model that refuses in "two-sided". `safesteer settings` prints
+this page.
 """
 
 from typing import Annotated, Literal

@@ -1,0 +1,147 @@
+"""Test prompts, once: base, gated steering and the students of runs, at full length and with capability.
+
+    python analysis/held_out.py RUN [RUN ...] --data ROWS [--out analysis/results/held_out]
+
+Claim (ours): a student of the two-sided teacher refuses more harmful prompts of other people than its base,
+no more harmless ones, and answers as well. Refuted where over-refusal, capability or text quality of three
+seeds changes for the worse by more than chance.
+
+A RUN is a folder of `safesteer align`, done up to the stage export; one per seed, which draws direction, S
+and training. Each gives a student and, without training, its base steered where its reader says so. Every
+prompt is answered with 128 tokens, judged by its sentences (`declines`) and by its opening (`refuses`), and
+is a row without its text; so is every row of a task. Each look is written into the ledger. Files in OUT are
+per model and set, so an interrupted study continues.
+"""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+from ablation import LEDGER
+
+import safesteer as ss
+from safesteer.evaluation.capability import measure_capability
+from safesteer.evaluation.ledger import log_look
+from safesteer.evaluation.quality import repeats_itself, text_quality
+from safesteer.evaluation.sets import set_prompts
+from safesteer.judges.sentences import declines
+from safesteer.judges.wording import refuses
+from safesteer.models.text_loss import perplexity, wikitext
+from safesteer.report.reader_figures import READER_FILE
+
+SETS = (
+    "harmbench",
+    "do-not-answer",
+    "harmfulqa",
+    "xstest-unsafe",
+    "xstest",
+    "everyday",
+    "own-harmless",
+    "own-harmful",
+    "own-hazard-words",
+    "own-short",
+    "own-questions",
+)
+TASKS = {"lambada_openai": 500, "arc_easy": 300, "mmlu_stem": 300}  # rows
+N_PROMPTS = 60  # per set
+MAX_NEW_TOKENS = 128
+PERPLEXITY_TOKENS = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A model, by its name in the files, and how it is steered."""
+
+    name: str
+    chat: ss.ChatModel
+    steering: AbstractContextManager[None]
+
+
+def measured(runs: list[Path], base: ss.ChatModel) -> Iterator[Measured]:
+    """Yield the base, and of each run its student and its gated base; one student is open at a time."""
+    yield Measured("base", base, nullcontext())
+    for seed, run in enumerate(runs):
+        student = ss.load_model(str(run / "model"), dtype="bfloat16")
+        yield Measured(f"student-{seed}", replace(student, name=f"student of seed {seed}"), nullcontext())
+    for seed, run in enumerate(runs):
+        direction = ss.Direction.load(run / "direction.safetensors", base)
+        reader = ss.HarmfulnessReader.load(run / READER_FILE, base)
+        yield Measured(f"gated-{seed}", base, ss.steer(base, direction, gate=reader, closed="ablate"))
+
+
+def prompt_rows(model: Measured, name: str, data: Path) -> pd.DataFrame:
+    """Answer a set of prompts and judge the answers; a row per prompt, without the texts."""
+    prompts = set_prompts(name, data, N_PROMPTS)
+    answers = ss.generate(model.chat, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=30)
+    log_look(LEDGER, model.chat, name, len(prompts), f"study held_out: {model.name}")
+    rows = []
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        quality = text_quality([prompt], [answer])
+        rows.append(
+            {
+                "model": model.name,
+                "set": name,
+                "row": i,
+                "declines": int(declines(prompt, answer)),
+                "refuses": int(refuses(prompt, answer)),
+                "repeats": int(repeats_itself(answer)),
+                "words": round(quality.words),
+                "distinct": round(quality.distinct, 3),
+                "code": quality.code,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def task_rows(model: Measured, task: str, data: Path, folder: Path) -> pd.DataFrame:
+    """Measure a task; a row per row of it."""
+    result = measure_capability(model.chat, (task,), folder, data=data, limit=TASKS[task]).iloc[0]
+    right = pd.Series(result.correct, name="right").astype(int)
+    return pd.DataFrame({"model": model.name, "task": task, "row": right.index, "right": right})
+
+
+def text_rows(model: Measured, data: Path) -> pd.DataFrame:
+    """Measure the perplexity of plain text."""
+    value = perplexity(model.chat, wikitext(data), max_tokens=PERPLEXITY_TOKENS)
+    return pd.DataFrame([{"model": model.name, "perplexity": round(value, 3), "tokens": PERPLEXITY_TOKENS}])
+
+
+def measure(model: Measured, data: Path, out: Path) -> None:
+    """Write the files of a model that are missing; a gate reads prompts, and tasks have other rows."""
+    tasks = () if model.name.startswith("gated") else (*TASKS, "wikitext2")
+    with model.steering:
+        for name in (*SETS, *tasks):
+            path = out / f"{model.name}--{name}.csv"
+            if path.exists():
+                continue
+            if name in SETS:
+                rows = prompt_rows(model, name, data)
+            elif name in TASKS:
+                rows = task_rows(model, name, data, out.parent / "tasks")
+            else:
+                rows = text_rows(model, data)
+            rows.to_csv(path, index=False)
+            shown = next(c for c in ("declines", "right", "perplexity") if c in rows)
+            print(model.name, name, round(float(rows[shown].mean()), 3), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--model", default="qwen2.5-coder-0.5b")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--only", help="models to measure, such as student-1; none: all")
+    parser.add_argument("--out", type=Path, default=Path("analysis/results/held_out"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    base = ss.load_model(args.model, dtype="bfloat16")
+    for model in measured(args.runs, base):
+        if args.only in (None, model.name):
+            measure(model, args.data, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Tables of the test prompts on a model that refuses by itself (held_out.py), from their committed rows.
+
+Base, gated steering without training, and students of three seeds; changes are those of students against the
+base, prompt by prompt, with intervals over seeds and prompts together.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from table_text import percent, ranged
+
+from safesteer.evaluation.changes import change_over_seeds
+
+ROWS = Path(__file__).parent / "results" / "held_out"
+PUBLIC = ("harmbench", "do-not-answer", "harmfulqa", "xstest-unsafe")
+OVER = ("xstest", "everyday", "own-harmless")
+POOLS: Mapping[str, tuple[str, ...]] = {
+    "harmful, public: HarmBench, Do-Not-Answer, HarmfulQA, XSTest": PUBLIC,
+    "harmful, public: XSTest's unsafe prompts alone": ("xstest-unsafe",),
+    "harmful, our own in other forms": ("own-short", "own-questions"),
+    "harmful, our own pairs": ("own-harmful",),
+    "harmless: XSTest, everyday and twins of our pairs": OVER,
+    "harmless, public: XSTest": ("xstest",),
+    "harmless, public: everyday instructions": ("everyday",),
+    "harmless, our own pairs": ("own-harmless",),
+    "harmless, our own with a hazard word": ("own-hazard-words",),
+}
+TASKS = {"lambada_openai": "LAMBADA, right", "arc_easy": "ARC-Easy, right", "mmlu_stem": "MMLU-STEM, right"}
+
+
+def rows_of(part: Sequence[str]) -> pd.DataFrame:
+    """Read the rows of sets or tasks, of all models."""
+    files = [path for name in part for path in sorted(ROWS.glob(f"*--{name}.csv"))]
+    return pd.concat(map(pd.read_csv, files), ignore_index=True)
+
+
+def outcomes(rows: pd.DataFrame, kind: str, metric: str, keys: list[str]) -> np.ndarray:
+    """Return an array of models of a kind ("base", "gated", "student") by prompts."""
+    table = rows.loc[rows.model.str.startswith(kind)].pivot(index="model", columns=keys, values=metric)
+    return table.sort_index().to_numpy(dtype=float)
+
+
+def rate(values: np.ndarray) -> str:
+    """Write the mean of the seeds, and their range where they differ."""
+    rates = values.mean(1)
+    text = percent(float(rates.mean()))
+    if len(rates) > 1:
+        text += f" ({100 * rates.min():.0f} to {100 * rates.max():.0f})"
+    return text
+
+
+def line(title: str, rows: pd.DataFrame, metric: str, keys: list[str]) -> list[str]:
+    """Make a line of the table: n, the rates of all kinds, and how the students changed."""
+    kinds = {kind: outcomes(rows, kind, metric, keys) for kind in ("base", "gated", "student")}
+    keep = ~np.isnan(kinds["base"][0])
+    kinds = {kind: values[:, keep] for kind, values in kinds.items()}
+    change = change_over_seeds(kinds["base"][0].astype(bool).tolist(), kinds["student"].astype(bool).tolist())
+    gated = rate(kinds["gated"]) if len(kinds["gated"]) else ""
+    cells = [rate(kinds["base"]), gated, rate(kinds["student"]), ranged(*change, "+.0f")]
+    return [title, str(int(keep.sum())), *cells]
+
+
+def table(metric: str = "declines") -> tuple[list[str], list[list[str]]]:
+    """Make the table of refusals, text quality and capability."""
+    keys = ["set", "row"]
+    lines = [line(title, rows_of(sets), metric, keys) for title, sets in POOLS.items()]
+    harmless = rows_of((*OVER, "own-hazard-words"))
+    lines.append(line("answers to harmless prompts that repeat four words", harmless, "repeats", keys))
+    lines.append(line("code asked for, code given", harmless, "code", keys))
+    lines += [line(title, rows_of((task,)), "right", ["task", "row"]) for task, title in TASKS.items()]
+    titles = ["refused, unless said otherwise", "n", "base", "gated, no training", "student, three seeds"]
+    return [*titles, "student - base, points"], lines
