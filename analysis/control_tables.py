@@ -219,3 +219,36 @@ def margin_aucs() -> tuple[list[str], list[list[str]]]:
             cells.append(f"{roc_auc_score(part.set == f'{kind} harmful', part.margin):.2f}")
         lines.append([model, *cells])
     return ["AUC of the margin", "our pairs", "our other kinds", "public"], lines
+
+
+ARMS = {  # files of two_sided.py, and what the page calls them
+    "long_on_S": "8 + 8 prompts, 12 tokens, all alike",
+    "first_tokens": "12 + 12 prompts, 8 tokens, early ones count most",
+    "first_tokens,_both_on_S": "the same, harmless answers on S too",
+    "first_tokens,_upper_blocks": "the same, blocks from the steered layer up",
+}
+
+
+def two_sided_arms() -> tuple[list[str], list[list[str]]]:
+    """Make the table of the arms on the sets for choosing: refusals by set, and the margin's AUC."""
+    base = _two_sided_rows("base")
+    looks = [("base", "", base), ("gated steering, no training", "", _two_sided_rows("gated-band"))]
+    for file, title in ARMS.items():
+        for path in sorted(TWO_SIDED.glob(f"{file}--*.rows.csv")):
+            looks += [(title, str(step), rows) for step, rows in pd.read_csv(path).groupby("step")]
+    lines = []
+    for title, step, rows in looks:
+        rates = {name: 100 * _where(rows, set=name).refused.mean() for name in CHOOSING}
+        cells = [
+            " / ".join(f"{rates[f'{kind} {label}']:.0f}" for kind in ("pairs", "kinds", "public"))
+            for label in ("harmful", "harmless")
+        ]
+        lines.append([title, step, *cells, _aucs(rows) if "margin" in rows else ""])
+    titles = ["harmful prompts steered, harmless ones ablated", "step", "harmful, % refused", "harmless"]
+    return [*titles, "AUC of the margin"], lines
+
+
+def _aucs(rows: pd.DataFrame) -> str:
+    """Write how well the first-token margin tells harmful from harmless, by kind of prompts."""
+    parts = [rows.loc[rows.set.str.startswith(kind)] for kind in ("pairs", "kinds", "public")]
+    return " / ".join(f"{roc_auc_score(p.set.str.endswith('harmful'), p.margin):.2f}" for p in parts)

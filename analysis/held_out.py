@@ -1,19 +1,21 @@
 """Test prompts, once: base, gated steering and the students of runs, at full length and with capability.
 
-    python analysis/held_out.py RUN [RUN ...] --data ROWS [--out analysis/results/held_out]
+    python analysis/held_out.py --runs FOLDER --data ROWS [--out analysis/results/held_out]
 
 Claim (ours): a student of the two-sided teacher refuses more harmful prompts of other people than its base,
 no more harmless ones, and answers as well. Refuted where over-refusal, capability or text quality of three
 seeds changes for the worse by more than chance.
 
-A RUN is a folder of `safesteer align`, done up to the stage export; one per seed, which draws direction, S
-and training. Each gives a student and, without training, its base steered where its reader says so. Every
-prompt is answered with 128 tokens, judged by its sentences (`declines`) and by its opening (`refuses`), and
-is a row without its text; so is every row of a task. Each look is written into the ledger. Files in OUT are
-per model and set, so an interrupted study continues.
+FOLDER holds a run of the preset per seed, made here where it is missing. A seed draws the pairs that the
+direction and S are read from, four fifths of train and val, and all that is random in training. Each run
+gives a student and, without training, its base steered where its reader says so. Every prompt is answered
+with 128 tokens, judged by its sentences (`declines`) and by its opening (`refuses`), and is a row without
+its text; so is every row of a task. Each look is written into the ledger. Files in OUT are per model and set,
+so an interrupted study continues.
 """
 
 import argparse
+import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,6 +25,7 @@ import pandas as pd
 from ablation import LEDGER
 
 import safesteer as ss
+from safesteer.distillation.loop import CHECKPOINT
 from safesteer.evaluation.capability import measure_capability
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.quality import repeats_itself, text_quality
@@ -31,6 +34,7 @@ from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses
 from safesteer.models.text_loss import perplexity, wikitext
 from safesteer.report.reader_figures import READER_FILE
+from safesteer.run_folder import STAGES
 
 SETS = (
     "harmbench",
@@ -58,6 +62,24 @@ class Measured:
     name: str
     chat: ss.ChatModel
     steering: AbstractContextManager[None]
+
+
+def drawn_prompts(seed: int) -> ss.PromptSet:
+    """Return the prompts of a seed: four fifths of the pairs of train and val, and all others."""
+    prompts = ss.load_prompts("all").prompts
+    pairs = sorted({p.pair for p in prompts if p.pair and p.split in ("train", "val")})
+    left_out = set(random.Random(seed).sample(pairs, len(pairs) // 5))
+    return ss.PromptSet(tuple(p for p in prompts if p.pair not in left_out), f"drawn by seed {seed}")
+
+
+def run_of(seed: int, folder: Path, args: argparse.Namespace) -> Path:
+    """Return the run of a seed, made up to its export where it is missing."""
+    run = folder / str(seed)
+    if not (run / "model" / "config.json").exists():
+        recipe, stages = ss.recipe(args.preset, seed), STAGES[: STAGES.index("export") + 1]
+        ss.align(args.model, run, recipe, prompts=drawn_prompts(seed), stages=stages)
+        (run / CHECKPOINT).unlink()  # three times the size of the model, and exported
+    return run
 
 
 def measured(runs: list[Path], base: ss.ChatModel) -> Iterator[Measured]:
@@ -130,16 +152,19 @@ def measure(model: Measured, data: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--runs", type=Path, required=True, help="a folder with a run per seed")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--preset", default="two-sided")
     parser.add_argument("--model", default="qwen2.5-coder-0.5b")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--only", help="models to measure, such as student-1; none: all")
+    parser.add_argument("--only", nargs="*", help="models to measure, such as student-1; none: all")
     parser.add_argument("--out", type=Path, default=Path("analysis/results/held_out"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    runs = [run_of(seed, args.runs, args) for seed in range(args.seeds)]
     base = ss.load_model(args.model, dtype="bfloat16")
-    for model in measured(args.runs, base):
-        if args.only in (None, model.name):
+    for model in measured(runs, base):
+        if args.only is None or model.name in args.only:
             measure(model, args.data, args.out)
 
 

@@ -6,11 +6,12 @@ Claim (ours): a teacher that refuses more where a prompt is harmful and less whe
 to tell the two apart, and on fifty tokens that occur. Refuted where the same student of a one-sided teacher
 (harmless answers held to the base as it is) lies on the same curve, or the base's line of a constant does.
 
-Arms change one thing of "two-sided": whole vocabulary, symmetric divergence, harmful prompts steered, on
-harmless ones the direction ablated, every second answer opened by the steered teacher, 12 tokens, all
-weights, 8 + 8 prompts per step of pairs (train, distill) and of other kinds (train). Nothing here is a test
-prompt: arms are compared on val splits and on public prompts that are there for choosing. After each of the
-steps of CHECKS every prompt is answered, and is a row.
+"two-sided" began: whole vocabulary, symmetric divergence, harmful prompts steered, on harmless ones the
+direction ablated, every second answer opened by the steered teacher, 12 tokens, all weights, 8 + 8 prompts
+per step of pairs (train, distill) and of other kinds (train). "first tokens, both on S" ended the search, and
+the last arms take parts of it away. Nothing here is a test prompt: arms are compared on val splits and on
+public prompts that are there for choosing. After each of the steps of CHECKS every prompt is answered, and is
+a row. S (minimum probability 1e-3) is that of which_tokens.py, which comes first.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.metrics import roc_auc_score
-from which_tokens import answer_rows
+from which_tokens import answer_rows, drawn_sets, with_ids
 
 import safesteer as ss
 from safesteer._files import json_lines
@@ -65,36 +66,36 @@ class Arm:
     config: ss.DistillConfig
     coeff: float = COEFF
     kinds: bool = True
+    tokens: str = "S"  # or "random", "matched": other sets of fifty
 
 
 def arms() -> dict[str, Arm]:
-    """Name the arms, those that decide first."""
+    """Name the arms: the way to the preset "two-sided", then what it is without one of its parts."""
     full = TWO_SIDED
-    on_s = replace(full, support="safety")
-    first = replace(on_s, decay=0.7, max_new_tokens=8, harmful_per_step=12, harmless_per_step=12, n_steps=40)
+    first = replace(
+        full,
+        support="safety",
+        decay=0.7,
+        max_new_tokens=8,
+        harmful_per_step=12,
+        harmless_per_step=12,
+        n_steps=40,
+    )
+    on_s = replace(first, anchor_support="same", n_steps=24)
     return {
-        "two-sided": Arm(full),
-        "on S": Arm(on_s),
-        "one-sided": Arm(replace(full, harmless_teacher="base")),
-        "one-sided on S": Arm(replace(on_s, harmless_teacher="base")),
-        "pairs only": Arm(full, kinds=False),
-        "coefficient 1": Arm(full, coeff=1.0),
-        "answers of the student": Arm(replace(full, rollouts="student")),
-        "upper blocks": Arm(replace(full, train_layers="from_steered")),
-        "half the rate": Arm(replace(full, lr=5e-6)),
-        "harmless by half": Arm(replace(full, anchor_weight=0.5, late_anchor_weight=0.5)),
-        "long": Arm(replace(full, n_steps=60)),
-        "long on S": Arm(replace(on_s, n_steps=60)),
-        "first tokens": Arm(first),
-        "first tokens, both on S": Arm(replace(first, anchor_support="same", n_steps=24)),
-        "first tokens, upper blocks, both on S": Arm(
-            replace(first, anchor_support="same", n_steps=24, train_layers="from_steered")
-        ),
-        "first tokens, upper blocks": Arm(replace(first, train_layers="from_steered")),
-        "first tokens, harmless by half": Arm(replace(first, anchor_weight=0.5, late_anchor_weight=0.5)),
-        "first tokens, coefficient 2": Arm(first, coeff=2.0),
-        "first tokens, twice the rate": Arm(replace(first, lr=2e-5)),
         "constant rate": Arm(replace(full, n_steps=100, warmup=0)),  # its rows are of steps 6 and 12
+        "two-sided": Arm(full),
+        "long on S": Arm(replace(full, support="safety", n_steps=60)),
+        "first tokens": Arm(first),
+        "first tokens, upper blocks": Arm(replace(first, train_layers="from_steered")),
+        "first tokens, both on S": Arm(on_s),
+        "first tokens, both on S, longer": Arm(replace(on_s, n_steps=40)),
+        "both on random tokens": Arm(on_s, tokens="random"),
+        "both on matched tokens": Arm(on_s, tokens="matched"),
+        "both over all tokens": Arm(replace(on_s, support="full", anchor_support="full")),
+        "both on S, one-sided": Arm(replace(on_s, harmless_teacher="base")),
+        "both on S, pairs only": Arm(on_s, kinds=False),
+        "both on S, answers of the student": Arm(replace(on_s, rollouts="student")),
     }
 
 
@@ -130,6 +131,9 @@ def run(
         return
     config, sets, ids = replace(arm.config, seed=args.seed), choosing_sets(args.data), opening_ids(args.run)
     state = prepare_student(ss.load_model(args.model), direction, config)
+    if arm.tokens != "S":
+        drawn = drawn_sets(base, direction, tokens, args.out / "drawn.json")[arm.tokens]
+        tokens = with_ids(tokens, drawn[args.seed % len(drawn)])
     teacher, looks = Teacher(base, direction.with_coeff(arm.coeff), tokens), []
     for record in training_steps(state, teacher, training_prompts(arm.kinds)):
         print(name, record.step, f"loss {record.loss:.4f} grad {record.grad_norm:.3f}", flush=True)

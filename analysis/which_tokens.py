@@ -144,25 +144,42 @@ def token_sets(chat: ss.ChatModel, direction: ss.Direction, out: Path) -> dict[s
             selected = ss.select_tokens(chat, direction, prompts, replace(config, min_steered_prob=threshold))
             selected.save(path)
         sets[f"{threshold:g}"] = [TokenSet.load(path)]
+    published = sets["1e-08"][0]
+    drawn = drawn_sets(chat, direction, published, out / "drawn.json")
+    others = ordinary_ids(chat)
+    others[published.ids] = False
+    drawn["complement"] = [others.nonzero()[:, 0]]
+    sets |= {name: [with_ids(published, ids) for ids in found] for name, found in drawn.items()}
+    return sets | {"whole": [published]}
+
+
+def ordinary_ids(chat: ss.ChatModel) -> torch.Tensor:
+    """Mark the ids that stand for text."""
     ordinary = torch.ones(chat.d_vocab, dtype=torch.bool)
     ordinary[control_ids(chat.tokenizer)] = False
     ordinary[len(chat.tokenizer) :] = False
-    published = sets["1e-08"][0]
-    sums = sum_by_step(chat, sample_answers(chat, direction, prompts[:16], replace(config, n_samples=2)))
-    p_base = (sums.base.sum(0) / sums.n.sum()).float()
-    controls = Controls(ordinary, ordinary, n_sets=3)
-    others = ordinary.clone()
-    others[published.ids] = False
-    drawn = {
-        "random": random_sets(ordinary, len(published.tokens), 3, seed=0),
-        "matched": matched_sets(published.ids, len(published.tokens), p_base, controls),
-        "complement": [others.nonzero()[:, 0]],
-    }
-    write_text(
-        out / "drawn.json", json.dumps({k: [x.tolist() for x in drawn[k]] for k in ("random", "matched")})
-    )
-    sets |= {name: [with_ids(published, ids) for ids in found] for name, found in drawn.items()}
-    return sets | {"whole": [published]}
+    return ordinary
+
+
+def drawn_sets(
+    chat: ss.ChatModel, direction: ss.Direction, tokens: TokenSet, path: Path
+) -> dict[str, list[torch.Tensor]]:
+    """Draw three sets of any ids, and three of ids that the base makes as probable as those of S.
+
+    What was drawn is written to a file, and read from it the next time.
+    """
+    if not path.exists():
+        prompts, config = ss.load_prompts().split("val").harmless[:16], ss.TokenConfig(n_samples=2)
+        sums = sum_by_step(chat, sample_answers(chat, direction, prompts, replace(config, batch_size=8)))
+        p_base = (sums.base.sum(0) / sums.n.sum()).float()
+        ordinary, n = ordinary_ids(chat), len(tokens.tokens)
+        drawn = {
+            "random": random_sets(ordinary, n, 3, seed=0),
+            "matched": matched_sets(tokens.ids, n, p_base, Controls(ordinary, ordinary, n_sets=3)),
+        }
+        write_text(path, json.dumps({kind: [ids.tolist() for ids in sets] for kind, sets in drawn.items()}))
+    read = json.loads(path.read_text(encoding="utf-8"))
+    return {kind: [torch.tensor(ids) for ids in sets] for kind, sets in read.items()}
 
 
 def with_ids(tokens: TokenSet, ids: torch.Tensor) -> TokenSet:

@@ -235,9 +235,8 @@ def two_sided() -> Recipe:
     """Build the preset for models that refuse by themselves: steer harmful answers, ablate on harmless ones.
 
     A teacher that only adds the direction refuses more of everything, and so does its student. Here harmless
-    answers are held, over the whole vocabulary, to a base that has lost the direction; harmful ones are
-    taught on S, with a divergence whose minimum is the teacher. Early positions count most: there the model
-    decides (docs/results.md).
+    answers are compared with a base that has lost the direction, and both kinds on S alone, by a divergence
+    whose minimum is the teacher. Early positions count most: there the model decides.
     """
     return Recipe(
         preset="two-sided",
@@ -247,10 +246,9 @@ def two_sided() -> Recipe:
         tokens=TokenConfig(k_vote=200, n_samples=8, batch_size=8),
         distill=DistillConfig(
             harmless_teacher="ablated",
-            anchor_support="full",
             splits=("distill", "train"),
             train_layers="all",
-            n_steps=40,
+            n_steps=24,
             harmful_per_step=12,
             harmless_per_step=12,
             anchor_weight=1.0,

@@ -3,6 +3,7 @@
 import importlib
 import runpy
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 from rich.console import Console
 from test_pipeline import model_folder  # noqa: F401
 
+import safesteer as ss
 from conftest import PACKAGE
+from safesteer.evaluation.ledger import looks
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.recipes import SECTIONS, recipe
 
@@ -178,3 +181,44 @@ def test_the_arms_of_the_control_have_names_of_their_own_that_its_tables_read(tm
     assert set(read.tokens) == set(tables.TOKENS)
     assert set(read.optimizer) == set(tables.OPTIMIZERS)
     assert len(read) == len(arms)
+
+
+def test_a_seed_draws_the_pairs_of_direction_and_tokens_alone():
+    study, whole = importlib.import_module("held_out"), load_prompts("all")
+    drawn = [study.drawn_prompts(seed) for seed in (0, 0, 1)]
+    assert drawn[0].hash == drawn[1].hash != drawn[2].hash
+    for prompts in drawn:
+        kept = {p.text for p in prompts.prompts}
+        left_out = [p for p in whole.prompts if p.text not in kept]
+        assert {p.split for p in left_out} == {"train", "val"}
+        assert all(p.text not in kept for p in whole.prompts if p.pair in {q.pair for q in left_out})
+        assert 5 * len(left_out) == pytest.approx(2 * (128 + 32), abs=5)
+
+
+def test_the_table_of_test_prompts_is_that_of_what_was_measured(model_folder, tmp_path, monkeypatch):  # noqa: F811
+    """Gated bases and students stand beside the base, and a second call measures nothing again."""
+    study, tables = importlib.import_module("held_out"), importlib.import_module("held_out_tables")
+    small = {"SETS": ("own-short", "own-harmless"), "TASKS": {}, "N_PROMPTS": 3, "MAX_NEW_TOKENS": 2}
+    small |= {"LEDGER": tmp_path / "looks.csv", "wikitext": lambda _: "The tide comes in. " * 30}
+    for name, value in small.items():
+        monkeypatch.setattr(study, name, value)
+    chat, out = ss.load_model(str(model_folder)), tmp_path / "held_out"
+    out.mkdir()
+    for _ in range(2):
+        study.measure(study.Measured("base", chat, nullcontext()), tmp_path, out)
+    assert len(looks(tmp_path / "looks.csv")) == 2
+    base = pd.read_csv(out / "base--own-short.csv")
+    assert base.columns.tolist()[:3] == ["model", "set", "row"]
+    assert len(base) == 3
+    assert (out / "base--wikitext2.csv").exists()
+    for name in ("own-short", "own-harmless"):
+        rows = pd.read_csv(out / f"base--{name}.csv").assign(declines=[0, 0, 0], code=None)
+        rows.to_csv(out / f"base--{name}.csv", index=False)
+        for model, verdicts in {"gated-0": [1, 0, 0], "student-0": [1, 1, 0], "student-1": [1, 1, 1]}.items():
+            rows.assign(model=model, declines=verdicts).to_csv(out / f"{model}--{name}.csv", index=False)
+    monkeypatch.setattr(tables, "ROWS", out)
+    part = tables.rows_of(("own-short", "own-harmless"))
+    title, n, before, gated, after, change = tables.line("both", part, "declines", ["set", "row"])
+    assert (title, n, before, gated) == ("both", "6", "0 %", "33 %")
+    assert after == "83 % (67 to 100)"
+    assert change.startswith("+83 (+")
