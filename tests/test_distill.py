@@ -31,7 +31,7 @@ from safesteer.distillation.rollouts import (
 )
 from safesteer.distillation.state import DistillState, prepare_student
 from safesteer.distillation.step import learning_rate
-from safesteer.distillation.watching import Watch, look, start_watch
+from safesteer.distillation.watching import Watch, start_watch, watched_share
 from safesteer.evaluation.scores import evaluate
 from safesteer.exporting import export, reload_difference
 from safesteer.models.adapter import as_base, merged, shares_weights, without_adapter
@@ -909,11 +909,13 @@ class TestWatching:
         watch = Watch(("a", "b", "c", "d", "e"), (True,) * 5)
         config = DistillConfig(normalizer="partial")
         with pytest.raises(SafeSteerError, match="q / e"):
-            look(watch, tiny_llama, tiny_llama, lambda prompt, answer: False, config)
+            watched_share(watch, tiny_llama, tiny_llama, lambda prompt, answer: False, config)
 
     def test_a_loss_within_chance_is_no_fall(self, tiny_llama):
         watch = Watch(("a", "b", "c", "d", "e"), (True,) * 4 + (False,))
-        assert look(watch, tiny_llama, tiny_llama, lambda prompt, answer: False, DistillConfig()) == 0
+        assert (
+            watched_share(watch, tiny_llama, tiny_llama, lambda prompt, answer: False, DistillConfig()) == 0
+        )
 
     def test_a_set_without_val_is_not_watched(self, tiny_llama):
         assert start_watch(tiny_llama, tiny_llama, [], lambda prompt, answer: True) is None

@@ -29,7 +29,7 @@ from safesteer.distillation.rollouts import Sampler, StepPrompts, Teacher
 from safesteer.distillation.state import DistillState, prepare_student
 from safesteer.distillation.step import StepRecord, take_step
 from safesteer.distillation.tracking import open_tracker
-from safesteer.distillation.watching import look, start_watch
+from safesteer.distillation.watching import start_watch, watched_share
 from safesteer.judges.judge import Judge
 from safesteer.judges.wording import refuses
 from safesteer.models.adapter import merged, shares_weights, without_adapter, write_adapter
@@ -226,7 +226,7 @@ def _follow(
             watch = start_watch(teacher.base, state.student, _watched(prompts, config), training.judge)
         for record in () if stopped else steps:
             if watch is not None and (record.step % config.watch_every == 0 or record.step == config.n_steps):
-                share = look(watch, teacher.base, state.student, training.judge, config)
+                share = watched_share(watch, teacher.base, state.student, training.judge, config)
                 record = replace(record, val_refused=share)
             history.append(record)
             training.progress(record.step / config.n_steps)

@@ -46,7 +46,9 @@ def start_watch(
         return Watch(tuple(prompts), tuple(refused(base, prompts, judge, N_TOKENS)))
 
 
-def look(watch: Watch, base: ChatModel, student: ChatModel, judge: Judge, config: DistillConfig) -> float:
+def watched_share(
+    watch: Watch, base: ChatModel, student: ChatModel, judge: Judge, config: DistillConfig
+) -> float:
     """Let the student answer the prompts; return the share that it refuses.
 
     Raises:
