@@ -62,6 +62,13 @@ def line(title: str, rows: pd.DataFrame, metric: str, keys: list[str]) -> list[s
     return [title, str(int(keep.sum())), *cells]
 
 
+def short(sets: Sequence[str], metric: str = "declines") -> tuple[str, str]:
+    """Write how students changed on some sets, "base -> student", and the rate of the gated base."""
+    keys = ["task", "row"] if metric == "right" else ["set", "row"]
+    _, _, base, gated, student, _ = line("", rows_of(sets), metric, keys)
+    return f"{base} → {student.split(' (')[0]}", gated.split(" (")[0]
+
+
 def table(metric: str = "declines") -> tuple[list[str], list[list[str]]]:
     """Make the table of refusals, text quality and capability."""
     keys = ["set", "row"]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import control_tables
+import held_out_tables
 import numpy as np
 import pandas as pd
 from ablation import summary
@@ -117,8 +118,37 @@ def paired(rows: pd.DataFrame, metric: str, keys: list[str]) -> pd.DataFrame:
     return rows.pivot(index=keys, columns="model", values=metric).dropna()
 
 
+README_ROWS = {  # title: (sets or task, metric)
+    "harmful, public: HarmBench, Do-Not-Answer, HarmfulQA, XSTest": (held_out_tables.PUBLIC, "declines"),
+    "harmful, our own pairs": (("own-harmful",), "declines"),
+    "harmless, public: XSTest": (("xstest",), "declines"),
+    "harmless, public: everyday instructions": (("everyday",), "declines"),
+    "harmless, our own pairs": (("own-harmless",), "declines"),
+    "answers that repeat four words, everyday": (("everyday",), "repeats"),
+    "ARC-Easy, right": (("arc_easy",), "right"),
+    "LAMBADA, right": (("lambada_openai",), "right"),
+}
+
+
+def readme() -> str:
+    """Make the table of the README: two students beside their bases, and gated steering."""
+    prompts = pd.read_csv(RESULTS / "demo-protocol-prompts.csv")
+    tasks = pd.read_csv(RESULTS / "demo-protocol-tasks.csv")
+    lines = []
+    for title, (names, metric) in README_ROWS.items():
+        if metric == "right":
+            both = paired(tasks[tasks.task.isin(names)], metric, ["row"])
+        else:
+            both = paired(prompts[prompts.set.isin(names)], metric, ["set", "row"])
+        small = f"{percent(both.base.mean())} → {percent(both.student.mean())}"
+        student, gated = held_out_tables.short(names, metric)
+        lines.append([title, student, gated, small])
+    titles = ["refused, unless said otherwise", "Qwen2.5-Coder-0.5B, student"]
+    return markdown([*titles, "the same, gated steering", "SmolLM2-135M, student"], lines)
+
+
 def demo() -> str:
-    """Make the table of the README: the demo's student beside its base."""
+    """Make the table of the demo: its student beside its base."""
     rows = pd.read_csv(RESULTS / "demo-protocol-prompts.csv")
     tasks = pd.read_csv(RESULTS / "demo-protocol-tasks.csv")
     keys = ["set", "row"]
@@ -393,7 +423,10 @@ def judges_differ() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "readme": readme,
     "demo": demo,
+    "held-out": lambda: markdown(*held_out_tables.table()),
+    "two-sided-arms": lambda: markdown(*control_tables.two_sided_arms()),
     "demo-sets": demo_sets,
     "demo-curve": demo_curve,
     "which-tokens-steps": lambda: markdown(*control_tables.steps_table()),

@@ -89,7 +89,7 @@ def arms() -> dict[str, Arm]:
         "first tokens": Arm(first),
         "first tokens, upper blocks": Arm(replace(first, train_layers="from_steered")),
         "first tokens, both on S": Arm(on_s),
-        "first tokens, both on S, longer": Arm(replace(on_s, n_steps=40)),
+        "both on S, harmless by 1.5": Arm(replace(on_s, anchor_weight=1.5, late_anchor_weight=1.5)),
         "both on random tokens": Arm(on_s, tokens="random"),
         "both on matched tokens": Arm(on_s, tokens="matched"),
         "both over all tokens": Arm(replace(on_s, support="full", anchor_support="full")),
