@@ -1,6 +1,7 @@
 """Forward passes and generation against plain Hugging Face calls; loading; the bridge."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from conftest import (
     random_vector,
 )
 from safesteer._errors import SafeSteerError
+from safesteer.models import generation
 from safesteer.models.batch import PromptBatch, cut_at_eos
 from safesteer.models.bridge import to_bridge
 from safesteer.models.chat_model import ChatModel, as_chat
@@ -25,10 +27,11 @@ from safesteer.models.generation import generate, generate_ids
 from safesteer.models.head import output_head
 from safesteer.models.loading import load_model
 from safesteer.models.logits import logits_of
-from safesteer.models.parts import hf_model, is_bridge
+from safesteer.models.parts import decoder, hf_model, is_bridge
 from safesteer.models.templates import template_hash
 from safesteer.steering import interventions as steering
 from safesteer.steering.direction import Direction
+from safesteer.steering.hooks import apply_hooks
 
 LAYER, COEFF = 1, 3.0
 
@@ -179,6 +182,45 @@ def test_answers_end_at_any_eos_and_are_padded_with_the_first(tiny_llama):
     at = first[0].tolist().index(stop)
     assert ids[0, : at + 1].tolist() == first[0, : at + 1].tolist()
     assert set(ids[0, at + 1 :].tolist()) <= {ender.eos_ids[0]}
+
+
+@pytest.mark.parametrize("inside", ["none", "steered", "hooks of somebody"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_that_have_ended_leave_the_batch_and_change_nothing(
+    tiny_llama, monkeypatch, temperature, inside
+):
+    """Hooks that may know a row by its place keep all rows where they are."""
+    ender = copy_of(tiny_llama)
+    batch, n, d_model = batch_of(ender), 2 * len(batch_of(ender).prompt_ids), ender.d_model
+    drawn = torch.rand((n, 12), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shift = torch.ones(d_model)
+    contexts = {
+        "none": nullcontext,
+        "steered": lambda: steering.add(ender, shift, 1, scope="answer"),
+        "hooks of somebody": lambda: apply_hooks(ender, {("resid_pre", 1): lambda h: h + shift}),
+    }
+
+    def answered(together: int) -> tuple[torch.Tensor, list[int]]:
+        sizes: list[int] = []
+        monkeypatch.setattr(generation, "TOGETHER", together)
+        count = decoder(ender.model).register_forward_pre_hook(
+            lambda module, args, kwargs: sizes.append(len(args[0] if args else kwargs["input_ids"])),
+            with_kwargs=True,
+        )
+        options = {"max_new_tokens": 12, "temperature": temperature, "n_samples": 2, "uniform": drawn}
+        with contexts[inside]():
+            ids = generate_ids(ender, batch, **options)
+        count.remove()
+        return ids, sizes[sizes.index(n) :] if n in sizes else sizes
+
+    whole, _ = answered(100)
+    ender.model.generation_config.eos_token_id = [int(whole[0, 1]), int(whole[1, 4])]
+    want, together = answered(100)
+    got, leaving = answered(2)
+    assert torch.equal(got, want)
+    assert len(set(together)) == 1
+    assert leaving == sorted(leaving, reverse=True)
+    assert (len(set(leaving)) == 1) == (inside == "hooks of somebody")
 
 
 def test_generate_keeps_the_order_of_prompts(tiny_llama):

@@ -268,6 +268,21 @@ def test_the_preset_paper_becomes_that_of_the_model(tiny_llama, tiny_qwen2, tiny
 
 
 @pytest.mark.model
+def test_the_preset_two_sided_teaches_both_sides_on_s_alone(model_folder, tmp_path):
+    """Harmless answers move the student too."""
+    settings = {**SMALL, "direction.n_train": 6, "dtype": "float32", "distill.precision": "float32"}
+    stages, runs = STAGES[:3], {}
+    for teacher in ("ablated", "base"):
+        changes = settings | {"distill.harmless_teacher": teacher}
+        chosen = recipe("two-sided", **changes)
+        runs[teacher] = align(str(model_folder), tmp_path / teacher, chosen, stages=stages, console=QUIET)
+        assert (chosen.distill.support, chosen.distill.anchor_support) == ("safety", "same")
+    histories = [(run / "history.jsonl").read_text() for run in runs.values()]
+    assert histories[0] != histories[1]
+    kinds = {json.loads((run / "manifest.json").read_text())["recipe"]["prompts"] for run in runs.values()}
+    assert kinds == {"all"}
+
+
 @pytest.mark.slow
 def test_spine_on_the_real_model(tmp_path):
     """Name to report on SmolLM2, with settings too small to learn anything."""

@@ -1,26 +1,30 @@
 """Generate answers: greedy or sampled, batched by length, with the KV cache.
 
 The columns that all prompts of a batch share are read once, and a prompt is read once however many
-samples continue it. A sample is drawn from its own random numbers, so it does not depend on which
-others are drawn beside it, in this process or in another.
+samples continue it. Answers that have ended leave the batch every few tokens: refusals are short. A sample
+is drawn from its own random numbers, so it does not depend on which others are drawn beside it, in this
+process or in another.
 """
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import Cache, GenerationConfig, LogitsProcessor
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import earned, prefill
 from safesteer.models.parts import hf_model
-from safesteer.models.passes import plain_decoding, reading
+from safesteer.models.passes import plain_decoding, reading, rows_must_stay
 from safesteer.models.traits import traits_of
 from safesteer.prompts.conversation import PromptLike, as_prompts
+
+TOGETHER = 16  # tokens after which answers that have ended leave the batch
 
 
 def seed_of(key: tuple) -> int:
@@ -86,12 +90,9 @@ def generate_ids(
     """
     chat = as_chat(chat)
     batch = earned(chat.model, batch)
-    processors = []
-    if temperature > 0:
-        if uniform is None:
-            uniform = torch.rand(len(batch.prompt_ids) * n_samples, max_new_tokens, dtype=torch.float64)
-        processors = [_Sampling(uniform.to(batch.prompt_ids.device), temperature, chat.name)]
-    eos = chat.eos_ids
+    n_rows = len(batch.prompt_ids) * n_samples
+    if temperature > 0 and uniform is None:
+        uniform = torch.rand(n_rows, max_new_tokens, dtype=torch.float64)
     # All but the last column: a prompt is read once, however many samples continue it.
     upto = batch.prompt_ids.shape[1] - (first_ids is None)
     cache = prefill(chat.model, batch, upto, n_samples)
@@ -100,11 +101,67 @@ def generate_ids(
     if first_ids is not None:
         ids = torch.cat([ids, first_ids.to(ids).repeat(len(batch.prompt_ids))[:, None]], 1)
         mask = torch.cat([mask, torch.ones_like(ids[:, -1:])], 1)
-    with reading(batch), plain_decoding(chat.model):
+    going = _Going(torch.arange(n_rows, device=ids.device), ids, mask, cache)
+    eos = torch.tensor(chat.eos_ids, dtype=torch.long, device=ids.device)
+    pad = chat.eos_ids[0] if chat.eos_ids else 0
+    out, width = ids.new_full((n_rows, max_new_tokens), pad), 0
+    may_leave = cache is not None and not rows_must_stay(chat.model)
+    while width < max_new_tokens and len(going.rows):
+        n_new = min(TOGETHER, max_new_tokens - width) if may_leave else max_new_tokens
+        drawn = None if temperature == 0 or uniform is None else uniform.to(ids.device)[going.rows, width:]
+        with reading(batch if width == 0 else _of_rows(batch, going.rows // n_samples)):
+            new = _continued(
+                chat,
+                going,
+                [] if drawn is None else [_Sampling(drawn, temperature, chat.name)],
+                max_new_tokens=n_new,
+                min_new_tokens=max(0, min_new_tokens - width),
+            )
+        out[going.rows, width : width + new.shape[1]] = new
+        width += new.shape[1]
+        going = going.without(torch.isin(new, eos).any(1), new)
+    return out[:, :width]
+
+
+@dataclass(frozen=True, eq=False)
+class _Going:
+    """The answers that have not ended: their rows, all ids so far, the mask, and keys and values."""
+
+    rows: Int[Tensor, " rows"]
+    ids: Int[Tensor, "rows pos"]
+    mask: Int[Tensor, "rows pos"]
+    cache: Cache | None
+
+    def without(self, ended: Bool[Tensor, " rows"], new: Int[Tensor, "rows new_pos"]) -> "_Going":
+        """Append new tokens, and let the rows that have ended go."""
+        at = (~ended).nonzero()[:, 0]
+        if self.cache is not None and 0 < len(at) < len(ended):
+            self.cache.batch_select_indices(at)
+        mask = torch.cat([self.mask, torch.ones_like(new)], 1)[at]
+        return _Going(self.rows[at], torch.cat([self.ids, new], 1)[at], mask, self.cache)
+
+
+def _of_rows(batch: PromptBatch, at: Int[Tensor, " rows"]) -> PromptBatch:
+    """Take some rows with all columns, also those that are padding now: what is cached counts them."""
+    parts = (batch.prompt_ids, batch.attention_mask, batch.completion_mask)
+    return PromptBatch(*(part[at.to(part.device)] for part in parts), batch.n_shared)
+
+
+def _continued(
+    chat: ChatModel,
+    going: _Going,
+    processors: list[LogitsProcessor],
+    *,
+    max_new_tokens: int,
+    min_new_tokens: int,
+) -> Int[Tensor, "rows new_pos"]:
+    """Let transformers continue the rows; stop early where all of them end."""
+    eos = chat.eos_ids
+    with plain_decoding(chat.model):
         out = hf_model(chat.model).generate(
-            ids,
-            attention_mask=mask,
-            past_key_values=cache,
+            going.ids,
+            attention_mask=going.mask,
+            past_key_values=going.cache,
             logits_processor=processors,
             generation_config=GenerationConfig(
                 max_new_tokens=max_new_tokens,
@@ -114,7 +171,7 @@ def generate_ids(
                 use_cache=traits_of(chat.model).decodes_cached,
             ),
         )
-    return out[:, ids.shape[1] :]
+    return out[:, going.ids.shape[1] :]
 
 
 def with_greedy_tokens(chat: ChatModel, batch: PromptBatch, n_tokens: int) -> PromptBatch:

@@ -22,6 +22,8 @@ from safesteer.models.parts import context_length, decoder, hf_model, text_confi
 READ_NOW: ContextVar[PromptBatch | None] = ContextVar("read_now", default=None)
 # Decoders whose rows are steered differently, so that none of their columns are the same in every row.
 _DIFFERING: ContextVar[tuple[nn.Module, ...]] = ContextVar("differing", default=())
+# Decoders under hooks that know a row by its place in the batch.
+_STAYING: ContextVar[tuple[nn.Module, ...]] = ContextVar("staying", default=())
 
 
 @contextmanager
@@ -47,6 +49,21 @@ def rows_differ(model: nn.Module) -> Iterator[None]:
 def has_differing_rows(model: nn.Module) -> bool:
     """Return whether a block of `rows_differ` is open for the model."""
     return any(part is decoder(model) for part in _DIFFERING.get())
+
+
+@contextmanager
+def rows_stay(model: nn.Module) -> Iterator[None]:
+    """Keep every row in its place until all answers have ended, for passes of `model` inside the block."""
+    token = _STAYING.set((*_STAYING.get(), decoder(model)))
+    try:
+        yield
+    finally:
+        _STAYING.reset(token)
+
+
+def rows_must_stay(model: nn.Module) -> bool:
+    """Return whether a block of `rows_stay` is open for the model."""
+    return any(part is decoder(model) for part in _STAYING.get())
 
 
 @contextmanager

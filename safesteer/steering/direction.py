@@ -178,5 +178,5 @@ def steer(
         if gate is not None:
             by_row = gated(model, gate, moves, closed_moves(model, vector, closed), prompt_width)
             moves = stack.enter_context(by_row)
-        stack.enter_context(apply_in_scope(model, moves, scope, n_last, prompt_width))
+        stack.enter_context(apply_in_scope(model, moves, scope, n_last, prompt_width, rows_may_leave=True))
         yield

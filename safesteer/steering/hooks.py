@@ -20,7 +20,7 @@ from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ModelLike, module_of
 from safesteer.models.head import FAILURES, deviation, once_per_model, probe_ids, tolerance
 from safesteer.models.parts import blocks, hf_model, is_bridge
-from safesteer.models.passes import read_states
+from safesteer.models.passes import read_states, rows_stay
 from safesteer.models.writes import writes_of
 
 if TYPE_CHECKING:
@@ -61,16 +61,20 @@ def unless_bare(hook: Callable[P, T]) -> Callable[P, T | None]:
 
 
 @contextmanager
-def apply_hooks(chat: ModelLike, edits: Edits) -> Iterator[None]:
+def apply_hooks(chat: ModelLike, edits: Edits, *, rows_may_leave: bool = False) -> Iterator[None]:
     """Run `edits` at their points in every forward pass inside the block.
 
     Args:
         chat: A ChatModel, a TransformerBridge, a plain model, or (model, tokenizer).
         edits: A function per (point, layer), which gets [batch, pos, d_model] and returns what takes its
             place; None leaves it as it is. The layer of "embed" is not looked at.
+        rows_may_leave: The edits do not know a row by its place in the batch, so answers that have ended may
+            leave it.
     """
     model = module_of(chat)
     with ExitStack() as stack:
+        if not rows_may_leave:
+            stack.enter_context(rows_stay(model))
         hook_points = []
         for (point, layer), edit in edits.items():
             if is_bridge(model) and point == "resid_pre":

@@ -102,7 +102,8 @@ def add(
         >>> steered == ss.generate(chat, ["Hello"], max_new_tokens=4)
         False
     """
-    with apply_in_scope(module_of(chat), adding(vector, layer, coeff), scope, n_last, prompt_width):
+    edits, alike = adding(vector, layer, coeff), vector.dim() == 1
+    with apply_in_scope(module_of(chat), edits, scope, n_last, prompt_width, rows_may_leave=alike):
         yield
 
 
@@ -137,7 +138,8 @@ def clamp(
         >>> steered == ss.generate(chat, ["Hello"], max_new_tokens=4)
         False
     """
-    with apply_in_scope(module_of(chat), clamping(vector, layer, value), scope, n_last, prompt_width):
+    edits, alike = clamping(vector, layer, value), vector.dim() == 1
+    with apply_in_scope(module_of(chat), edits, scope, n_last, prompt_width, rows_may_leave=alike):
         yield
 
 
@@ -270,8 +272,8 @@ def ablate(
         >>> bool((seen[1] @ direction.unit).abs().max() < 1e-4)
         True
     """
-    model = module_of(chat)
-    with apply_in_scope(model, ablating(model, vector), scope, n_last, prompt_width):
+    model, alike = module_of(chat), vector.dim() == 1
+    with apply_in_scope(model, ablating(model, vector), scope, n_last, prompt_width, rows_may_leave=alike):
         yield
 
 

@@ -112,12 +112,14 @@ def apply_in_scope(
     scope: Scope,
     n_last: int,
     prompt_width: int | None,
+    *,
+    rows_may_leave: bool = False,
 ) -> Iterator[None]:
     """Apply `edits` as `apply_hooks` does, confined to the columns of `scope`."""
     if scope not in ("all", "prompt", "answer", "last"):
         raise SafeSteerError(f"scope must be all, prompt, answer or last, not '{scope}'.")
     if scope == "all":
-        with apply_hooks(model, edits):
+        with apply_hooks(model, edits, rows_may_leave=rows_may_leave):
             yield
         return
     with columns_of(model, prompt_width) as at:
@@ -125,5 +127,6 @@ def apply_in_scope(
         def confined(edit: Callable[[Tensor], Tensor]) -> Edit:
             return lambda h: torch.where(_inside(scope, n_last, at, h), edit(h), h)
 
-        with apply_hooks(model, {point: confined(edit) for point, edit in edits.items()}):
+        moves = {point: confined(edit) for point, edit in edits.items()}
+        with apply_hooks(model, moves, rows_may_leave=rows_may_leave):
             yield
