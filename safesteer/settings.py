@@ -40,7 +40,7 @@ class DirectionConfig:
         "How candidates are read: 'instruction' is the paper's difference of means, 'prefill' contrasts"
         " refusing with complying continuations, 'system' two system prompts, 'pca' and 'probe' are a"
         " principal component and a logistic regression. 'auto' takes 'instruction' where the model refuses"
-        " by itself, and filters prompts only where enough pass; else 'prefill'.",
+        " by itself, and filters prompts by its answers; else 'prefill'.",
     )
     native_share: float = setting(
         0.25,
@@ -57,8 +57,8 @@ class DirectionConfig:
     )
     coeff: FiniteOrNone = setting_or_none(
         None,
-        "Coefficient of the direction. none: 1 for a direction ranked by ablation; for one ranked by"
-        " steering, the smallest at which greedy answers refuse.",
+        "Coefficient of the direction, at which it is also scored. none: 1 for a direction ranked by"
+        " ablation; for one ranked by steering, the smallest at which greedy answers refuse.",
     )
     rank_by: Literal["auto", "ablation", "steering"] = setting(
         "auto",

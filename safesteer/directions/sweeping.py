@@ -160,7 +160,8 @@ def sweep(
         progress(share * (n + done))
 
     places = runnable(candidates, config.max_layer_share)
-    vectors = torch.stack([candidates.vectors[at] for at in places])
+    strength = 1.0 if config.coeff is None else config.coeff  # ablation does not see it
+    vectors = strength * torch.stack([candidates.vectors[at] for at in places])
     layers = [layer for _, layer in places]
     scores = score(chat, vectors, layers, prompts, refusal_ids, limits, progress=partial(part, 0))
     rank_by = config.rank_by
@@ -174,7 +175,7 @@ def sweep(
     progress(1.0)
     if table.kept.any() and held_out is not None and config.n_held_out:
         best = result.ranking.head(config.n_held_out)
-        vectors = torch.stack([result.vector(row) for _, row in best.iterrows()])
+        vectors = strength * torch.stack([result.vector(row) for _, row in best.iterrows()])
         again = score(chat, vectors, best.layer.tolist(), held_out, refusal_ids, limits)
         for name, values in again.items():
             table.loc[best.index, f"{name}_held_out"] = values.mean(1).numpy()
@@ -215,7 +216,7 @@ def _add_controls(
     places = [candidates.index(str(row.position), int(row.layer)) for _, row in scored.iterrows()]
     control = score(
         chat,
-        torch.stack([source[at] for at in places]),
+        (1.0 if config.coeff is None else config.coeff) * torch.stack([source[at] for at in places]),
         [layer for _, layer in places],
         prompts,
         refusal_ids,
