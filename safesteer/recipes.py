@@ -242,7 +242,9 @@ def two_sided() -> Recipe:
         preset="two-sided",
         dtype="bfloat16",
         prompts="all",
-        direction=DirectionConfig(coeff=1.6, n_train=None, n_val=16),
+        direction=DirectionConfig(
+            coeff=1.6, n_train=None, n_val=16, n_kl_tokens=1, max_kl=0.2, max_layer_share=0.7
+        ),
         tokens=TokenConfig(k_vote=200, n_samples=8, batch_size=8),
         distill=DistillConfig(
             harmless_teacher="ablated",

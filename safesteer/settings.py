@@ -40,7 +40,7 @@ class DirectionConfig:
         "How candidates are read: 'instruction' is the paper's difference of means, 'prefill' contrasts"
         " refusing with complying continuations, 'system' two system prompts, 'pca' and 'probe' are a"
         " principal component and a logistic regression. 'auto' takes 'instruction' where the model refuses"
-        " by itself, and filters prompts by its answers; else 'prefill'.",
+        " by itself, and filters prompts only where enough pass; else 'prefill'.",
     )
     native_share: float = setting(
         0.25,

@@ -11,7 +11,7 @@ from safesteer._errors import SafeSteerError
 from safesteer.directions import finding
 from safesteer.directions.calibration import ANSWER_TOKENS
 from safesteer.directions.candidates import Candidates
-from safesteer.directions.extraction import mean_difference, prefill_contrast
+from safesteer.directions.extraction import prefill_contrast
 from safesteer.directions.finding import find_direction
 from safesteer.directions.inspection import component_contributions
 from safesteer.directions.sweeping import sweep
@@ -115,29 +115,24 @@ def test_whether_a_model_refuses_is_read_from_its_answers(tiny_llama, pairs, mon
     assert "refuses 50% of harmful val prompts by itself" in direction.story()[1]
 
 
-@pytest.mark.parametrize(("passing", "n_harmful"), [(7, (20, 32)), (8, (8, 8))])
-def test_auto_filters_prompts_by_their_answers_where_enough_are_left(
-    tiny_llama, pairs, monkeypatch, passing, n_harmful
-):
-    """What the published filter says of first tokens counts with 'instruction' alone."""
-    refused = {text for name in ("train", "val") for text in pairs.split(name).harmful[:passing]}
-    config = replace(AUTO, n_train=20, n_val=None, native_share=0.0)
-    read = {}
+@pytest.mark.parametrize(("passing", "n_harmful"), [(0, (20, 32)), (7, (20, 32)), (8, (8, 8))])
+def test_a_refusing_model_of_which_few_first_tokens_say_so(tiny_llama, monkeypatch, passing, n_harmful):
+    """The published filter would leave too few prompts: 'auto' takes all, 'instruction' does as published."""
 
-    def reading(chat, prompts, seed):
-        read.update(harmful=prompts.harmful, harmless=prompts.harmless)
-        return mean_difference(chat, prompts)
+    def some_pass(chat, prompts, ids):
+        if not passing:
+            raise SafeSteerError("The difference of means needs both.")
+        return prompts.first(passing)
 
-    monkeypatch.setitem(finding.EXTRACTIONS, "instruction", reading)
-    direction = find_direction(tiny_llama, config=config, judge=lambda prompt, answer: prompt in refused)
-    assert direction.extraction == "instruction"
+    monkeypatch.setattr(finding, "filter_by_refusal", some_pass)
+    config = replace(AUTO, n_train=20, n_val=None)
+    direction = find_direction(tiny_llama, config=config, judge=lambda prompt, answer: True)
+    assert (direction.native_share, direction.extraction) == (1.0, "instruction")
     assert direction.n_harmful == n_harmful
     assert f"from {n_harmful[0]} harmful prompts, scored on {n_harmful[1]}" in direction.story()[1]
-    assert len(read["harmless"]) == 20
-    assert set(read["harmful"]) == refused & set(read["harmful"]) or passing < 8
-    monkeypatch.setattr(finding, "filter_by_refusal", lambda chat, prompts, ids: prompts.first(3))
-    published = replace(config, extraction="instruction")
-    assert find_direction(tiny_llama, config=published, judge=refuses_nothing).n_harmful == (3, 3)
+    if passing:
+        published = replace(config, extraction="instruction")
+        assert find_direction(tiny_llama, config=published, judge=refuses_nothing).n_harmful == (passing,) * 2
 
 
 def test_prompts_that_are_scored_are_those_that_pass_the_filter(tiny_llama, pairs, monkeypatch):

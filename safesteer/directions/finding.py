@@ -13,7 +13,7 @@ import pandas as pd
 
 from safesteer._errors import SafeSteerError
 from safesteer._progress import Progress, no_progress
-from safesteer.directions.calibration import ANSWER_TOKENS, choose_direction, refusal_rate, refused
+from safesteer.directions.calibration import ANSWER_TOKENS, choose_direction, refusal_rate
 from safesteer.directions.extraction import (
     logistic_probe,
     mean_difference,
@@ -31,7 +31,7 @@ from safesteer.judges.judge import Judge
 from safesteer.judges.wording import refuses
 from safesteer.models.bridge import to_bridge
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
-from safesteer.prompts.prompt_set import LABELS, Prompt, PromptSet, load_prompts
+from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.settings import DirectionConfig
 from safesteer.steering.direction import Direction
 
@@ -44,7 +44,7 @@ EXTRACTIONS = {
 }
 
 
-MIN_PASSING = 8  # prompts of each kind, for the filter of the extraction "auto"
+MIN_PASSING = 8  # prompts of each kind, for the extraction "auto"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -123,7 +123,7 @@ def find_direction(
     refusal = learn_refusal_tokens(chat, val.harmful, val.harmless, judge)
     native = refusal_rate(chat, val.harmful, judge, ANSWER_TOKENS)
     # 2. Candidates
-    extraction, read, suited = _readable(chat, (train, val), refusal, native, config, judge)
+    extraction, read, suited = _readable(chat, train, val, refusal, native, config)
     candidates = EXTRACTIONS[extraction](_bridged(chat), read, seed=config.seed)
     # 3. Scores
     scored = suited.first(config.n_val)
@@ -149,38 +149,37 @@ def find_direction(
 
 def _readable(
     chat: ChatModel,
-    splits: tuple[PromptSet, PromptSet],
+    train: PromptSet,
+    val: PromptSet,
     refusal: RefusalTokens,
     native: float,
     config: DirectionConfig,
-    judge: Judge,
 ) -> tuple[str, PromptSet, PromptSet]:
     """Choose the extraction; return it with the prompts that it reads and those that it may be scored on."""
-    extraction, (train, val) = config.extraction, splits
+    extraction = config.extraction
     if extraction == "auto":
         extraction = "instruction" if native >= config.native_share else "prefill"
     if extraction != "instruction":
         return extraction, train, val
-    if config.extraction == "instruction":
-        read, suited = (filter_by_refusal(chat, split, refusal.ids) for split in (train, val))
-    else:
-        read, suited = (_filtered_by_answers(chat, split, judge) for split in (train, val))
+    strict = config.extraction == "instruction"
+    read, suited = (_filtered(chat, split, refusal, strict) for split in (train, val))
     return extraction, read, suited
 
 
-def _filtered_by_answers(chat: ChatModel, split: PromptSet, judge: Judge) -> PromptSet:
-    """Keep harmful prompts that are refused and harmless ones that are not, where enough are left.
+def _filtered(chat: ChatModel, split: PromptSet, refusal: RefusalTokens, strict: bool) -> PromptSet:
+    """Filter prompts as published; if not `strict`, only where enough of them pass.
 
-    The published filter asks for first tokens that are likelier than all others together. A model can refuse
-    half of its prompts and pass hardly one of them, and a direction would come from a prompt or two.
+    A model can refuse many prompts with first tokens that are no likelier than all others together: then the
+    filter would leave a direction, or its choice, to a prompt or two.
     """
-    kept: list[Prompt] = []
-    for label in LABELS:
-        of_kind = [prompt for prompt in split.prompts if prompt.label == label]
-        verdicts = refused(chat, [prompt.text for prompt in of_kind], judge, ANSWER_TOKENS)
-        kept += [p for p, verdict in zip(of_kind, verdicts, strict=True) if verdict == (label == "harmful")]
-    passing = PromptSet(tuple(kept), split.name)
-    return passing if min(len(passing.harmful), len(passing.harmless)) >= MIN_PASSING else split
+    try:
+        passing = filter_by_refusal(chat, split, refusal.ids)
+    except SafeSteerError:  # none pass
+        if strict:
+            raise
+        return split
+    enough = min(len(passing.harmful), len(passing.harmless)) >= MIN_PASSING
+    return passing if strict or enough else split
 
 
 def _choose(
