@@ -1,7 +1,7 @@
 # Two commands matter on a fresh machine, and each does all its own set-up in .venv:
 #   make demo   align the embedded SmolLM2-135M-Instruct and open runs/demo/report.html
 #   make test   run the test suite
-# make showcase fetches Qwen2.5-Coder-0.5B-Instruct (480 MB) and aligns it by the paper's recipe.
+# make showcase fetches Qwen2.5-Coder-0.5B-Instruct (480 MB) and aligns it by the preset for models that refuse.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo showcase test docs conformance faults ablations ablations-quick check format clean
+.PHONY: setup demo showcase test docs results studies conformance faults ablations ablations-quick check format clean
 
 setup: $(VENV)/.ready
 
@@ -27,7 +27,7 @@ demo: setup
 # `fetch` says where the weights come from; they are checked, and never installed.
 showcase: setup
 	$(BIN)/safesteer fetch qwen2.5-coder-0.5b
-	$(BIN)/safesteer align qwen2.5-coder-0.5b --preset paper --out runs/showcase
+	$(BIN)/safesteer align qwen2.5-coder-0.5b --preset two-sided --out runs/showcase
 
 # Two workers with a thread each: most tests are many small steps on tiny models.
 test: setup
@@ -36,6 +36,19 @@ test: setup
 # The documentation as a site: python -m http.server -d site. Broken links and names are errors.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The tables of all pages from the committed rows, in seconds.
+results: setup
+	$(BIN)/python analysis/tables.py
+
+# Those rows from nothing, about six hours on two cores, for DATA=a folder of benchmark rows. What is there stays:
+# delete a row's file to make it again, or stop and continue as you like.
+STUDY = analysis/$(1).py runs/study --data $(DATA)
+studies: setup
+	$(BIN)/safesteer fetch qwen2.5-coder-0.5b
+	$(BIN)/python $(call STUDY,which_tokens)
+	$(BIN)/python $(call STUDY,two_sided)
+	$(BIN)/python analysis/held_out.py --runs runs/held-out --data $(DATA)
 
 # Every function on every family of models, about ten minutes: writes docs/models.md.
 conformance: setup

@@ -5,7 +5,8 @@
 Claim (paper, sections 3.3 and 3.4): safety lives in the few tokens that steering lifts, so a student is
 taught on them alone. Refuted where tokens drawn at random teach refusing as well, at the same over-refusal.
 
-RUN holds `direction.safetensors` (stages direction and tokens of the preset "paper"). Every arm is a set of
+RUN receives `refusal_tokens.csv` and `direction.safetensors`: the difference of means at the last position
+and two thirds of the depth, from the harmful train prompts that pass the published filter. Every arm is a set of
 tokens, a loss and an optimizer; all else is the published recipe: harmful prompts alone, answers of the
 student, one teacher. After some steps the student answers prompts that nothing trains on, and each prompt is
 a row. Beside the arms stands the base's line without training: a constant on the tokens that open refusals.
@@ -36,7 +37,8 @@ import torch
 import safesteer as ss
 from safesteer._files import write_text
 from safesteer.attribution.coverage import Controls, matched_sets, random_sets, sum_by_step
-from safesteer.directions.refusal_tokens import RefusalTokens
+from safesteer.directions.finding import EXTRACTIONS
+from safesteer.directions.refusal_tokens import RefusalTokens, filter_by_refusal, learn_refusal_tokens
 from safesteer.directions.shifts import shift_along
 from safesteer.distillation.loss import LossTerms
 from safesteer.distillation.rollouts import StepPrompts, Teacher
@@ -342,6 +344,19 @@ def write_base(study: Study, run: Path) -> None:
     study.log(study.base, "base and teacher")
 
 
+def write_direction(base: ss.ChatModel, run: Path) -> None:
+    """Write the direction of this study; few val prompts pass the published filter, so none is selected."""
+    prompts = ss.load_prompts()
+    val = prompts.split("val")
+    refusal = learn_refusal_tokens(base, val.harmful, val.harmless, refuses)
+    read = filter_by_refusal(base, prompts.split("train"), refusal.ids)
+    candidates = EXTRACTIONS["instruction"](base, read, seed=0)
+    run.mkdir(parents=True, exist_ok=True)
+    refusal.save(run / "refusal_tokens.csv")
+    direction = candidates.direction(base, "-1", base.n_layers * 2 // 3, prompts=read)
+    direction.save(run / "direction.safetensors")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -351,6 +366,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     base, val = ss.load_model(args.model, dtype="bfloat16"), ss.load_prompts().split("val")
+    if not (args.run / "direction.safetensors").exists():
+        write_direction(base, args.run)
     direction = ss.Direction.load(args.run / "direction.safetensors", base)
     study = Study(base, direction, args.model, args.out, prompt_sets(args.data), val)
     if not (args.out / "base.csv").exists():

@@ -87,6 +87,21 @@ def test_a_bridge_scores_as_the_plain_model(chat_and_bridge, few):
     assert left == pytest.approx(right, abs=1e-3, nan_ok=True)
 
 
+def test_candidates_are_scored_at_the_coefficient_that_is_given(tiny_llama, candidates, few):
+    """Adding sees it, with its controls and held-out scores; ablation does not."""
+    config = DirectionConfig(n_val=3, n_controls=2, n_held_out=2, rank_by="steering")
+    twice = replace(candidates, vectors=2 * candidates.vectors, shuffled=2 * candidates.shuffled)
+    options = {"held_out": few.after(3)}
+    want = sweep(tiny_llama, twice, few, REFUSAL_IDS, config, **options).table
+    got = sweep(tiny_llama, candidates, few, REFUSAL_IDS, replace(config, coeff=2.0), **options).table
+    pd.testing.assert_frame_equal(got, want, rtol=1e-4, atol=1e-4)
+    plain = sweep(tiny_llama, candidates, few, REFUSAL_IDS, config, **options).table
+    assert (plain.steering_refusal - got.steering_refusal).abs().max() > 1e-3
+    assert got.ablation_refusal.to_numpy() == pytest.approx(
+        plain.ablation_refusal.to_numpy(), abs=1e-5, nan_ok=True
+    )
+
+
 def test_scoring_leaves_the_model_as_it_was(tiny_llama, candidates, few):
     before, base = n_hooks(tiny_llama.model), naive_logits(tiny_llama, batch_of(tiny_llama))
     blocks_before = list(blocks(tiny_llama.model))
