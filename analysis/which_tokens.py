@@ -6,8 +6,8 @@ Claim (paper, sections 3.3 and 3.4): safety lives in the few tokens that steerin
 taught on them alone. Refuted where tokens drawn at random teach refusing as well, at the same over-refusal.
 
 RUN receives `refusal_tokens.csv` and `direction.safetensors`: the difference of means at the last position
-and two thirds of the depth, from the harmful train prompts that pass the published filter. Every arm is a set of
-tokens, a loss and an optimizer; all else is the published recipe: harmful prompts alone, answers of the
+and two thirds of the depth, from the harmful train prompts that pass the published filter. Every arm is a set
+of tokens, a loss and an optimizer; all else is the published recipe: harmful prompts alone, answers of the
 student, one teacher. After some steps the student answers prompts that nothing trains on, and each prompt is
 a row. Beside the arms stands the base's line without training: a constant on the tokens that open refusals.
 
