@@ -192,33 +192,16 @@ def _two_sided_rows(name: str) -> pd.DataFrame:
 
 
 def gated() -> tuple[list[str], list[list[str]]]:
-    """Make the table of what a reader's gate does without training, and of the student on S."""
+    """Make the table of what a reader's gate does without training."""
     base, one, band = (_two_sided_rows(name) for name in ("base", "gated", "gated-band"))
-    student = _two_sided_rows("long_on_S--0.rows")
     lines = []
     for name, title in CHOOSING.items():
         before, single, both = (_where(t, set=name).sort_values("row") for t in (base, one, band))
         cells = [f"{100 * values.mean():.0f}" for values in (before.refused, single.refused, both.refused)]
         change = paired_change(before.refused.astype(bool).tolist(), both.refused.astype(bool).tolist())
         cells.append(ranged(change.value, change.low, change.high, "+.0f"))
-        looks = [_where(student, set=name, step=step).refused.mean() for step in (24, 40, 60)]
-        lines.append([title, str(len(before)), *cells, " / ".join(f"{100 * x:.0f}" for x in looks)])
-    titles = ["set, % refused", "n", "base", "one threshold", "a band", "change, points"]
-    return [*titles, "student on S: step 24 / 40 / 60"], lines
-
-
-def margin_aucs() -> tuple[list[str], list[list[str]]]:
-    """Make the table of how well the first-token margin of base and student tells harmful from harmless."""
-    base, student = _two_sided_rows("base"), _two_sided_rows("long_on_S--0.rows")
-    models = {"base": base} | {f"student on S, step {s}": _where(student, step=s) for s in (12, 24, 40, 60)}
-    lines = []
-    for model, rows in models.items():
-        cells = []
-        for kind in ("pairs", "kinds", "public"):
-            part = rows.loc[rows.set.str.startswith(kind)]
-            cells.append(f"{roc_auc_score(part.set == f'{kind} harmful', part.margin):.2f}")
-        lines.append([model, *cells])
-    return ["AUC of the margin", "our pairs", "our other kinds", "public"], lines
+        lines.append([title, str(len(before)), *cells])
+    return ["set, % refused", "n", "base", "one threshold", "a band", "change, points"], lines
 
 
 ARMS = {  # files of two_sided.py, and what the page calls them

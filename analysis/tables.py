@@ -433,7 +433,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "which-tokens-at": lambda: markdown(*control_tables.at_equal_harm()),
     "which-tokens-first": lambda: markdown(*control_tables.instruments()),
     "gated": lambda: markdown(*control_tables.gated()),
-    "two-sided-margins": lambda: markdown(*control_tables.margin_aucs()),
     "judges": judges,
     "judges-differ": judges_differ,
     "demo-suite": demo_suite,
