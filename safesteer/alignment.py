@@ -151,6 +151,8 @@ def _direction(run: Run, base: ChatModel) -> list[str]:
         written.append("calibration.csv")
     for line in direction.story():
         run.say(line)
+    if run.recipe.preset == "quick" and direction.native_share >= run.recipe.direction.native_share:
+        run.say("for a model that refuses by itself there is a preset of its own: --preset two-sided")
     return written + _write_reader(run, base)
 
 

@@ -248,8 +248,16 @@ def test_evaluation_round_trip(run, tmp_path):
 def test_auto_extraction_says_what_it_chose(model_folder, tmp_path, capsys):
     settings = {**SMALL, "direction.extraction": "auto", "direction.native_share": 1.1}
     align(str(model_folder), tmp_path / "run", recipe(**settings), stages=("direction",), console=Console())
-    assert "prefill contrast" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "prefill contrast" in said
+    assert "--preset two-sided" not in said
     assert Direction.load(tmp_path / "run" / "direction.safetensors").extraction == "prefill"
+
+
+def test_a_model_that_refuses_is_told_of_its_preset(model_folder, tmp_path, capsys):
+    settings = {**SMALL, "direction.native_share": 0.0}  # every model refuses as much
+    align(str(model_folder), tmp_path / "run", recipe(**settings), stages=("direction",), console=Console())
+    assert "--preset two-sided" in capsys.readouterr().out
 
 
 def test_the_preset_paper_becomes_that_of_the_model(tiny_llama, tiny_qwen2, tiny_gemma2, tmp_path, capsys):
