@@ -256,7 +256,8 @@ def test_auto_extraction_says_what_it_chose(model_folder, tmp_path, capsys):
 
 def test_a_model_that_refuses_is_told_of_its_preset(model_folder, tmp_path, capsys):
     settings = {**SMALL, "direction.native_share": 0.0}  # every model refuses as much
-    align(str(model_folder), tmp_path / "run", recipe(**settings), stages=("direction",), console=Console())
+    wide = Console(width=200)
+    align(str(model_folder), tmp_path / "run", recipe(**settings), stages=("direction",), console=wide)
     assert "--preset two-sided" in capsys.readouterr().out
 
 
