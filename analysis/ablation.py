@@ -44,19 +44,21 @@ RESULTS = Path(__file__).parent / "results"
 LEDGER = RESULTS / "looks.csv"  # of every study of this folder
 # The one key of an arm that is not a setting: how many harmful prompts are distilled on.
 N_HARMFUL = "n_harmful"
-# Sixteen tokens hold the sentence that refuses; Eq. 6 gained nothing after 5 steps on the home-made refusing
-# model, and there the preset's minimum probability left S without tokens that occur (docs/log.md).
+# What fits a model of 0.5B that refuses, and two cores. Nothing passes the published selection there
+# (docs/log.md): the direction is found as in the preset "two-sided". Selection and loss are as published.
 LAPTOP = {
-    "dtype": "float32",
-    "direction.n_val": 8,
-    "direction.n_controls": 2,
-    "tokens.horizon": 3,
-    "tokens.min_steered_prob": 1e-3,
-    "distill.n_steps": 5,
-    "distill.max_new_tokens": 16,
-    "distill.precision": "bfloat16",
+    "direction.extraction": "auto",
+    "direction.coeff": 1.6,
+    "direction.n_val": 16,
+    "direction.n_controls": 0,
+    "direction.max_kl": 0.2,
+    "direction.max_layer_share": 0.7,
+    "tokens.batch_size": 8,
+    "distill.n_steps": 8,
+    "distill.n_rollouts": 4,
+    "distill.max_new_tokens": 24,
     "distill.micro_batch": 16,
-    "evaluate.max_new_tokens": 24,
+    "evaluate.max_new_tokens": 32,
 }
 TITLES = {
     "harmful": "harmful refused",
