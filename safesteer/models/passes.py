@@ -6,7 +6,7 @@ Steering that differs from row to row tells `forward` in its turn, by `rows_diff
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -36,14 +36,9 @@ def reading(batch: PromptBatch) -> Iterator[None]:
         READ_NOW.reset(token)
 
 
-@contextmanager
-def rows_differ(model: nn.Module) -> Iterator[None]:
+def rows_differ(model: nn.Module) -> AbstractContextManager[None]:
     """Let no columns be shared by the rows of a batch, for passes of `model` inside the block."""
-    token = _DIFFERING.set((*_DIFFERING.get(), decoder(model)))
-    try:
-        yield
-    finally:
-        _DIFFERING.reset(token)
+    return _marked(_DIFFERING, model)
 
 
 def has_differing_rows(model: nn.Module) -> bool:
@@ -51,19 +46,24 @@ def has_differing_rows(model: nn.Module) -> bool:
     return any(part is decoder(model) for part in _DIFFERING.get())
 
 
-@contextmanager
-def rows_stay(model: nn.Module) -> Iterator[None]:
+def rows_stay(model: nn.Module) -> AbstractContextManager[None]:
     """Keep every row in its place until all answers have ended, for passes of `model` inside the block."""
-    token = _STAYING.set((*_STAYING.get(), decoder(model)))
-    try:
-        yield
-    finally:
-        _STAYING.reset(token)
+    return _marked(_STAYING, model)
 
 
 def rows_must_stay(model: nn.Module) -> bool:
     """Return whether a block of `rows_stay` is open for the model."""
     return any(part is decoder(model) for part in _STAYING.get())
+
+
+@contextmanager
+def _marked(marked: ContextVar[tuple[nn.Module, ...]], model: nn.Module) -> Iterator[None]:
+    """Put a model's decoder among the marked ones inside the block."""
+    token = marked.set((*marked.get(), decoder(model)))
+    try:
+        yield
+    finally:
+        marked.reset(token)
 
 
 @contextmanager
