@@ -51,7 +51,7 @@ LAPTOP = {
     "direction.coeff": 1.6,
     "direction.n_val": 16,
     "direction.n_controls": 0,
-    "direction.max_kl": 0.2,
+    "direction.max_kl": 0.5,
     "direction.max_layer_share": 0.7,
     "tokens.batch_size": 8,
     "distill.n_steps": 8,

@@ -243,7 +243,7 @@ def two_sided() -> Recipe:
         dtype="bfloat16",
         prompts="all",
         direction=DirectionConfig(
-            coeff=1.6, n_train=None, n_val=16, n_kl_tokens=1, max_kl=0.2, max_layer_share=0.7
+            coeff=1.6, n_train=None, n_val=16, n_kl_tokens=1, max_kl=0.5, max_layer_share=0.7
         ),
         tokens=TokenConfig(k_vote=200, n_samples=8, batch_size=8),
         distill=DistillConfig(

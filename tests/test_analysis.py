@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from rich.console import Console
 from test_pipeline import model_folder  # noqa: F401
 
 import safesteer as ss
 from conftest import PACKAGE
 from safesteer.evaluation.ledger import looks
+from safesteer.models.templates import render
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.recipes import SECTIONS, recipe
 
@@ -155,8 +157,6 @@ def test_the_choice_is_bounded_by_harmless_refusals():
 
 
 def test_the_update_that_is_compared_is_adams():
-    import torch
-
     study = importlib.import_module("which_tokens")
     weight = torch.nn.Parameter(torch.zeros(40))
     optimizer = torch.optim.AdamW([weight], lr=1.0, betas=(0.9, 0.95), eps=1e-5, weight_decay=0)
@@ -222,3 +222,58 @@ def test_the_table_of_test_prompts_is_that_of_what_was_measured(model_folder, tm
     assert (title, n, before, gated) == ("both", "6", "0 %", "33 %")
     assert after == "83 % (67 to 100)"
     assert change.startswith("+83 (+")
+
+
+def test_supervised_losses_are_what_they_say(tiny_llama):
+    """Against transformers' own logits, prompt by prompt."""
+    study = importlib.import_module("methods")
+    prompts = ["Hello there", "Name a river."]
+    answers = {p: tiny_llama.encode(a) for p, a in zip(prompts, ["yes of course", "a"], strict=True)}
+    others = {p: tiny_llama.encode("something else") for p in prompts}
+    student, opens = tiny_llama.copy(), torch.tensor([5, 7])
+    with torch.no_grad():
+        for parameter in student.model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    loss = study.Supervised(tiny_llama, study.Targets(answers, others, others), opens)
+
+    def logps(chat, prompt, ids):
+        whole = torch.tensor([[*chat.encode(render(chat.tokenizer, prompt)), *ids]])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            hidden = chat.model.model(whole).last_hidden_state
+        return chat.model.lm_head(hidden.float())[0, -len(ids) - 1 : -1].log_softmax(-1)
+
+    def taken(chat, prompt, ids):
+        return logps(chat, prompt, ids).gather(-1, torch.tensor(ids)[:, None])[:, 0]
+
+    want = sum(-taken(student, p, answers[p]).mean() for p in prompts)
+    assert float(loss.nll(student, prompts, True)) == pytest.approx(float(want), rel=2e-2)
+
+    def gap(chat, p):
+        return taken(chat, p, answers[p]).sum() - taken(chat, p, others[p]).sum()
+
+    want = sum(-torch.nn.functional.logsigmoid(0.1 * (gap(student, p) - gap(tiny_llama, p))) for p in prompts)
+    assert float(loss.dpo(student, prompts, True)) == pytest.approx(float(want), rel=2e-2)
+    same = study.Supervised(student, study.Targets(answers, others, others), opens)
+    margins = []
+    for p in prompts:
+        first = logps(student, p, others[p])[0]
+        margins.append(first[opens].max() - first.index_fill(0, opens, -torch.inf).max())
+    want = sum(study.MARGIN_WEIGHT * torch.nn.functional.softplus(m) for m in margins)
+    assert float(same.kl_and_margin(student, prompts, False)) == pytest.approx(float(want), rel=5e-2)
+
+
+def test_a_null_space_holds_nothing_that_prompts_write(tiny_llama):
+    study, student = importlib.import_module("methods"), tiny_llama.copy()
+    prompts = ["Hello there", "Name a river.", "How do I bake bread?"]
+    spaces = study.null_spaces(tiny_llama, prompts)
+    for p in student.model.requires_grad_(True).parameters():
+        p.grad = torch.ones_like(p)
+    study.project(student, spaces)
+    first = student.model.model.layers[1].self_attn.q_proj
+    seen = []
+    handle = first.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
+    study.answer_logits(student, prompts, [[1]] * 3)
+    handle.remove()
+    moved, free = (torch.cat(seen).float() @ g.T for g in (first.weight.grad, torch.ones_like(first.weight)))
+    assert moved.norm() < 0.2 * free.norm()
+    assert student.model.model.embed_tokens.weight.grad is None

@@ -1,0 +1,290 @@
+"""Other ways to teach refusing, from the same prompts and at the same budget, as curves.
+
+    python analysis/methods.py RUN --data ROWS [--seed 0] [--methods ...] [--out analysis/results/methods]
+
+Claim (paper, Tables 1 and 2): distilling a steered teacher on fifty tokens gives the safety of other methods
+at less over-refusal. Refuted where another curve lies above it on prompts that nothing trains on.
+
+RUN is that of which_tokens.py. Every method takes 24 steps of 24 prompts, the same ones in the same order,
+all weights, AdamW with warm-up and cosine, bfloat16 passes, and three rates: a third of its own, its own,
+three times its own. After some steps the student answers the prompts of two_sided.py that are there for
+choosing, and each is a row.
+
+    two-sided on S     the preset: on harmless prompts the direction is ablated
+    one-sided on S     the same, but there the teacher is the base
+    published          Eq. 6 on S (minimum probability 1e-8), harmful prompts alone
+    whole vocabulary   one-sided, over all tokens: on-policy distillation as it is usual
+    top-k              one-sided, on the teacher's fifty likeliest tokens
+    sft                the steered teacher's refusals, the base's own answers, as hard targets
+    kl and margin      the refusals as targets; on harmless prompts KL to the base, and the tokens that open
+                       refusals are kept below the best other first token
+    dpo                the refusal before the base's answer, the base's answer before the teacher's
+    null space         sft, with each gradient kept out of what harmless prompts write to a layer's input
+Without training stand gated steering and a constant on the openers (two_sided.py, its rows).
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, softplus
+from two_sided import COEFF, choosing_sets, look, opening_ids, training_prompts
+
+import safesteer as ss
+from safesteer.distillation.loop import training_steps
+from safesteer.distillation.rollouts import StepPrompts, Teacher
+from safesteer.distillation.state import DistillState, prepare_student
+from safesteer.distillation.step import learning_rate
+from safesteer.models.batch import PromptBatch
+from safesteer.models.forward import final_hidden
+from safesteer.models.head import output_head
+from safesteer.models.logits import logits_of
+from safesteer.models.parts import blocks
+from safesteer.models.precision import in_precision_of
+from safesteer.tokens.token_set import TokenSet
+
+CHECKS = (6, 12, 24)
+N_TOKENS = 16  # of an answer that is a target
+BETA = 0.1  # of dpo
+MARGIN_WEIGHT = 6.0  # of the margin, in nats of KL; found on SmolLM2 (docs/log.md)
+VARIANCE = 0.99  # of a layer's inputs that the null space leaves out
+OURS = ss.recipe("two-sided").distill
+ONE_SIDED = replace(OURS, harmless_teacher="base")
+RATES = {"sft": 1e-5, "kl and margin": 1e-5, "dpo": 5e-6, "null space": 1e-5}
+DISTILLED = {
+    "two-sided on S": OURS,
+    "one-sided on S": ONE_SIDED,
+    "published": replace(
+        OURS,
+        divergence="reverse",
+        normalizer="partial",
+        rollouts="student",
+        harmful_per_step=24,
+        harmless_per_step=0,
+        decay=1.0,
+        on_fall="warn",
+    ),
+    "whole vocabulary": replace(ONE_SIDED, support="full", anchor_support="full"),
+    "top-k": replace(ONE_SIDED, support="topk"),
+}
+METHODS = (*DISTILLED, *RATES)
+FACTORS = (1.0, 1 / 3, 3.0)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Answers by prompt, as ids: what the steered teacher and what the base says."""
+
+    refusals: dict[str, list[int]]
+    answers: dict[str, list[int]]
+    steered: dict[str, list[int]]  # the teacher's to harmless prompts, which dpo rejects
+
+
+def targets_of(base: ss.ChatModel, direction: ss.Direction, prompts: ss.PromptSet) -> Targets:
+    """Let base and teacher answer what trains; what is no refusal is not taught as one."""
+
+    def answered(texts: Sequence[str]) -> dict[str, list[int]]:
+        answers = ss.generate(base, texts, max_new_tokens=N_TOKENS, batch_size=48)
+        return {t: base.encode(a)[:N_TOKENS] for t, a in zip(texts, answers, strict=True) if a}
+
+    answers = answered([*prompts.harmful, *prompts.harmless])
+    with ss.steer(base, direction):
+        steered = answered([*prompts.harmful, *prompts.harmless])
+    refusals = {
+        t: ids
+        for t, ids in steered.items()
+        if ss.refuses(t, base.tokenizer.decode(ids, skip_special_tokens=True))
+    }
+    harmful = set(prompts.harmful)
+    return Targets(
+        {t: ids for t, ids in refusals.items() if t in harmful},
+        answers,
+        {t: ids for t, ids in steered.items() if t not in harmful},
+    )
+
+
+def answer_logits(
+    chat: ss.ChatModel, prompts: Sequence[str], answers: Sequence[Sequence[int]]
+) -> list[Float[Tensor, "new_pos d_vocab"]]:
+    """Return the logits that predict each answer's tokens."""
+    batch = PromptBatch.of(chat.tokenizer, prompts, answers, device=chat.device)
+    with torch.autocast(chat.device.type, torch.bfloat16):
+        hidden = final_hidden(chat.model, batch)
+    head = output_head(chat.model)
+    return [logits_of(h[-len(ids) - 1 : -1], *head) for h, ids in zip(hidden, answers, strict=True)]
+
+
+def logp_of(logits: Float[Tensor, "new_pos d_vocab"], ids: Sequence[int]) -> Float[Tensor, " new_pos"]:
+    """Return the log-probability of each token of an answer."""
+    return logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Supervised:
+    """What losses on answers that are there need: the frozen base, the answers, the openers of refusals."""
+
+    base: ss.ChatModel
+    targets: Targets
+    opens: Tensor
+
+    def nll(self, student: ss.ChatModel, prompts: list[str], harmful: bool) -> Tensor:
+        """Sum the mean negative log-likelihoods of refusals, or of the base's answers."""
+        answers = [(self.targets.refusals if harmful else self.targets.answers)[p] for p in prompts]
+        logits = answer_logits(student, prompts, answers)
+        return torch.stack([-logp_of(z, ids).mean() for z, ids in zip(logits, answers, strict=True)]).sum()
+
+    def kl_and_margin(self, student: ss.ChatModel, prompts: list[str], harmful: bool) -> Tensor:
+        """As `nll` on harmful prompts; on others KL(base || student), and the margin at the first token."""
+        if harmful:
+            return self.nll(student, prompts, True)
+        answers = [self.targets.answers[p] for p in prompts]
+        with torch.no_grad():
+            before = answer_logits(self.base, prompts, answers)
+        total = []
+        for z, z_base in zip(answer_logits(student, prompts, answers), before, strict=True):
+            logps, base_logps = z.log_softmax(-1), z_base.log_softmax(-1)
+            kl = (base_logps.exp() * (base_logps - logps)).sum(-1).mean()
+            margin = z[0, self.opens].max() - z[0].index_fill(0, self.opens, -torch.inf).max()
+            total.append(kl + MARGIN_WEIGHT * softplus(margin))
+        return torch.stack(total).sum()
+
+    def dpo(self, student: ss.ChatModel, prompts: list[str], harmful: bool) -> Tensor:
+        """Sum -log sigmoid of beta times how much the student prefers what the base prefers less."""
+        kept = [p for p in prompts if harmful or p in self.targets.steered]
+        good = [(self.targets.refusals if harmful else self.targets.answers)[p] for p in kept]
+        bad = [(self.targets.answers if harmful else self.targets.steered)[p] for p in kept]
+
+        def gap(chat: ss.ChatModel) -> Tensor:
+            better, worse = (answer_logits(chat, kept, ids) for ids in (good, bad))
+            parts = zip(better, good, worse, bad, strict=True)
+            return torch.stack([logp_of(a, i).sum() - logp_of(b, j).sum() for a, i, b, j in parts])
+
+        with torch.no_grad():
+            before = gap(self.base)
+        return -logsigmoid(BETA * (gap(student) - before)).sum()
+
+
+def null_spaces(base: ss.ChatModel, prompts: Sequence[str]) -> dict[str, Float[Tensor, "d_in d_in"]]:
+    """Return, per weight that reads the residual stream's width, the projection on what prompts leave out."""
+    moments: dict[str, Tensor] = {}
+    handles = []
+    for i, block in enumerate(blocks(base.model)):
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear) and module.in_features == base.d_model:
+
+                def read(module: nn.Module, args: tuple, key: str = f"{i}.{name}") -> None:
+                    x = args[0].flatten(0, -2).float()
+                    moments[key] = moments.get(key, 0) + x.T @ x
+
+                handles.append(module.register_forward_pre_hook(read))
+    try:
+        for _, batch in base.batched(list(prompts), 16):
+            with torch.no_grad():
+                final_hidden(base.model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    spaces = {}
+    for key, moment in moments.items():
+        values, vectors = torch.linalg.eigh(moment)
+        used = vectors[:, values.flip(0).cumsum(0).flip(0) > (1 - VARIANCE) * values.sum()]
+        spaces[key] = torch.eye(len(moment)) - used @ used.T
+    return spaces
+
+
+def project(student: ss.ChatModel, spaces: dict[str, Tensor]) -> None:
+    """Keep gradients out of what harmless prompts use; weights that have no space get none."""
+    inside = {f"{i}.{n}": m for i, b in enumerate(blocks(student.model)) for n, m in b.named_modules()}
+    weights = {id(inside[key].weight): space for key, space in spaces.items()}
+    for p in student.model.parameters():
+        if p.grad is not None:
+            p.grad = p.grad @ weights[id(p)] if id(p) in weights else None
+
+
+def supervised_steps(
+    state: DistillState,
+    loss: Callable[[ss.ChatModel, list[str], bool], Tensor],
+    prompts: ss.PromptSet,
+    spaces: dict[str, Tensor] | None = None,
+) -> Iterator[int]:
+    """Train on answers that are there, with the prompts, rates and clipping of `training_steps`."""
+    config, params = state.config, list(state.trained.values())
+    while state.step < config.n_steps:
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(state.step, config)
+        state.optimizer.zero_grad(set_to_none=True)
+        drawn = StepPrompts.of(prompts.harmful, prompts.harmless, config, state.step)
+        for texts, harmful in ((drawn.harmful, True), (drawn.harmless, False)):
+            for start in range(0, len(texts), config.micro_batch):
+                part = list(texts[start : start + config.micro_batch])
+                weight = 1.0 if harmful else config.anchor_weight
+                (weight * loss(state.student, part, harmful) / len(drawn.texts)).backward()
+        if spaces is not None:
+            project(state.student, spaces)
+        nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+        state.optimizer.step()
+        state.step += 1
+        yield state.step
+
+
+def steps_of(
+    method: str, state: DistillState, args: argparse.Namespace, base: ss.ChatModel, direction: ss.Direction
+) -> Iterator[int]:
+    """Yield the steps of a method."""
+    prompts, folder = training_prompts(True), args.out.parent / "which_tokens"
+    if method in DISTILLED:
+        tokens = TokenSet.load(folder / f"tokens-{'1e-08' if method == 'published' else '0.001'}.json")
+        for record in training_steps(state, Teacher(base, direction, tokens), prompts):
+            yield record.step
+        return
+    supervised = Supervised(base, targets_of(base, direction, prompts), opening_ids(args.run))
+    known = {*supervised.targets.refusals, *prompts.harmless} & supervised.targets.answers.keys()
+    taught = ss.PromptSet(tuple(p for p in prompts.prompts if p.text in known), prompts.name)
+    losses = {"kl and margin": supervised.kl_and_margin, "dpo": supervised.dpo}
+    spaces = null_spaces(base, taught.harmless) if method == "null space" else None
+    yield from supervised_steps(state, losses.get(method, supervised.nll), taught, spaces)
+
+
+def run(method: str, factor: float, args: argparse.Namespace, base: ss.ChatModel) -> None:
+    """Train one method at one rate with one seed, and write a row per prompt and check."""
+    config = replace(DISTILLED.get(method, OURS), seed=args.seed)
+    config = replace(config, lr=RATES.get(method, config.lr) * factor)
+    path = args.out / f"{method.replace(' ', '_')}--{config.lr:.1e}--{args.seed}.rows.csv"
+    if path.exists():
+        return
+    direction = ss.Direction.load(args.run / "direction.safetensors", base).with_coeff(COEFF)
+    state, looks = prepare_student(ss.load_model(args.model), direction, config), []
+    sets, ids = choosing_sets(args.data), opening_ids(args.run)
+    for step in steps_of(method, state, args, base, direction):
+        if step in CHECKS:
+            state.optimizer.zero_grad(set_to_none=True)
+            with in_precision_of(base, state.student):
+                looks.append(look(state.student, sets, ids).assign(step=step))
+            rates = looks[-1].groupby("set", sort=False).refused.mean().round(2).to_dict()
+            print(method, config.lr, step, rates, flush=True)
+    pd.concat(looks).to_csv(path, index=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--model", default="qwen2.5-coder-0.5b")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--out", type=Path, default=Path("analysis/results/methods"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    base = ss.load_model(args.model, dtype="bfloat16")
+    for factor in FACTORS:
+        for method in args.methods:
+            run(method, factor, args, base)
+
+
+if __name__ == "__main__":
+    main()
