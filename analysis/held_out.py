@@ -49,8 +49,8 @@ SETS = (
     "own-short",
     "own-questions",
 )
-TASKS = {"lambada_openai": 500, "arc_easy": 300, "mmlu_stem": 300}  # rows
-N_PROMPTS = 60  # per set
+TASKS = {"lambada_openai": 500, "arc_easy": 200, "mmlu_stem": 200}  # rows
+N_PROMPTS = 50  # per set
 MAX_NEW_TOKENS = 128
 PERPLEXITY_TOKENS = 8192
 
@@ -97,7 +97,7 @@ def measured(runs: list[Path], base: ss.ChatModel) -> Iterator[Measured]:
 def prompt_rows(model: Measured, name: str, data: Path) -> pd.DataFrame:
     """Answer a set of prompts and judge the answers; a row per prompt, without the texts."""
     prompts = set_prompts(name, data, N_PROMPTS)
-    answers = ss.generate(model.chat, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=30)
+    answers = ss.generate(model.chat, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=50)
     log_look(LEDGER, model.chat, name, len(prompts), f"study held_out: {model.name}")
     rows = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):

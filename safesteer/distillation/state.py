@@ -32,13 +32,14 @@ class DistillState:
         return {n: p for n, p in self.student.model.named_parameters() if p.requires_grad}
 
     def save(self, path: Path, stamp: dict[str, Any], *, writes: bool = True) -> None:
-        """Save the weights that train, both Adam moments and the step as one file.
+        """Save the weights that train and the step as one file, with both Adam moments while steps are left.
 
         The weights of a sharded student are gathered: all processes call this, and one `writes`.
         """
-        tensors = {}
+        tensors, goes_on = {}, self.step < self.config.n_steps
         for name, p in self.trained.items():
-            for key, value in {"param": p.detach(), **self.optimizer.state.get(p, {})}.items():
+            moments = self.optimizer.state.get(p, {}) if goes_on else {}
+            for key, value in {"param": p.detach(), **moments}.items():
                 gathered = gather(value)
                 if writes:  # never more than one gathered tensor on a device
                     tensors[f"{key}.{name}"] = gathered.cpu()
