@@ -78,7 +78,7 @@ def run_of(seed: int, folder: Path, args: argparse.Namespace) -> Path:
     if not (run / "model" / "config.json").exists():
         recipe, stages = ss.recipe(args.preset, seed), STAGES[: STAGES.index("export") + 1]
         ss.align(args.model, run, recipe, prompts=drawn_prompts(seed), stages=stages)
-        (run / CHECKPOINT).unlink()  # three times the size of the model, and exported
+        (run / CHECKPOINT).unlink()  # as large as the model, and exported
     return run
 
 
