@@ -22,11 +22,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 from ablation import LEDGER
 
 import safesteer as ss
+from safesteer.directions.refusal_tokens import RefusalTokens
 from safesteer.distillation.loop import CHECKPOINT
 from safesteer.evaluation.capability import measure_capability
+from safesteer.evaluation.curves import refusal_margins
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.quality import repeats_itself, text_quality
 from safesteer.evaluation.sets import set_prompts
@@ -118,6 +121,18 @@ def prompt_rows(model: Measured, name: str, data: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def margin_rows(model: Measured, ids: torch.Tensor, data: Path) -> pd.DataFrame:
+    """Measure how near every prompt is to a refusal at the first token; a row per prompt."""
+    parts = []
+    for name in SETS:
+        prompts = set_prompts(name, data, N_PROMPTS)
+        margins = refusal_margins(model.chat, ids, prompts).round(3)
+        rows = {"model": model.name, "set": name, "row": range(len(prompts)), "margin": margins}
+        parts.append(pd.DataFrame(rows))
+        log_look(LEDGER, model.chat, name, len(prompts), f"study held_out: margins of {model.name}")
+    return pd.concat(parts)
+
+
 def task_rows(model: Measured, task: str, data: Path, folder: Path) -> pd.DataFrame:
     """Measure a task; a row per row of it."""
     result = measure_capability(model.chat, (task,), folder, data=data, limit=TASKS[task]).iloc[0]
@@ -131,9 +146,9 @@ def text_rows(model: Measured, data: Path) -> pd.DataFrame:
     return pd.DataFrame([{"model": model.name, "perplexity": round(value, 3), "tokens": PERPLEXITY_TOKENS}])
 
 
-def measure(model: Measured, data: Path, out: Path) -> None:
+def measure(model: Measured, ids: torch.Tensor, data: Path, out: Path) -> None:
     """Write the files of a model that are missing; a gate reads prompts, and tasks have other rows."""
-    tasks = () if model.name.startswith("gated") else (*TASKS, "wikitext2")
+    tasks = () if model.name.startswith("gated") else (*TASKS, "margins", "wikitext2")
     with model.steering:
         for name in (*SETS, *tasks):
             path = out / f"{model.name}--{name}.csv"
@@ -143,10 +158,12 @@ def measure(model: Measured, data: Path, out: Path) -> None:
                 rows = prompt_rows(model, name, data)
             elif name in TASKS:
                 rows = task_rows(model, name, data, out.parent / "tasks")
+            elif name == "margins":
+                rows = margin_rows(model, ids, data)
             else:
                 rows = text_rows(model, data)
             rows.to_csv(path, index=False)
-            shown = next(c for c in ("declines", "right", "perplexity") if c in rows)
+            shown = next(c for c in ("declines", "right", "margin", "perplexity") if c in rows)
             print(model.name, name, round(float(rows[shown].mean()), 3), flush=True)
 
 
@@ -163,9 +180,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     runs = [run_of(seed, args.runs, args) for seed in range(args.seeds)]
     base = ss.load_model(args.model, dtype="bfloat16")
+    ids = RefusalTokens.load(runs[0] / "refusal_tokens.csv").ids
     for model in measured(runs, base):
         if args.only is None or model.name in args.only:
-            measure(model, args.data, args.out)
+            measure(model, ids, args.data, args.out)
 
 
 if __name__ == "__main__":

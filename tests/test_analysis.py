@@ -205,8 +205,9 @@ def test_the_table_of_test_prompts_is_that_of_what_was_measured(model_folder, tm
     chat, out = ss.load_model(str(model_folder)), tmp_path / "held_out"
     out.mkdir()
     for _ in range(2):
-        study.measure(study.Measured("base", chat, nullcontext()), tmp_path, out)
-    assert len(looks(tmp_path / "looks.csv")) == 2
+        study.measure(study.Measured("base", chat, nullcontext()), torch.tensor([5]), tmp_path, out)
+    assert len(looks(tmp_path / "looks.csv")) == 4  # answers and margins of two sets
+    assert len(pd.read_csv(out / "base--margins.csv")) == 6
     base = pd.read_csv(out / "base--own-short.csv")
     assert base.columns.tolist()[:3] == ["model", "set", "row"]
     assert len(base) == 3
