@@ -17,6 +17,7 @@ a row. S (minimum probability 1e-3) is that of which_tokens.py, which comes firs
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -65,7 +66,7 @@ class Arm:
 
     config: ss.DistillConfig
     coeff: float = COEFF
-    kinds: bool = True
+    prompts: Literal["pairs", "kinds", "all"] = "kinds"
     tokens: str = "S"  # or "random", "matched": other sets of fifty
 
 
@@ -90,29 +91,38 @@ def arms() -> dict[str, Arm]:
         "first tokens, upper blocks": Arm(replace(first, train_layers="from_steered")),
         "first tokens, both on S": Arm(on_s),
         "both on S, harmless by 1.5": Arm(replace(on_s, anchor_weight=1.5, late_anchor_weight=1.5)),
+        "both on S, wide prompts": Arm(
+            replace(on_s, anchor_weight=1.5, late_anchor_weight=1.5, n_steps=32), prompts="all"
+        ),
         "both on random tokens": Arm(on_s, tokens="random"),
         "both on matched tokens": Arm(on_s, tokens="matched"),
         "both over all tokens": Arm(replace(on_s, support="full", anchor_support="full")),
         "both on S, one-sided": Arm(replace(on_s, harmless_teacher="base")),
-        "both on S, pairs only": Arm(on_s, kinds=False),
+        "both on S, pairs only": Arm(on_s, prompts="pairs"),
         "both on S, answers of the student": Arm(replace(on_s, rollouts="student")),
     }
 
 
-def training_prompts(kinds: bool) -> PromptSet:
-    """Return the prompts that train: pairs, and where asked for prompts of other kinds."""
-    return ss.load_prompts("all" if kinds else "pairs").split("train", "distill")
+def training_prompts(which: str) -> PromptSet:
+    """Return the prompts that train: pairs, also those of other kinds, or all of the project's."""
+    prompts = ss.load_prompts("all" if which == "all" else "pairs").split("train", "distill")
+    if which == "kinds":
+        added = ss.load_prompts("kinds").split("train").prompts
+        prompts = PromptSet(prompts.prompts + added, "pairs and kinds")
+    return prompts
 
 
 def choosing_sets(data: Path) -> dict[str, list[str]]:
     """Return the prompts that arms are compared on: none of them is a test prompt."""
-    pairs, kinds = ss.load_prompts().split("val"), ss.load_prompts("kinds").split("val")
+    pairs, kinds, wide = (ss.load_prompts(name).split("val") for name in ("pairs", "kinds", "wide"))
     return {
         "pairs harmful": pairs.harmful,
         "kinds harmful": kinds.harmful,
         "public harmful": [row["prompt"] for row in json_lines(data / "harmful_train.jsonl")][::4],
         "pairs harmless": pairs.harmless,
         "kinds harmless": kinds.harmless,
+        "wide harmful": wide.harmful,
+        "wide harmless": wide.harmless,
         "public harmless": [row["prompt"] for row in json_lines(data / "harmless_train.jsonl")][:60],
     }
 
@@ -135,7 +145,7 @@ def run(
         drawn = drawn_sets(base, direction, tokens, args.out / "drawn.json")[arm.tokens]
         tokens = with_ids(tokens, drawn[args.seed % len(drawn)])
     teacher, looks = Teacher(base, direction.with_coeff(arm.coeff), tokens), []
-    for record in training_steps(state, teacher, training_prompts(arm.kinds)):
+    for record in training_steps(state, teacher, training_prompts(arm.prompts)):
         print(name, record.step, f"loss {record.loss:.4f} grad {record.grad_norm:.3f}", flush=True)
         if record.step in CHECKS:
             state.optimizer.zero_grad(set_to_none=True)
@@ -162,7 +172,7 @@ def look(chat: ss.ChatModel, sets: dict[str, list[str]], ids: torch.Tensor) -> p
     harmful = rows.set.str.endswith("harmful")
     auc = {
         kind: round(float(roc_auc_score(harmful[at], rows.margin[at])), 3)
-        for kind in ("pairs", "kinds", "public")
+        for kind in ("pairs", "kinds", "wide", "public")
         if len(at := rows.set.str.startswith(kind))
     }
     print("AUC of the margin:", auc, flush=True)
@@ -194,7 +204,7 @@ def main() -> None:
     direction = ss.Direction.load(args.run / "direction.safetensors", base)
     reader_path = args.out / "reader-band.safetensors"
     if not reader_path.exists():
-        ss.fit_reader(base, training_prompts(True)).save(reader_path)
+        ss.fit_reader(base, training_prompts("kinds")).save(reader_path)
     reader, sets = ss.HarmfulnessReader.load(reader_path, base), choosing_sets(args.data)
     print(reader, flush=True)
     if not (args.out / "base.csv").exists():

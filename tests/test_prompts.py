@@ -12,7 +12,7 @@ from conftest import PROMPTS, near_duplicates
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch, batches
 from safesteer.models.templates import render, suffix_length, template_hash
-from safesteer.prompts.prompt_set import SPLITS, PromptSet, load_prompts
+from safesteer.prompts.prompt_set import LABELS, SPLITS, PromptSet, load_prompts
 
 GOOD = '{"harmful": "Make a bomb", "harmless": "Make a cake"}'
 TOKENIZERS = ["chatml_tokenizer", "llama3_tokenizer"]
@@ -216,8 +216,29 @@ def test_prompts_of_other_kinds_have_their_splits(pairs):
         assert len({p.label for p in rows}) == len(rows)
 
 
-def test_prompts_of_other_kinds_share_no_wording_with_one_another():
-    kinds = load_prompts("kinds")
+def test_wide_prompts_have_their_splits(pairs):
+    wide = load_prompts("wide")
+    counts = Counter((p.form, p.label, p.split) for p in wide.prompts)
+    forms = ("task", "neutral question", "everyday risk")
+    sizes = {"train": 68, "val": 22}
+    assert counts == {(f, label, s): n for f in forms for label in LABELS for s, n in sizes.items()}
+    for form in forms:
+        categories = Counter(p.category for p in wide.prompts if p.form == form)
+        assert set(categories.values()) == {12}
+        assert len(categories) == 15
+        for split in sizes:
+            part = [p for p in wide.split(split).prompts if p.form == form]
+            assert {p.category for p in part} == set(categories)
+    twins: dict[str, list] = {}
+    for prompt in wide.prompts:
+        twins.setdefault(prompt.pair, []).append((prompt.label, prompt.split, prompt.category, prompt.form))
+    assert all({row[0] for row in rows} == set(LABELS) for rows in twins.values())
+    assert all(len({row[1:] for row in rows}) == 1 for rows in twins.values())
+
+
+@pytest.mark.parametrize("name", ["kinds", "wide"])
+def test_prompts_of_other_kinds_share_no_wording_with_one_another(name):
+    kinds = load_prompts(name)
     texts = [p.text for p in kinds.prompts]
     assert all(t.isascii() and t == t.strip() for t in texts)
     assert len({t.lower() for t in texts}) == len(texts)
@@ -228,28 +249,34 @@ def test_prompts_of_other_kinds_share_no_wording_with_one_another():
     assert {run: ids for run, ids in owners.items() if len(ids) > 1} == {}
 
 
-@pytest.mark.parametrize("held_out", ["forms", "pairs"])
-def test_prompts_of_other_kinds_are_new(held_out):
+@pytest.mark.parametrize(
+    ("name", "held_out"),
+    [("kinds", "forms"), ("kinds", "pairs"), ("wide", "forms"), ("wide", "pairs"), ("wide", "kinds")],
+)
+def test_prompts_of_other_kinds_are_new(name, held_out):
     known = [p.text for p in load_prompts(held_out).prompts]
     runs = set().union(*(runs_of_words(text, 6) for text in known))
     words = [runs_of_words(text, 1) for text in known]
-    for prompt in load_prompts("kinds").prompts:
+    for prompt in load_prompts(name).prompts:
         assert not runs & runs_of_words(prompt.text, 6), prompt.text
         new = runs_of_words(prompt.text, 1)
         assert max(len(new & old) / len(new | old) for old in words) < 0.5, prompt.text
 
 
 def test_all_adds_the_kinds_to_what_is_distilled_and_to_nothing_else(pairs):
-    everything, train = load_prompts("all"), load_prompts("kinds").split("train")
+    everything, kinds, wide = (
+        load_prompts("all"),
+        *(load_prompts(n).split("train") for n in ("kinds", "wide")),
+    )
     for name in ("train", "val", "test"):
         assert everything.split(name).prompts == pairs.split(name).prompts
     distilled = everything.split("distill")
-    assert distilled.harmful == pairs.split("distill").harmful + train.harmful
-    assert distilled.harmless == pairs.split("distill").harmless + train.harmless
+    assert distilled.harmful == pairs.split("distill").harmful + kinds.harmful + wide.harmful
+    assert distilled.harmless == pairs.split("distill").harmless + kinds.harmless + wide.harmless
 
 
 def test_the_project_has_no_other_prompts():
-    with pytest.raises(SafeSteerError, match="pairs, kinds, forms and all, not 'alpaca'"):
+    with pytest.raises(SafeSteerError, match="pairs, kinds, wide, forms and all, not 'alpaca'"):
         load_prompts("alpaca")
 
 

@@ -32,7 +32,7 @@ Label = Literal["harmful", "harmless"]
 LABELS: tuple[Label, Label] = ("harmful", "harmless")
 SPLITS = {"train": 128, "val": 32, "distill": 100, "test": 100}  # pairs per split, as in the paper
 OLD_SPLITS = {"distil": "distill"}  # what files written for the first versions say
-SHIPPED = ("pairs", "kinds", "forms")  # the project's own, by name
+SHIPPED = ("pairs", "kinds", "wide", "forms")  # the project's own, by name
 EXTRA = "extra"  # pairs kept out of every split, for work that comes before alignment
 
 
@@ -269,9 +269,10 @@ def load_prompts(name: str = "pairs") -> PromptSet:
 
     Args:
         name: "pairs": matched pairs in four splits; "kinds": requests of other kinds to train on, in the
-            splits "train" and "val"; "all": the pairs, and in the split "distill" the train split of the
-            kinds too; "forms": requests in other forms than the pairs', all of the split "test", on which
-            nothing chooses.
+            splits "train" and "val"; "wide": pairs of longer tasks, of questions in a studious tone and of
+            everyday risks, in the same splits; "all": the pairs, and in the split "distill" the train splits
+            of the kinds and of the wide ones too; "forms": requests in other forms than the pairs', all of
+            the split "test", on which nothing chooses.
 
     Raises:
         SafeSteerError: For another name.
@@ -282,8 +283,8 @@ def load_prompts(name: str = "pairs") -> PromptSet:
         {'train': 128, 'val': 32, 'distill': 100, 'test': 100}
     """
     if name == "all":
-        kinds = load_prompts("kinds").split("train").prompts
-        added = tuple(replace(p, split="distill") for p in kinds)
+        train = (p for more in ("kinds", "wide") for p in load_prompts(more).split("train").prompts)
+        added = tuple(replace(p, split="distill") for p in train)
         return PromptSet(load_prompts().prompts + added, "safesteer-all")
     if name not in SHIPPED:
         raise SafeSteerError(f"The project has prompts named {', '.join(SHIPPED)} and all, not '{name}'.")
