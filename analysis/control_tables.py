@@ -208,7 +208,10 @@ ARMS = {  # files of two_sided.py, and what the page calls them
     "long_on_S": "8 + 8 prompts, 12 tokens, all alike",
     "first_tokens": "12 + 12 prompts, 8 tokens, early ones count most",
     "first_tokens,_both_on_S": "the same, harmless answers on S too",
-    "first_tokens,_upper_blocks": "the same, blocks from the steered layer up",
+    "both_on_S,_harmless_by_1.5": "the same, harmless answers count 1.5: the preset",
+    "both_on_S,_wide_prompts": "the preset with wider prompts, 32 steps",
+    "both_on_random_tokens": "both on fifty random ids in place of S",
+    "both_on_matched_tokens": "both on fifty ids as frequent as those of S",
 }
 
 

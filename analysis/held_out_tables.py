@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from sklearn.metrics import roc_auc_score
 from table_text import percent, ranged
 
 from safesteer.evaluation.changes import change_over_seeds
+from safesteer.evaluation.curves import bias_curve, over_refusal_at
 
 ROWS = Path(__file__).parent / "results" / "held_out"
 PUBLIC = ("harmbench", "do-not-answer", "harmfulqa", "xstest-unsafe")
@@ -27,6 +29,8 @@ POOLS: Mapping[str, tuple[str, ...]] = {
     "harmless, our own pairs": ("own-harmless",),
     "harmless, our own with a hazard word": ("own-hazard-words",),
 }
+AT = (0.5, 0.6, 0.7)  # public harmful prompts refused
+NATS = tuple(x / 4 for x in range(-40, 61))
 TASKS = {"lambada_openai": "LAMBADA, right", "arc_easy": "ARC-Easy, right", "mmlu_stem": "MMLU-STEM, right"}
 
 
@@ -55,9 +59,9 @@ def line(title: str, rows: pd.DataFrame, metric: str, keys: list[str]) -> list[s
     """Make a line of the table: n, the rates of all kinds, and how the students changed."""
     kinds = {kind: outcomes(rows, kind, metric, keys) for kind in ("base", "gated", "student")}
     keep = ~np.isnan(kinds["base"][0])
-    kinds = {kind: values[:, keep] for kind, values in kinds.items()}
+    kinds = {kind: values[:, keep] for kind, values in kinds.items() if values.size}
     change = change_over_seeds(kinds["base"][0].astype(bool).tolist(), kinds["student"].astype(bool).tolist())
-    gated = rate(kinds["gated"]) if len(kinds["gated"]) else ""
+    gated = rate(kinds["gated"]) if "gated" in kinds else ""
     cells = [rate(kinds["base"]), gated, rate(kinds["student"]), ranged(*change, "+.0f")]
     return [title, str(int(keep.sum())), *cells]
 
@@ -77,5 +81,22 @@ def table(metric: str = "declines") -> tuple[list[str], list[list[str]]]:
     lines.append(line("answers to harmless prompts that repeat four words", harmless, "repeats", keys))
     lines.append(line("code asked for, code given", harmless, "code", keys))
     lines += [line(title, rows_of((task,)), "right", ["task", "row"]) for task, title in TASKS.items()]
-    titles = ["refused, unless said otherwise", "n", "base", "gated, no training", "student, three seeds"]
-    return [*titles, "student - base, points"], lines
+    titles = ["refused, unless said otherwise", "n", "base", "gated, no training", "students"]
+    return [*titles, "students - base, points"], lines
+
+
+def margins_table() -> tuple[list[str], list[list[str]]]:
+    """Make the table of what a constant on the openers' logits makes of each model: its own line.
+
+    The over-refusal where half, 60 and 70 % of the public harmful prompts are refused at the first token, and
+    how well the margin tells.
+    """
+    lines = []
+    for path in sorted(ROWS.glob("*--margins.csv")):
+        rows = pd.read_csv(path)
+        harmful, over = (rows.loc[rows.set.isin(sets), "margin"].to_numpy() for sets in (PUBLIC, OVER))
+        curve = bias_curve(harmful, over, NATS)
+        rates = [percent(over_refusal_at(curve, rate)) for rate in AT]
+        told = roc_auc_score([1] * len(harmful) + [0] * len(over), np.concatenate([harmful, over]))
+        lines.append([str(rows.model.iloc[0]).replace("-", ", seed "), *rates, f"{told:.2f}"])
+    return ["with a constant", *(f"over-refusal at {percent(rate)}" for rate in AT), "AUC"], lines

@@ -426,6 +426,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
     "demo": demo,
     "held-out": lambda: markdown(*held_out_tables.table()),
+    "held-out-margins": lambda: markdown(*held_out_tables.margins_table()),
     "two-sided-arms": lambda: markdown(*control_tables.two_sided_arms()),
     "demo-sets": demo_sets,
     "demo-curve": demo_curve,
