@@ -58,6 +58,8 @@ TWO_SIDED = ss.DistillConfig(
     micro_batch=8,
 )
 COEFF = 1.6
+READERS = {"band": "kinds", "wide": "all"}  # readers by the prompts that they are fitted on
+WIDE = {"wide harmful", "wide harmless"}  # sets that came later
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,25 @@ def gated_rows(
     return rows.assign(score=scores.round(4), open=scores > reader.threshold, closed=scores <= reader.lower)
 
 
+def write_gated(
+    name: str,
+    prompts: str,
+    base: ss.ChatModel,
+    direction: ss.Direction,
+    out: Path,
+    sets: dict[str, list[str]],
+) -> None:
+    """Fit a reader where it is missing, and answer under its gate."""
+    path, rows = out / f"reader-{name}.safetensors", out / f"gated-{name}.csv"
+    if not path.exists():
+        ss.fit_reader(base, training_prompts(prompts)).save(path)
+    if not rows.exists():
+        reader = ss.HarmfulnessReader.load(path, base)
+        gated = gated_rows(base, direction, reader, sets)
+        gated.to_csv(rows, index=False)
+        print(reader, gated.groupby("set", sort=False)[["open", "closed", "refused"]].mean(), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -202,17 +223,13 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     base = ss.load_model(args.model, dtype="bfloat16")
     direction = ss.Direction.load(args.run / "direction.safetensors", base)
-    reader_path = args.out / "reader-band.safetensors"
-    if not reader_path.exists():
-        ss.fit_reader(base, training_prompts("kinds")).save(reader_path)
-    reader, sets = ss.HarmfulnessReader.load(reader_path, base), choosing_sets(args.data)
-    print(reader, flush=True)
-    if not (args.out / "base.csv").exists():
-        look(base, sets, opening_ids(args.run)).to_csv(args.out / "base.csv", index=False)
-    if not (args.out / "gated-band.csv").exists():
-        gated = gated_rows(base, direction.with_coeff(COEFF), reader, sets)
-        gated.to_csv(args.out / "gated-band.csv", index=False)
-        print(gated.groupby("set", sort=False)[["open", "closed", "refused"]].mean(), flush=True)
+    sets = choosing_sets(args.data)
+    for file, names in {"base": set(sets) - WIDE, "base-wide": WIDE}.items():
+        if not (args.out / f"{file}.csv").exists():
+            part = {name: texts for name, texts in sets.items() if name in names}
+            look(base, part, opening_ids(args.run)).to_csv(args.out / f"{file}.csv", index=False)
+    for name, prompts in READERS.items():
+        write_gated(name, prompts, base, direction.with_coeff(COEFF), args.out, sets)
     tokens = TokenSet.load(args.out.parent / "which_tokens" / "tokens-0.001.json")
     for name in args.arms:
         run(name, arms()[name], base, direction, tokens, args)
