@@ -33,13 +33,13 @@ def test_pages_hold_the_tables_of_the_rows(tables, monkeypatch, capsys):
 def test_a_changed_number_is_caught(tables, monkeypatch, capsys, tmp_path):
     page = tmp_path / "README.md"
     right = tables.PAGES[0].read_text(encoding="utf-8")
-    wrong = right.replace("70 % (66 to 74)", "71 % (66 to 74)")
+    wrong = right.replace("5 % → 70 %", "5 % → 71 %")
     assert wrong != right
     page.write_text(wrong, encoding="utf-8")
     with pytest.raises(SystemExit) as stopped:
         run_check(tables, monkeypatch, page)
     assert stopped.value.code == 1
-    assert capsys.readouterr().out == "README.md: demo\n"
+    assert capsys.readouterr().out == "README.md: readme\n"
     assert page.read_text(encoding="utf-8") == wrong
     monkeypatch.setattr(sys, "argv", ["tables.py"])
     tables.main()
@@ -55,7 +55,7 @@ def test_a_changed_row_is_caught(tables, monkeypatch, tmp_path):
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     text = tables.PAGES[0].read_text(encoding="utf-8")
-    assert tables.rewritten(text, "README.md")[1] == ["demo"]
+    assert tables.rewritten(text, "README.md")[1] == ["readme"]
 
 
 def test_a_table_that_cannot_be_made_is_an_error(tables):
