@@ -149,13 +149,13 @@ def run(
     teacher, looks = Teacher(base, direction.with_coeff(arm.coeff), tokens), []
     for record in training_steps(state, teacher, training_prompts(arm.prompts)):
         print(name, record.step, f"loss {record.loss:.4f} grad {record.grad_norm:.3f}", flush=True)
-        if record.step in CHECKS:
+        if record.step in CHECKS or record.step == config.n_steps:
             state.optimizer.zero_grad(set_to_none=True)
             with in_precision_of(base, state.student):
                 looks.append(look(state.student, sets, ids).assign(step=record.step))
             rates = looks[-1].groupby("set", sort=False).refused.mean().round(2).to_dict()
             print(name, record.step, rates, flush=True)
-        if record.step == min(max(CHECKS), config.n_steps):
+        if record.step == max(CHECKS):
             break
     if args.keep:
         state.student.model.save_pretrained(args.keep / path.stem)
