@@ -175,7 +175,7 @@ def look(chat: ss.ChatModel, sets: dict[str, list[str]], ids: torch.Tensor) -> p
     auc = {
         kind: round(float(roc_auc_score(harmful[at], rows.margin[at])), 3)
         for kind in ("pairs", "kinds", "wide", "public")
-        if len(at := rows.set.str.startswith(kind))
+        if (at := rows.set.str.startswith(kind)).any()
     }
     print("AUC of the margin:", auc, flush=True)
     return rows
