@@ -204,6 +204,7 @@ def gated() -> tuple[list[str], list[list[str]]]:
     return ["set, % refused", "n", "base", "one threshold", "a band", "change, points"], lines
 
 
+KINDS = ("pairs", "kinds", "public", "wide")  # of the sets for choosing; the last came later
 ARMS = {  # files of two_sided.py, and what the page calls them
     "long_on_S": "8 + 8 prompts, 12 tokens, all alike",
     "first_tokens": "12 + 12 prompts, 8 tokens, early ones count most",
@@ -217,16 +218,17 @@ ARMS = {  # files of two_sided.py, and what the page calls them
 
 def two_sided_arms() -> tuple[list[str], list[list[str]]]:
     """Make the table of the arms on the sets for choosing: refusals by set, and the margin's AUC."""
-    base = _two_sided_rows("base")
+    base = pd.concat([_two_sided_rows("base"), _two_sided_rows("base-wide")])
     looks = [("base", "", base), ("gated steering, no training", "", _two_sided_rows("gated-band"))]
+    looks.append(("the same, reader fitted on wider prompts too", "", _two_sided_rows("gated-wide")))
     for file, title in ARMS.items():
         for path in sorted(TWO_SIDED.glob(f"{file}--*.rows.csv")):
             looks += [(title, str(step), rows) for step, rows in pd.read_csv(path).groupby("step")]
     lines = []
     for title, step, rows in looks:
-        rates = {name: 100 * _where(rows, set=name).refused.mean() for name in CHOOSING}
+        rates = 100 * rows.groupby("set").refused.mean()
         cells = [
-            " / ".join(f"{rates[f'{kind} {label}']:.0f}" for kind in ("pairs", "kinds", "public"))
+            " / ".join(f"{rates[f'{kind} {label}']:.0f}" for kind in KINDS if f"{kind} {label}" in rates)
             for label in ("harmful", "harmless")
         ]
         lines.append([title, step, *cells, _aucs(rows) if "margin" in rows else ""])
@@ -236,5 +238,7 @@ def two_sided_arms() -> tuple[list[str], list[list[str]]]:
 
 def _aucs(rows: pd.DataFrame) -> str:
     """Write how well the first-token margin tells harmful from harmless, by kind of prompts."""
-    parts = [rows.loc[rows.set.str.startswith(kind)] for kind in ("pairs", "kinds", "public")]
-    return " / ".join(f"{roc_auc_score(p.set.str.endswith('harmful'), p.margin):.2f}" for p in parts)
+    parts = (rows.loc[rows.set.str.startswith(kind)] for kind in KINDS)
+    return " / ".join(
+        f"{roc_auc_score(p.set.str.endswith('harmful'), p.margin):.2f}" for p in parts if len(p)
+    )
