@@ -205,7 +205,7 @@ def gated() -> tuple[list[str], list[list[str]]]:
 
 
 KINDS = ("pairs", "kinds", "public", "wide")  # of the sets for choosing; the last came later
-ARMS = {  # files of two_sided.py, and what the page calls them
+TWO_SIDED_ARMS = {  # files of two_sided.py, and what the page calls them
     "long_on_S": "8 + 8 prompts, 12 tokens, all alike",
     "first_tokens": "12 + 12 prompts, 8 tokens, early ones count most",
     "first_tokens,_both_on_S": "the same, harmless answers on S too",
@@ -221,7 +221,7 @@ def two_sided_arms() -> tuple[list[str], list[list[str]]]:
     base = pd.concat([_two_sided_rows("base"), _two_sided_rows("base-wide")])
     looks = [("base", "", base), ("gated steering, no training", "", _two_sided_rows("gated-band"))]
     looks.append(("the same, reader fitted on wider prompts too", "", _two_sided_rows("gated-wide")))
-    for file, title in ARMS.items():
+    for file, title in TWO_SIDED_ARMS.items():
         for path in sorted(TWO_SIDED.glob(f"{file}--*.rows.csv")):
             looks += [(title, str(step), rows) for step, rows in pd.read_csv(path).groupby("step")]
     lines = []

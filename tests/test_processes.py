@@ -32,7 +32,7 @@ SETTINGS = {
 }
 SCRIPT = """
 import json, sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from accelerate import PartialState
 import safesteer as ss
@@ -59,8 +59,10 @@ assert PartialState().num_processes == 2
 (folder / f"history{rank}.json").write_text(json.dumps(records))
 state.save(folder / f"end{rank}.safetensors", {})
 if config.sharded and not config.lora_rank:  # the file gives each process its share again
+    goes_on = replace(state, config=replace(config, n_steps=config.n_steps + 1))  # so its moments are written
+    goes_on.save(folder / f"between{rank}.safetensors", {})
     again = prepare_student(ss.load_model(str(folder / "tiny"), device="cpu"), direction, config)
-    again.load(folder / f"end{rank}.safetensors", {})
+    again.load(folder / f"between{rank}.safetensors", {})
     assert again.step == state.step
     for name, p in again.trained.items():
         q = state.trained[name]
