@@ -140,6 +140,7 @@ def test_shipped_sizes_and_variety(pairs):
 def test_the_shipped_prompts_that_directions_are_read_from_stay_as_they_were(pairs):
     """Saved directions name these hashes."""
     hashes = [(pairs.split(name).hash, pairs.split(name).first(64).hash) for name in ("train", "val")]
+    # pragma: allowlist nextline secret
     assert hashes == [("7e3e4ca2af46c9f1", "6fc92f288e8422ec"), ("222481ac57f4fe1d", "096e0e6e8e8b7dd6")]
 
 
