@@ -2,7 +2,9 @@
 
 "paper-qwen" and "paper-llama" are what the authors of arXiv 2606.02530 ran on either family; "paper" is the
 one of the two that fits the model (`for_family`). "quick" is for small machines, found by measurement on
-SmolLM2-135M-Instruct (4-bit weights, Q4_1); it also aligns a model that never refused.
+SmolLM2-135M-Instruct (4-bit weights, Q4_1); it also aligns a model that never refused. "two-sided" is for a
+model that refuses by itself, found on Qwen2.5-Coder-0.5B-Instruct: the student learns to tell harmful from
+harmless, where the other presets move a threshold.
 A recipe file holds any of the settings, over those of the preset that it names:
 
     preset = "quick"
