@@ -211,6 +211,7 @@ TWO_SIDED_ARMS = {  # files of two_sided.py, and what the page calls them
     "first_tokens,_both_on_S": "the same, harmless answers on S too",
     "both_on_S,_harmless_by_1.5": "the same, harmless answers count 1.5: the preset",
     "both_on_S,_wide_prompts": "the preset with wider prompts, 32 steps",
+    "both_over_all_tokens": "both over all tokens in place of S",
     "both_on_random_tokens": "both on fifty random ids in place of S",
     "both_on_matched_tokens": "both on fifty ids as frequent as those of S",
 }
