@@ -276,7 +276,6 @@ def test_the_preset_paper_becomes_that_of_the_model(tiny_llama, tiny_qwen2, tiny
     assert "paper-qwen here: the model is of type 'gemma2', for which the authors" in capsys.readouterr().out
 
 
-@pytest.mark.model
 def test_the_preset_two_sided_teaches_both_sides_on_s_alone(model_folder, tmp_path):
     """Harmless answers move the student too."""
     settings = {**SMALL, "direction.n_train": 6, "dtype": "float32", "distill.precision": "float32"}
@@ -292,6 +291,7 @@ def test_the_preset_two_sided_teaches_both_sides_on_s_alone(model_folder, tmp_pa
     assert kinds == {"all"}
 
 
+@pytest.mark.model
 @pytest.mark.slow
 def test_spine_on_the_real_model(tmp_path):
     """Name to report on SmolLM2, with settings too small to learn anything."""
