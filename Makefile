@@ -43,11 +43,10 @@ results: setup
 
 # Those rows from nothing, about six hours on two cores, for DATA=a folder of benchmark rows. What is there stays:
 # delete a row's file to make it again, or stop and continue as you like.
-STUDY = analysis/$(1).py runs/study --data $(DATA)
 studies: setup
 	$(BIN)/safesteer fetch qwen2.5-coder-0.5b
-	$(BIN)/python $(call STUDY,which_tokens)
-	$(BIN)/python $(call STUDY,two_sided)
+	$(BIN)/python analysis/which_tokens.py runs/study --data $(DATA)
+	$(BIN)/python analysis/two_sided.py runs/study --data $(DATA)
 	$(BIN)/python analysis/held_out.py --runs runs/held-out --data $(DATA)
 
 # Every function on every family of models, about ten minutes: writes docs/models.md.

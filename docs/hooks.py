@@ -68,9 +68,9 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def settings_tables() -> str:
     """Return one table per section of a recipe, with the value of every preset."""
-    from safesteer.recipes import SECTIONS, recipe
+    from safesteer.recipes import PRESETS, SECTIONS, recipe
 
-    presets = ("quick", "two-sided", "paper-qwen", "paper-llama")
+    presets = [name for name in PRESETS if name != "paper"]  # that is one of two others
     tables: dict[str, list[str]] = {"": [], **{name: [] for name in SECTIONS}}
     for row in zip(*(recipe(preset).rows() for preset in presets), strict=True):
         name, _, unit, text = row[0]

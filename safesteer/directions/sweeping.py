@@ -160,7 +160,7 @@ def sweep(
         progress(share * (n + done))
 
     places = runnable(candidates, config.max_layer_share)
-    strength = 1.0 if config.coeff is None else config.coeff  # ablation does not see it
+    strength = _strength(config)
     vectors = strength * torch.stack([candidates.vectors[at] for at in places])
     layers = [layer for _, layer in places]
     scores = score(chat, vectors, layers, prompts, refusal_ids, limits, progress=partial(part, 0))
@@ -180,6 +180,11 @@ def sweep(
         for name, values in again.items():
             table.loc[best.index, f"{name}_held_out"] = values.mean(1).numpy()
     return result
+
+
+def _strength(config: DirectionConfig) -> float:
+    """Return the multiple of a candidate that is added; ablation does not see its length."""
+    return 1.0 if config.coeff is None else config.coeff
 
 
 def _with_intervals(
@@ -216,7 +221,7 @@ def _add_controls(
     places = [candidates.index(str(row.position), int(row.layer)) for _, row in scored.iterrows()]
     control = score(
         chat,
-        (1.0 if config.coeff is None else config.coeff) * torch.stack([source[at] for at in places]),
+        _strength(config) * torch.stack([source[at] for at in places]),
         [layer for _, layer in places],
         prompts,
         refusal_ids,

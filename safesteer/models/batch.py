@@ -104,11 +104,17 @@ class PromptBatch:
         """Column of each row's first continuation token; the width where there is none."""
         return (~self.completion_mask).sum(-1)
 
+    def whole_rows(self, at: Int[Tensor, " rows"] | Bool[Tensor, " batch"]) -> "PromptBatch":
+        """Take some rows (indices or a mask) with all columns: a cache of the batch counts them."""
+        parts = (self.prompt_ids, self.attention_mask, self.completion_mask)
+        return PromptBatch(*(part[at] for part in parts), self.n_shared)
+
     def rows(self, at: Int[Tensor, " rows"] | Bool[Tensor, " batch"]) -> "PromptBatch":
         """Take some rows (indices or a mask), without the columns that are padding in all of them."""
-        used = self.attention_mask[at].any(0)
-        parts = (self.prompt_ids, self.attention_mask, self.completion_mask)
-        return PromptBatch(*(part[at][:, used] for part in parts), self.n_shared)
+        whole = self.whole_rows(at)
+        used = whole.attention_mask.any(0)
+        parts = (whole.prompt_ids, whole.attention_mask, whole.completion_mask)
+        return PromptBatch(*(part[:, used] for part in parts), self.n_shared)
 
     def plain(self) -> "PromptBatch":
         """Move all padding to the left: the usual layout, in which no column is shared."""

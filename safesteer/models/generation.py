@@ -93,6 +93,7 @@ def generate_ids(
     n_rows = len(batch.prompt_ids) * n_samples
     if temperature > 0 and uniform is None:
         uniform = torch.rand(n_rows, max_new_tokens, dtype=torch.float64)
+    drawn = None if temperature == 0 or uniform is None else uniform.to(batch.prompt_ids.device)
     # All but the last column: a prompt is read once, however many samples continue it.
     upto = batch.prompt_ids.shape[1] - (first_ids is None)
     cache = prefill(chat.model, batch, upto, n_samples)
@@ -102,24 +103,25 @@ def generate_ids(
         ids = torch.cat([ids, first_ids.to(ids).repeat(len(batch.prompt_ids))[:, None]], 1)
         mask = torch.cat([mask, torch.ones_like(ids[:, -1:])], 1)
     going = _Going(torch.arange(n_rows, device=ids.device), ids, mask, cache)
-    eos = torch.tensor(chat.eos_ids, dtype=torch.long, device=ids.device)
-    pad = chat.eos_ids[0] if chat.eos_ids else 0
-    out, width = ids.new_full((n_rows, max_new_tokens), pad), 0
+    eos = chat.eos_ids
+    ends = torch.tensor(eos, dtype=torch.long, device=ids.device)
+    out, width = ids.new_full((n_rows, max_new_tokens), eos[0] if eos else 0), 0
     may_leave = cache is not None and not rows_must_stay(chat.model)
     while width < max_new_tokens and len(going.rows):
         n_new = min(TOGETHER, max_new_tokens - width) if may_leave else max_new_tokens
-        drawn = None if temperature == 0 or uniform is None else uniform.to(ids.device)[going.rows, width:]
-        with reading(batch if width == 0 else _of_rows(batch, going.rows // n_samples)):
+        sampling = [] if drawn is None else [_Sampling(drawn[going.rows, width:], temperature, chat.name)]
+        with reading(batch if width == 0 else batch.whole_rows(going.rows // n_samples)):
             new = _continued(
                 chat,
                 going,
-                [] if drawn is None else [_Sampling(drawn, temperature, chat.name)],
+                eos,
+                sampling,
                 max_new_tokens=n_new,
                 min_new_tokens=max(0, min_new_tokens - width),
             )
         out[going.rows, width : width + new.shape[1]] = new
         width += new.shape[1]
-        going = going.without(torch.isin(new, eos).any(1), new)
+        going = going.without(torch.isin(new, ends).any(1), new)
     return out[:, :width]
 
 
@@ -141,28 +143,22 @@ class _Going:
         return _Going(self.rows[at], torch.cat([self.ids, new], 1)[at], mask, self.cache)
 
 
-def _of_rows(batch: PromptBatch, at: Int[Tensor, " rows"]) -> PromptBatch:
-    """Take some rows with all columns, also those that are padding now: what is cached counts them."""
-    parts = (batch.prompt_ids, batch.attention_mask, batch.completion_mask)
-    return PromptBatch(*(part[at.to(part.device)] for part in parts), batch.n_shared)
-
-
 def _continued(
     chat: ChatModel,
     going: _Going,
-    processors: list[LogitsProcessor],
+    eos: list[int],
+    processors: Sequence[LogitsProcessor],
     *,
     max_new_tokens: int,
     min_new_tokens: int,
 ) -> Int[Tensor, "rows new_pos"]:
     """Let transformers continue the rows; stop early where all of them end."""
-    eos = chat.eos_ids
     with plain_decoding(chat.model):
         out = hf_model(chat.model).generate(
             going.ids,
             attention_mask=going.mask,
             past_key_values=going.cache,
-            logits_processor=processors,
+            logits_processor=list(processors),
             generation_config=GenerationConfig(
                 max_new_tokens=max_new_tokens,
                 min_new_tokens=min_new_tokens,

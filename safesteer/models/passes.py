@@ -43,7 +43,7 @@ def rows_differ(model: nn.Module) -> AbstractContextManager[None]:
 
 def has_differing_rows(model: nn.Module) -> bool:
     """Return whether a block of `rows_differ` is open for the model."""
-    return any(part is decoder(model) for part in _DIFFERING.get())
+    return _is_marked(_DIFFERING, model)
 
 
 def rows_stay(model: nn.Module) -> AbstractContextManager[None]:
@@ -53,7 +53,12 @@ def rows_stay(model: nn.Module) -> AbstractContextManager[None]:
 
 def rows_must_stay(model: nn.Module) -> bool:
     """Return whether a block of `rows_stay` is open for the model."""
-    return any(part is decoder(model) for part in _STAYING.get())
+    return _is_marked(_STAYING, model)
+
+
+def _is_marked(marked: ContextVar[tuple[nn.Module, ...]], model: nn.Module) -> bool:
+    """Return whether a model's decoder is among the marked ones."""
+    return any(part is decoder(model) for part in marked.get())
 
 
 @contextmanager
