@@ -85,13 +85,22 @@ def run_of(seed: int, folder: Path, args: argparse.Namespace) -> Path:
     return run
 
 
-def measured(runs: list[Path], base: ss.ChatModel) -> Iterator[Measured]:
+def measured(runs: list[Path], base: ss.ChatModel, only: list[str] | None) -> Iterator[Measured]:
     """Yield the base, and of each run its student and its gated base; one student is open at a time."""
-    yield Measured("base", base, nullcontext())
+
+    def wanted(name: str) -> bool:
+        return only is None or name in only
+
+    if wanted("base"):
+        yield Measured("base", base, nullcontext())
     for seed, run in enumerate(runs):
+        if not wanted(f"student-{seed}"):
+            continue
         student = ss.load_model(str(run / "model"), dtype="bfloat16")
         yield Measured(f"student-{seed}", replace(student, name=f"student of seed {seed}"), nullcontext())
     for seed, run in enumerate(runs):
+        if not wanted(f"gated-{seed}"):
+            continue
         direction = ss.Direction.load(run / "direction.safetensors", base)
         reader = ss.HarmfulnessReader.load(run / READER_FILE, base)
         yield Measured(f"gated-{seed}", base, ss.steer(base, direction, gate=reader, closed="ablate"))
@@ -181,9 +190,8 @@ def main() -> None:
     runs = [run_of(seed, args.runs, args) for seed in range(args.seeds)]
     base = ss.load_model(args.model, dtype="bfloat16")
     ids = RefusalTokens.load(runs[0] / "refusal_tokens.csv").ids
-    for model in measured(runs, base):
-        if args.only is None or model.name in args.only:
-            measure(model, ids, args.data, args.out)
+    for model in measured(runs, base, args.only):
+        measure(model, ids, args.data, args.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Tables of the test prompts on a model that refuses by itself (held_out.py), from their committed rows.
 
-Base, gated steering without training, and students of three seeds; changes are those of students against the
+Base, gated steering without training, and students of some seeds; changes are those of students against the
 base, prompt by prompt, with intervals over seeds and prompts together.
 """
 
@@ -30,7 +30,7 @@ POOLS: Mapping[str, tuple[str, ...]] = {
     "harmless, our own with a hazard word": ("own-hazard-words",),
 }
 AT = (0.5, 0.6, 0.7)  # public harmful prompts refused
-NATS = tuple(x / 4 for x in range(-40, 61))
+NATS = tuple(x / 4 for x in range(-40, 61))  # on the logits of the tokens that open refusals
 TASKS = {"lambada_openai": "LAMBADA, right", "arc_easy": "ARC-Easy, right", "mmlu_stem": "MMLU-STEM, right"}
 
 
@@ -55,8 +55,9 @@ def rate(values: np.ndarray) -> str:
     return text
 
 
-def line(title: str, rows: pd.DataFrame, metric: str, keys: list[str]) -> list[str]:
+def line(title: str, rows: pd.DataFrame, metric: str = "declines") -> list[str]:
     """Make a line of the table: n, the rates of all kinds, and how the students changed."""
+    keys = ["task" if metric == "right" else "set", "row"]
     kinds = {kind: outcomes(rows, kind, metric, keys) for kind in ("base", "gated", "student")}
     keep = ~np.isnan(kinds["base"][0])
     kinds = {kind: values[:, keep] for kind, values in kinds.items() if values.size}
@@ -68,19 +69,17 @@ def line(title: str, rows: pd.DataFrame, metric: str, keys: list[str]) -> list[s
 
 def short(sets: Sequence[str], metric: str = "declines") -> tuple[str, str]:
     """Write how students changed on some sets, "base -> student", and the rate of the gated base."""
-    keys = ["task", "row"] if metric == "right" else ["set", "row"]
-    _, _, base, gated, student, _ = line("", rows_of(sets), metric, keys)
+    _, _, base, gated, student, _ = line("", rows_of(sets), metric)
     return f"{base} → {student.split(' (')[0]}", gated.split(" (")[0]
 
 
-def table(metric: str = "declines") -> tuple[list[str], list[list[str]]]:
+def table() -> tuple[list[str], list[list[str]]]:
     """Make the table of refusals, text quality and capability."""
-    keys = ["set", "row"]
-    lines = [line(title, rows_of(sets), metric, keys) for title, sets in POOLS.items()]
+    lines = [line(title, rows_of(sets)) for title, sets in POOLS.items()]
     harmless = rows_of((*OVER, "own-hazard-words"))
-    lines.append(line("answers to harmless prompts that repeat four words", harmless, "repeats", keys))
-    lines.append(line("code asked for, code given", harmless, "code", keys))
-    lines += [line(title, rows_of((task,)), "right", ["task", "row"]) for task, title in TASKS.items()]
+    lines.append(line("answers to harmless prompts that repeat four words", harmless, "repeats"))
+    lines.append(line("code asked for, code given", harmless, "code"))
+    lines += [line(title, rows_of((task,)), "right") for task, title in TASKS.items()]
     titles = ["refused, unless said otherwise", "n", "base", "gated, no training", "students"]
     return [*titles, "students - base, points"], lines
 

@@ -26,6 +26,7 @@ Without training stand gated steering and a constant on the openers (two_sided.p
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -33,7 +34,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
-from two_sided import COEFF, choosing_sets, look, opening_ids, training_prompts
+from two_sided import COEFF, choosing_sets, look_while_training, opening_ids, training_prompts
 
 import safesteer as ss
 from safesteer.distillation.loop import training_steps
@@ -45,7 +46,6 @@ from safesteer.models.forward import final_hidden
 from safesteer.models.head import output_head
 from safesteer.models.logits import logits_of
 from safesteer.models.parts import blocks
-from safesteer.models.precision import in_precision_of
 from safesteer.tokens.token_set import TokenSet
 
 CHECKS = (6, 12, 24)
@@ -85,8 +85,9 @@ class Targets:
     steered: dict[str, list[int]]  # the teacher's to harmless prompts, which dpo rejects
 
 
+@cache
 def targets_of(base: ss.ChatModel, direction: ss.Direction, prompts: ss.PromptSet) -> Targets:
-    """Let base and teacher answer what trains; what is no refusal is not taught as one."""
+    """Let base and teacher answer what trains, once; what is no refusal is not taught as one."""
 
     def answered(texts: Sequence[str]) -> dict[str, list[int]]:
         answers = ss.generate(base, texts, max_new_tokens=N_TOKENS, batch_size=48)
@@ -250,23 +251,20 @@ def steps_of(
     yield from supervised_steps(state, losses.get(method, supervised.nll), taught, spaces)
 
 
-def run(method: str, factor: float, args: argparse.Namespace, base: ss.ChatModel) -> None:
+def run(
+    method: str, factor: float, args: argparse.Namespace, base: ss.ChatModel, direction: ss.Direction
+) -> None:
     """Train one method at one rate with one seed, and write a row per prompt and check."""
     config = replace(DISTILLED.get(method, OURS), seed=args.seed)
     config = replace(config, lr=RATES.get(method, config.lr) * factor)
     path = args.out / f"{method.replace(' ', '_')}--{config.lr:.1e}--{args.seed}.rows.csv"
     if path.exists():
         return
-    direction = ss.Direction.load(args.run / "direction.safetensors", base).with_coeff(COEFF)
     state, looks = prepare_student(ss.load_model(args.model), direction, config), []
     sets, ids = choosing_sets(args.data), opening_ids(args.run)
     for step in steps_of(method, state, args, base, direction):
         if step in CHECKS:
-            state.optimizer.zero_grad(set_to_none=True)
-            with in_precision_of(base, state.student):
-                looks.append(look(state.student, sets, ids).assign(step=step))
-            rates = looks[-1].groupby("set", sort=False).refused.mean().round(2).to_dict()
-            print(method, config.lr, step, rates, flush=True)
+            looks.append(look_while_training(f"{method} {config.lr:g}", state, base, sets, ids))
     pd.concat(looks).to_csv(path, index=False)
 
 
@@ -281,9 +279,10 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     base = ss.load_model(args.model, dtype="bfloat16")
+    direction = ss.Direction.load(args.run / "direction.safetensors", base).with_coeff(COEFF)
     for factor in FACTORS:
         for method in args.methods:
-            run(method, factor, args, base)
+            run(method, factor, args, base, direction)
 
 
 if __name__ == "__main__":

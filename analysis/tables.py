@@ -40,7 +40,6 @@ PAGES = tuple(
         "docs/log.md",
     )
 )
-CONSTANTS = tuple(x / 4 for x in range(-40, 61))  # nats on the logits of the refusal tokens
 HARMFUL = 0.7  # harmful refusals at which lines are compared: about the student's
 N_DRAWS = 500
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.S)
@@ -198,7 +197,7 @@ def demo_curve() -> str:
         harmful, harmless = np.concatenate([margins[model, s] for s in public]), margins[model, name]
         if draw:
             harmful, harmless = (random.choice(values, len(values)) for values in (harmful, harmless))
-        line = bias_curve(harmful, harmless, CONSTANTS)
+        line = bias_curve(harmful, harmless, held_out_tables.NATS)
         return curve_area(line), over_refusal_at(line, HARMFUL)
 
     for name in ("xstest", "everyday", "own-hazard-words", "own-harmless"):

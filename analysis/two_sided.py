@@ -30,7 +30,7 @@ from safesteer._files import json_lines
 from safesteer.directions.refusal_tokens import RefusalTokens
 from safesteer.distillation.loop import training_steps
 from safesteer.distillation.rollouts import Teacher
-from safesteer.distillation.state import prepare_student
+from safesteer.distillation.state import DistillState, prepare_student
 from safesteer.evaluation.curves import refusal_margins
 from safesteer.models.precision import in_precision_of
 from safesteer.prompts.prompt_set import PromptSet
@@ -150,11 +150,7 @@ def run(
     for record in training_steps(state, teacher, training_prompts(arm.prompts)):
         print(name, record.step, f"loss {record.loss:.4f} grad {record.grad_norm:.3f}", flush=True)
         if record.step in CHECKS or record.step == config.n_steps:
-            state.optimizer.zero_grad(set_to_none=True)
-            with in_precision_of(base, state.student):
-                looks.append(look(state.student, sets, ids).assign(step=record.step))
-            rates = looks[-1].groupby("set", sort=False).refused.mean().round(2).to_dict()
-            print(name, record.step, rates, flush=True)
+            looks.append(look_while_training(name, state, base, sets, ids))
         if record.step == max(CHECKS):
             break
     if args.keep:
@@ -178,6 +174,18 @@ def look(chat: ss.ChatModel, sets: dict[str, list[str]], ids: torch.Tensor) -> p
         if (at := rows.set.str.startswith(kind)).any()
     }
     print("AUC of the margin:", auc, flush=True)
+    return rows
+
+
+def look_while_training(
+    name: str, state: DistillState, base: ss.ChatModel, sets: dict[str, list[str]], ids: torch.Tensor
+) -> pd.DataFrame:
+    """Look at a student between two steps, in the base's precision."""
+    state.optimizer.zero_grad(set_to_none=True)
+    with in_precision_of(base, state.student):
+        rows = look(state.student, sets, ids).assign(step=state.step)
+    rates = rows.groupby("set", sort=False).refused.mean().round(2).to_dict()
+    print(name, state.step, rates, flush=True)
     return rows
 
 

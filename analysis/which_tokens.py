@@ -37,7 +37,7 @@ import torch
 import safesteer as ss
 from safesteer._files import write_text
 from safesteer.attribution.coverage import Controls, matched_sets, random_sets, sum_by_step
-from safesteer.directions.finding import EXTRACTIONS
+from safesteer.directions.extraction import mean_difference
 from safesteer.directions.refusal_tokens import RefusalTokens, filter_by_refusal, learn_refusal_tokens
 from safesteer.directions.shifts import shift_along
 from safesteer.distillation.loss import LossTerms
@@ -350,7 +350,7 @@ def write_direction(base: ss.ChatModel, run: Path) -> None:
     val = prompts.split("val")
     refusal = learn_refusal_tokens(base, val.harmful, val.harmless, refuses)
     read = filter_by_refusal(base, prompts.split("train"), refusal.ids)
-    candidates = EXTRACTIONS["instruction"](base, read, seed=0)
+    candidates = mean_difference(base, read, seed=0)
     run.mkdir(parents=True, exist_ok=True)
     refusal.save(run / "refusal_tokens.csv")
     direction = candidates.direction(base, "-1", base.n_layers * 2 // 3, prompts=read)

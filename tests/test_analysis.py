@@ -219,7 +219,7 @@ def test_the_table_of_test_prompts_is_that_of_what_was_measured(model_folder, tm
             rows.assign(model=model, declines=verdicts).to_csv(out / f"{model}--{name}.csv", index=False)
     monkeypatch.setattr(tables, "ROWS", out)
     part = tables.rows_of(("own-short", "own-harmless"))
-    title, n, before, gated, after, change = tables.line("both", part, "declines", ["set", "row"])
+    title, n, before, gated, after, change = tables.line("both", part)
     assert (title, n, before, gated) == ("both", "6", "0 %", "33 %")
     assert after == "83 % (67 to 100)"
     assert change.startswith("+83 (+")
