@@ -55,7 +55,7 @@ TWO_SIDED = ss.DistillConfig(
     decay=1.0,
     lr=1e-5,
     precision="bfloat16",
-    micro_batch=8,
+    micro_batch=24,
 )
 COEFF = 1.6
 READERS = {"band": "kinds", "wide": "all"}  # readers by the prompts that they are fitted on

@@ -260,6 +260,7 @@ def two_sided() -> Recipe:
             decay=0.7,
             lr=1e-5,
             precision="bfloat16",
+            micro_batch=24,
         ),
     )
 
