@@ -2,7 +2,6 @@
 
 import os
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +15,7 @@ os.environ.setdefault("SAFESTEER_QUICK", "1")
 def _example_names(request: pytest.FixtureRequest) -> None:
     """Give docstring examples their globals: ss, chat, direction, tokens and folder."""
     if isinstance(request.node, DoctestItem):
-        names = _example_values() | {"folder": Path(tempfile.mkdtemp())}
+        names = _example_values() | {"folder": request.getfixturevalue("tmp_path")}
         request.getfixturevalue("doctest_namespace").update(names)
 
 

@@ -204,13 +204,26 @@ def gated() -> tuple[list[str], list[list[str]]]:
     return ["set, % refused", "n", "base", "one threshold", "a band", "change, points"], lines
 
 
+METHODS = {  # of methods.py
+    "two-sided on S": "two-sided teacher, on S (the preset)",
+    "one-sided on S": "steered teacher, harmless answers held to the base, on S",
+    "published": "steered teacher, Eq. 6 on S at 1e-8, no harmless prompts",
+    "whole vocabulary": "steered teacher, over the whole vocabulary",
+    "top-k": "steered teacher, on its fifty likeliest tokens",
+    "sft": "its refusals as hard targets (SFT)",
+    "kl and margin": "the same, KL to the base and a margin on harmless prompts",
+    "dpo": "preferences (DPO)",
+    "null space": "SFT with gradients kept out of what harmless prompts use",
+}
 KINDS = ("pairs", "kinds", "public", "wide")  # of the sets for choosing; the last came later
 TWO_SIDED_ARMS = {  # files of two_sided.py, and what the page calls them
     "long_on_S": "8 + 8 prompts, 12 tokens, all alike",
     "first_tokens": "12 + 12 prompts, 8 tokens, early ones count most",
     "first_tokens,_both_on_S": "the same, harmless answers on S too",
-    "both_on_S,_harmless_by_1.5": "the same, harmless answers count 1.5: the preset",
-    "both_on_S,_wide_prompts": "the preset with wider prompts, 32 steps",
+    "both_on_S,_harmless_by_1.5": "the same, harmless answers count 1.5",
+    "both_on_S,_wide_prompts": "the same with wider prompts, 32 steps",
+    "both_on_S,_wide_prompts,_blocks": "the same, 24 steps, vocabulary frozen: the preset",
+    "wide,_blocks,_text_0.2": "the same, harmless answers held to the base over all tokens too, by 0.2",
     "both_over_all_tokens": "both over all tokens in place of S",
     "both_on_random_tokens": "both on fifty random ids in place of S",
     "both_on_matched_tokens": "both on fifty ids as frequent as those of S",
@@ -225,21 +238,49 @@ def two_sided_arms() -> tuple[list[str], list[list[str]]]:
     for file, title in TWO_SIDED_ARMS.items():
         for path in sorted(TWO_SIDED.glob(f"{file}--*.rows.csv")):
             looks += [(title, str(step), rows) for step, rows in pd.read_csv(path).groupby("step")]
-    lines = []
-    for title, step, rows in looks:
-        rates = 100 * rows.groupby("set").refused.mean()
-        cells = [
-            " / ".join(f"{rates[f'{kind} {label}']:.0f}" for kind in KINDS if f"{kind} {label}" in rates)
-            for label in ("harmful", "harmless")
-        ]
-        lines.append([title, step, *cells, _aucs(rows) if "margin" in rows else ""])
     titles = ["harmful prompts steered, harmless ones ablated", "step", "harmful, % refused", "harmless"]
-    return [*titles, "AUC of the margin"], lines
+    return [*titles, "AUC of the margin"], [[title, step, *_cells(rows)] for title, step, rows in looks]
+
+
+def _cells(rows: pd.DataFrame) -> list[str]:
+    """Write a look: refusals of harmful prompts by kind, of harmless ones, and the margin's AUC."""
+    rates = 100 * rows.groupby("set").refused.mean()
+    cells = [
+        " / ".join(f"{rates[f'{kind} {label}']:.0f}" for kind in KINDS if f"{kind} {label}" in rates)
+        for label in ("harmful", "harmless")
+    ]
+    return [*cells, _aucs(rows) if "margin" in rows else ""]
+
+
+def _auc(rows: pd.DataFrame) -> dict[str, float]:
+    """Measure how well the first-token margin tells harmful from harmless, by kind of prompts."""
+    parts = {kind: rows.loc[rows.set.str.startswith(kind)] for kind in KINDS}
+    return {
+        kind: float(roc_auc_score(part.set.str.endswith("harmful"), part.margin))
+        for kind, part in parts.items()
+        if len(part)
+    }
 
 
 def _aucs(rows: pd.DataFrame) -> str:
-    """Write how well the first-token margin tells harmful from harmless, by kind of prompts."""
-    parts = (rows.loc[rows.set.str.startswith(kind)] for kind in KINDS)
-    return " / ".join(
-        f"{roc_auc_score(p.set.str.endswith('harmful'), p.margin):.2f}" for p in parts if len(p)
-    )
+    return " / ".join(f"{area:.2f}" for area in _auc(rows).values())
+
+
+def methods() -> tuple[list[str], list[list[str]]]:
+    """Make the table of other ways to teach refusing: each at the best of its rates, by the mean AUC."""
+    base = pd.concat([_two_sided_rows("base"), _two_sided_rows("base-wide")])
+    gate = _two_sided_rows("gated-wide")
+    lines = [["base", "", "", *_cells(base)], ["gated steering, no training", "", "", *_cells(gate)]]
+    for method in METHODS:
+        by_rate: dict[str, list[pd.DataFrame]] = {}
+        for path in sorted((ROWS.parent / "methods").glob(f"{method.replace(' ', '_')}--*.rows.csv")):
+            table = pd.read_csv(path)
+            by_rate.setdefault(path.name.split("--")[1], []).append(table[table.step == table.step.max()])
+        if not by_rate:
+            continue
+        areas = {r: np.mean([np.mean([*_auc(t).values()]) for t in tables]) for r, tables in by_rate.items()}
+        best = max(by_rate, key=lambda rate: areas[rate])
+        looks = pd.concat(by_rate[best])
+        lines.append([METHODS[method], f"{float(best):.0e}", str(len(by_rate)), *_cells(looks)])
+    titles = ["taught by", "rate", "rates tried", "harmful, % refused", "harmless, % refused"]
+    return [*titles, "AUC of the margin"], lines

@@ -427,6 +427,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "held-out": lambda: markdown(*held_out_tables.table()),
     "held-out-margins": lambda: markdown(*held_out_tables.margins_table()),
     "two-sided-arms": lambda: markdown(*control_tables.two_sided_arms()),
+    "methods": lambda: markdown(*control_tables.methods()),
     "demo-sets": demo_sets,
     "demo-curve": demo_curve,
     "which-tokens-steps": lambda: markdown(*control_tables.steps_table()),

@@ -85,6 +85,7 @@ def arms() -> dict[str, Arm]:
         n_steps=40,
     )
     on_s = replace(first, anchor_support="same", n_steps=24)
+    preset = replace(on_s, anchor_weight=1.5, late_anchor_weight=1.5)
     return {
         "constant rate": Arm(replace(full, n_steps=100, warmup=0)),  # its rows are of steps 6 and 12
         "two-sided": Arm(full),
@@ -92,10 +93,9 @@ def arms() -> dict[str, Arm]:
         "first tokens": Arm(first),
         "first tokens, upper blocks": Arm(replace(first, train_layers="from_steered")),
         "first tokens, both on S": Arm(on_s),
-        "both on S, harmless by 1.5": Arm(replace(on_s, anchor_weight=1.5, late_anchor_weight=1.5)),
-        "both on S, wide prompts": Arm(
-            replace(on_s, anchor_weight=1.5, late_anchor_weight=1.5, n_steps=32), prompts="all"
-        ),
+        "both on S, harmless by 1.5": Arm(preset),
+        "both on S, wide prompts": Arm(replace(preset, n_steps=32), prompts="all"),
+        "both on S, wide prompts, blocks": Arm(replace(preset, train_layers="blocks"), prompts="all"),
         "both on random tokens": Arm(on_s, tokens="random"),
         "both on matched tokens": Arm(on_s, tokens="matched"),
         "both over all tokens": Arm(replace(on_s, support="full", anchor_support="full")),
@@ -154,7 +154,8 @@ def run(
         if record.step == max(CHECKS):
             break
     if args.keep:
-        state.student.model.save_pretrained(args.keep / path.stem)
+        for part in (state.student.model, state.student.tokenizer):
+            part.save_pretrained(args.keep / path.stem)
     pd.concat(looks).to_csv(path, index=False)
 
 

@@ -251,7 +251,7 @@ def two_sided() -> Recipe:
         distill=DistillConfig(
             harmless_teacher="ablated",
             splits=("distill", "train"),
-            train_layers="all",
+            train_layers="blocks",
             n_steps=24,
             harmful_per_step=12,
             harmless_per_step=12,

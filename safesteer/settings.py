@@ -161,8 +161,10 @@ class DistillConfig:
         ("distill", "train", "val"),
         "Splits of the prompts that are distilled on; the paper's is 'distill' alone.",
     )
-    train_layers: Literal["all", "from_steered"] = setting(
-        "from_steered", "Which blocks train: all weights, or the blocks from the steered layer up."
+    train_layers: Literal["all", "blocks", "from_steered"] = setting(
+        "from_steered",
+        "What trains: all weights, all blocks but not the vocabulary's rows, or the blocks from the steered"
+        " layer up.",
     )
     n_steps: int = setting(50, "Optimizer steps.", ge=1)
     harmful_per_step: int = setting(10, "Harmful prompts per step.", ge=1)

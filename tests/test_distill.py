@@ -298,7 +298,7 @@ def test_micro_batch_does_not_change_loss_or_gradient(run, micro_batch, support)
 # --- what moves ---
 
 
-@pytest.mark.parametrize("train_layers", ["from_steered", "all"])
+@pytest.mark.parametrize("train_layers", ["from_steered", "blocks", "all"])
 def test_only_the_trained_parameters_move(run, tiny_llama, train_layers):
     _, state = run(steps=2, train_layers=train_layers)
     before = dict(tiny_llama.model.named_parameters())
@@ -307,7 +307,8 @@ def test_only_the_trained_parameters_move(run, tiny_llama, train_layers):
     if train_layers == "all":
         assert moved == set(before)
     else:
-        assert {n.split(".")[2] for n in moved if ".layers." in n} == {"1", "2"}
+        trained = {"1", "2"} if train_layers == "from_steered" else {"0", "1", "2"}
+        assert {n.split(".")[2] for n in moved if ".layers." in n} == trained
         assert {n for n in moved if ".layers." not in n} == {"model.norm.weight"}
 
 
@@ -479,7 +480,7 @@ def test_config_errors_name_the_setting(name, value):
 # --- learning ---
 
 
-@pytest.mark.parametrize("train_layers", ["from_steered", "all"])
+@pytest.mark.parametrize("train_layers", ["from_steered", "blocks", "all"])
 def test_the_student_learns_the_teachers_mass_on_s(run, train_layers):
     """With the default loss, where a random model cannot hide behind the anchor."""
     options = {"harmful_per_step": 6, "harmless_per_step": 0, "n_rollouts": 1, "max_grad_norm": 1.0}

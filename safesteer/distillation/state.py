@@ -75,8 +75,8 @@ def prepare_student(
 ) -> DistillState:
     """Choose what trains and make the optimizer.
 
-    The embedding (and a head tied to it) stays frozen with train_layers="from_steered" or an adapter: then
-    the loss never touches the vocabulary in its backward pass.
+    The embedding (and a head tied to it) stays frozen but with train_layers="all": then the loss never
+    touches the vocabulary in its backward pass.
 
     Args:
         student: A plain Hugging Face model in float32 that may be changed; with `lora_rank` the base itself,
@@ -100,7 +100,7 @@ def prepare_student(
     student.model.requires_grad_(False)
     if config.lora_rank:
         student = with_adapter(student, config.lora_rank, config.lora_alpha, first, config.seed)
-    elif config.train_layers == "from_steered":
+    elif config.train_layers != "all":
         for block in blocks(student.model)[first:]:
             block.requires_grad_(True)
         final_norm(student.model).requires_grad_(True)
