@@ -223,7 +223,6 @@ TWO_SIDED_ARMS = {  # files of two_sided.py, and what the page calls them
     "both_on_S,_harmless_by_1.5": "the same, harmless answers count 1.5",
     "both_on_S,_wide_prompts": "the same with wider prompts, 32 steps",
     "both_on_S,_wide_prompts,_blocks": "the same, 24 steps, vocabulary frozen: the preset",
-    "wide,_blocks,_text_0.2": "the same, harmless answers held to the base over all tokens too, by 0.2",
     "both_over_all_tokens": "both over all tokens in place of S",
     "both_on_random_tokens": "both on fifty random ids in place of S",
     "both_on_matched_tokens": "both on fifty ids as frequent as those of S",
