@@ -156,9 +156,11 @@ def _fit(
     """Fit on standardized residuals; return weight and bias for residuals as they are."""
     from sklearn.linear_model import LogisticRegression  # slow to import
     from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
 
     scaler = StandardScaler().fit(x)
-    fit = LogisticRegression(C=C, max_iter=1000).fit(scaler.transform(x), harmful)
+    with threadpool_limits(1):  # small products: a second thread spins more than it helps
+        fit = LogisticRegression(C=C, max_iter=1000).fit(scaler.transform(x), harmful)
     weight = (fit.coef_[0] / scaler.scale_).astype(np.float32)
     # With the rounded weight: residuals have means that are large beside what they vary.
     return weight, float(fit.intercept_[0] - scaler.mean_ @ weight.astype(np.float64))
