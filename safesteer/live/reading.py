@@ -12,7 +12,7 @@ take turns with one model.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -76,14 +76,10 @@ class View:
         """Refuse a view that the subject cannot show.
 
         Raises:
-            SafeSteerError: For an unknown intervention, a layer outside the model, a strength that is not
-                finite, a length outside 1 to 512, or a gate without a reader.
+            SafeSteerError: For a layer outside the model, a strength that is not finite, a length outside 1 to
+                512, or a gate without a reader.
         """
         n_layers = subject.chat.n_layers
-        if self.intervention not in get_args(Intervention):
-            raise SafeSteerError(
-                f"Unknown intervention '{self.intervention}': use one of {', '.join(get_args(Intervention))}."
-            )
         if not 0 <= self.layer < n_layers:
             raise SafeSteerError(f"Layer {self.layer} is not in the model: it has 0 to {n_layers - 1}.")
         if not abs(self.coeff) < 1e6:

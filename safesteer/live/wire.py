@@ -6,12 +6,12 @@ text. Everything is data: a page puts it into text nodes.
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 from safesteer._errors import SafeSteerError
 from safesteer.attribution.stories import TokenStory
 from safesteer.attribution.tracing import Alternative, TraceToken
-from safesteer.live.reading import PromptReading, Subject, View
+from safesteer.live.reading import Intervention, PromptReading, Subject, View
 from safesteer.prompts.conversation import PromptLike, as_prompts
 from safesteer.tokens.token_set import SafetyToken
 
@@ -66,7 +66,13 @@ def view_of(subject: Subject, values: dict[str, Any]) -> View:
     Raises:
         SafeSteerError: For a prompt, or a view, that cannot be shown.
     """
-    view = View(**{**values, "prompt": prompt_of(values["prompt"])})
+    known = get_args(Intervention)
+    if values.get("intervention", "add") not in known:
+        raise SafeSteerError(
+            f"Unknown intervention '{values['intervention']}': use one of {', '.join(known)}."
+        )
+    numbers = {"prompt": prompt_of(values["prompt"]), "coeff": float(values["coeff"])}
+    view = View(**{**values, **numbers})
     view.check(subject)
     return view
 
