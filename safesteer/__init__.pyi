@@ -12,6 +12,7 @@ from .exporting import check_reload as check_reload
 from .exporting import export as export
 from .judges.sentences import declines as declines
 from .judges.wording import refuses as refuses
+from .live.widget import lens as lens
 from .models.bridge import to_bridge as to_bridge
 from .models.chat_model import ChatModel as ChatModel
 from .models.generation import generate as generate

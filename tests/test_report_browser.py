@@ -5,11 +5,12 @@ Needs Chromium, its driver and the selenium package; skips with the reason where
 
 import json
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import browser
 import pytest
+from browser import complaints, screen
 from test_attribution import CONFIG, HOSTILE, answer_rows, fill_run, hostile_tokens
 
 from conftest import PACKAGE
@@ -20,12 +21,7 @@ from safesteer.report.page import write_report
 from safesteer.settings import ExplainConfig
 from safesteer.tokens.selection import select_tokens
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
-DRIVER = shutil.which("chromedriver") or ""
-if not CHROMIUM or not DRIVER:
-    pytest.skip("Chromium or chromedriver is not installed", allow_module_level=True)
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-from selenium.webdriver.chrome.service import Service  # noqa: E402
+browser.require_browser()
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
@@ -33,30 +29,12 @@ from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 pytestmark = pytest.mark.slow
 EXAMPLE = PACKAGE.parent / "docs" / "example"
 FIELDS = {"base": "base", "teacher": "steered", "student": "student"}  # a model's name and its fields
-ARGUMENTS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1200,900",
-)
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    profile = tmp_path_factory.mktemp("profile")
-    for argument in (*ARGUMENTS, f"--user-data-dir={profile}"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield browser
-    browser.quit()
+    with browser.open_browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +65,6 @@ def load(driver, path: Path) -> None:
     )
 
 
-def screen(driver, width: int, *, dark: bool, height: int = 900) -> None:
-    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    theme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": theme})
-
-
 @pytest.fixture
 def page(driver, report):
     load(driver, report)
@@ -119,10 +90,6 @@ def show_every_chart(driver) -> int:
         driver.execute_script("arguments[0].scrollIntoView()", chart)
         WebDriverWait(driver, 20).until(lambda _, c=chart: all_of(c, ".main-svg"))
     return len(charts)
-
-
-def complaints(driver) -> list[str]:
-    return [e["message"] for e in driver.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
 
 
 def requests(driver) -> list[str]:

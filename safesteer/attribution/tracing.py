@@ -200,17 +200,40 @@ def _read_answer(
     ids: list[int],
     student: ChatModel | None,
 ) -> tuple[TraceToken, ...]:
-    """Take steps 1 to 3 for one answer."""
-    logp_base = _answer_logps(chat, prompt, ids)
+    """Take step 1 for one answer."""
+    base = _answer_logps(chat, prompt, ids)
     with steer(chat, direction):
-        logp_steered = _answer_logps(chat, prompt, ids)
-    base, steered = _measure(chat, logp_base, ids), _measure(chat, logp_steered, ids)
+        steered = _answer_logps(chat, prompt, ids)
+    taught = None if student is None else _answer_logps(student, prompt, ids)
+    return trace_tokens(chat, tokens, ids, base, steered, taught)
+
+
+def trace_tokens(
+    chat: ChatModel,
+    tokens: TokenSet,
+    ids: Sequence[int],
+    base: Float[Tensor, "n d_vocab"],
+    steered: Float[Tensor, "n d_vocab"],
+    student: Float[Tensor, "n d_vocab"] | None = None,
+) -> tuple[TraceToken, ...]:
+    """Measure an answer's tokens (steps 2 and 3) from the log-probabilities of all models.
+
+    Args:
+        chat: Whose tokens they are.
+        tokens: The safety tokens S.
+        ids: The tokens.
+        base: Log-probabilities of the base that predict each token, in nats, float32 on the CPU.
+        steered: The same of the steered base.
+        student: The same of the student, if there is one.
+    """
+    at = torch.arange(len(ids))
+    read_base, read_steered = _measure(chat, base, ids), _measure(chat, steered, ids)
     taught = _Reading([None] * len(ids), [None] * len(ids), [()] * len(ids))
     if student is not None:
-        taught = _measure(chat, _answer_logps(student, prompt, ids), ids)
+        taught = _measure(chat, student, ids)
 
-    lift = (logp_steered - logp_base)[torch.arange(len(ids)), ids].tolist()
-    terms = generalized_kl_terms(logp_steered, logp_base).clamp(min=0)
+    lift = (steered - base)[at, list(ids)].tolist()
+    terms = generalized_kl_terms(steered, base).clamp(min=0)
     kl, inside = terms.sum(-1), terms[:, tokens.ids.cpu()].sum(-1)
     share = torch.where(kl > MIN_KL, inside / kl.clamp(min=MIN_KL), 0.0).clamp(0, 1).tolist()
     in_s = set(tokens.ids.tolist())
@@ -218,18 +241,18 @@ def _read_answer(
         TraceToken(
             id=token,
             text=token_text(chat.tokenizer, token),
-            p_base=base.p[t],
-            p_steered=steered.p[t],
+            p_base=read_base.p[t],
+            p_steered=read_steered.p[t],
             p_student=taught.p[t],
-            rank_base=base.rank[t],
-            rank_steered=steered.rank[t],
+            rank_base=read_base.rank[t],
+            rank_steered=read_steered.rank[t],
             rank_student=taught.rank[t],
             lift=lift[t],
             kl=max(0.0, float(kl[t])),
             kl_share=share[t],
             in_s=token in in_s,
-            top_base=base.top[t],
-            top_steered=steered.top[t],
+            top_base=read_base.top[t],
+            top_steered=read_steered.top[t],
             top_student=taught.top[t],
         )
         for t, token in enumerate(ids)
@@ -244,8 +267,8 @@ class _Reading(NamedTuple):
     top: list[tuple[Alternative, ...]]
 
 
-def _measure(chat: ChatModel, logp: Float[Tensor, "n d_vocab"], ids: list[int]) -> _Reading:
-    chosen = logp[torch.arange(len(ids)), ids]
+def _measure(chat: ChatModel, logp: Float[Tensor, "n d_vocab"], ids: Sequence[int]) -> _Reading:
+    chosen = logp[torch.arange(len(ids)), list(ids)]
     rank = (logp > chosen[:, None]).sum(-1) + 1
     top = logp.topk(min(N_TOP, logp.shape[-1]), -1)
     alternatives = [

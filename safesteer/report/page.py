@@ -66,7 +66,7 @@ def build_page(data: dict[str, Any]) -> str:
         "model": html.escape(facts["model"]),
         "about": html.escape(" · ".join(filter(None, about))),
         "policy": html.escape(_policy(script, plotly)),
-        "style": _file("report.css"),
+        "style": theme() + _file("report.css"),
         "data": as_json(data),
         "plotly": plotly,
         "script": script,
@@ -100,6 +100,11 @@ def as_json(value: Any) -> str:
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text
+
+
+def theme() -> str:
+    """Return the colours and fonts of all pages, light and dark, as CSS variables of the root."""
+    return _file("theme.css")
 
 
 def _policy(*scripts: str) -> str:

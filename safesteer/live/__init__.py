@@ -1,0 +1,1 @@
+"""The live lens: base, steered base and student answer a prompt side by side, token by token."""

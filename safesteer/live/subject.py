@@ -1,0 +1,65 @@
+"""Open what the live lens looks at, from a run folder or a model.
+
+A run folder has everything. A model alone gets the direction and the tokens that are given, or those of
+stages 1 and 2 with small settings, which take a minute or two on a small machine.
+"""
+
+from pathlib import Path
+
+from safesteer._errors import SafeSteerError
+from safesteer._files import read_json
+from safesteer.attribution.result import Attribution
+from safesteer.directions.finding import find_direction
+from safesteer.live.reading import Subject
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.loading import load_model
+from safesteer.report.reader_figures import READER_FILE
+from safesteer.settings import MODEL_SOURCE
+from safesteer.steering.direction import Direction
+from safesteer.steering.reader import HarmfulnessReader
+from safesteer.tokens.selection import select_tokens
+from safesteer.tokens.token_set import TokenSet
+
+
+def open_subject(target: str | Path | ModelLike, *, dtype: str = "float32") -> Subject:
+    """Open a run folder with all that it holds so far, or a model by name.
+
+    Args:
+        target: A run folder with a direction and safety tokens, a model's name or folder, or an open model.
+        dtype: Precision of base and student, where they are loaded here.
+
+    Raises:
+        SafeSteerError: For a run folder whose direction or safety tokens are missing.
+    """
+    if isinstance(target, str | Path) and (Path(target) / "manifest.json").is_file():
+        return _of_run(Path(target), dtype)
+    chat = load_model(str(target), dtype=dtype) if isinstance(target, str | Path) else as_chat(target)
+    direction = find_direction(chat)
+    return Subject(chat, direction, select_tokens(chat, direction))
+
+
+def _of_run(run: Path, dtype: str) -> Subject:
+    """Open the files of a run folder; those of later stages may be missing."""
+    for name, stage in {"direction.safetensors": "direction", "tokens.json": "tokens"}.items():
+        if not (run / name).is_file():
+            raise SafeSteerError(
+                f"{run} has no {name} yet: go on with safesteer {stage}, or safesteer align."
+            )
+    manifest = read_json(run / "manifest.json")
+    settings = manifest.get("recipe", {})
+    source = {name: settings[name] for name in MODEL_SOURCE if name in settings}
+    base = load_model(manifest["model"], dtype=dtype, **source)
+    student: ChatModel | None = None
+    if (run / "model" / "config.json").is_file():
+        trust = source.get("trust_remote_code", False)
+        student = load_model(str(run / "model"), dtype=dtype, trust_remote_code=trust)
+    reader = HarmfulnessReader.load(run / READER_FILE, base) if (run / READER_FILE).is_file() else None
+    told = run / "attribution.json"
+    return Subject(
+        base,
+        Direction.load(run / "direction.safetensors", base),
+        TokenSet.load(run / "tokens.json"),
+        student,
+        reader,
+        Attribution.load(told).stories if told.is_file() else {},
+    )
