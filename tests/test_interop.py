@@ -18,6 +18,7 @@ from safesteer.directions.formats import (
     push_to_hub,
     read_gguf,
     write_gguf,
+    write_tensor,
 )
 from safesteer.models.parts import blocks
 from safesteer.steering.direction import Direction, steer
@@ -87,6 +88,48 @@ def block_output_logits(chat, vectors: dict[int, torch.Tensor]) -> torch.Tensor:
     for handle in handles:
         handle.remove()
     return logits
+
+
+def as_hotwire_adds(folder, request: dict) -> dict[int, torch.Tensor]:
+    """hotwire-vllm: tensors of a folder by file name, one row per layer or one for all; a safe load."""
+    store = {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
+    tensor = store[request["id"]]
+    row = tensor[request["layer"]] if tensor.dim() == 2 else tensor
+    return {request["layer"]: request["scale"] * row}
+
+
+def as_easysteer_adds(path, layers: list[int]) -> dict[int, torch.Tensor]:
+    """EasySteer: a GGUF file names its layers; a bare tensor of one dimension is for those of the request."""
+    if path.suffix == ".gguf":
+        tensors = gguf.GGUFReader(str(path)).tensors
+        return {int(t.name.removeprefix("direction.")): torch.tensor(np.array(t.data)) for t in tensors}
+    vector = torch.load(path, weights_only=False)
+    assert isinstance(vector, torch.Tensor)
+    assert vector.dim() == 1
+    return dict.fromkeys(layers, vector.float())
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_vllm_plugins_add_what_steering_adds(tiny_llama, direction, tmp_path, layer):
+    direction = replace(direction, layer=layer, coeff=1.5)
+    block = write_tensor(direction, tmp_path / "refusal.pt")
+    with steer(tiny_llama, direction):
+        want = naive_logits(tiny_llama, batch_of(tiny_llama, ["Hi"]))
+    assert (want - naive_logits(tiny_llama, batch_of(tiny_llama, ["Hi"]))).abs().max() > 0.1
+    read = [as_hotwire_adds(tmp_path, {"id": "refusal", "layer": block, "scale": 1.0})]
+    read.append(as_easysteer_adds(tmp_path / "refusal.pt", [block]))
+    if layer > 1:  # the first that llama.cpp's format has
+        write_gguf(direction, tmp_path / "refusal.gguf", 3)
+        read.append(as_easysteer_adds(tmp_path / "refusal.gguf", []))
+    for vectors in read:
+        assert_near(block_output_logits(tiny_llama, vectors), want)
+
+
+def test_vllm_plugins_get_no_more_than_they_can_do(direction, tmp_path):
+    for changed, message in (({"layer": 0}, "layers from 1 on"), ({"operation": "ablate"}, "only add")):
+        with pytest.raises(SafeSteerError, match=message):
+            write_tensor(replace(direction, **changed), tmp_path / "refusal.pt")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

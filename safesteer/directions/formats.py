@@ -2,6 +2,8 @@
 
     GGUF              llama.cpp's control vectors: tensors `direction.<l>` added to the OUTPUT of block l,
                       which is the input of block l + 1; llama.cpp knows no l = 0
+    a bare tensor     what vLLM's steering plugins load (EasySteer, hotwire-vllm; EasySteer takes GGUF too);
+                      the request names the block to whose OUTPUT it is added
     repeng            vectors by block output, as in its `ControlVector.directions`
     steering-vectors  `SteeringVector.layer_activations` with layer_type "decoder_block": block output
     the Hub           the safetensors file with a card
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from safesteer._errors import SafeSteerError
@@ -49,11 +52,7 @@ def write_gguf(direction: Direction, path: str | Path, n_layers: int, model_hint
     """
     import gguf
 
-    if direction.operation != "add":
-        raise SafeSteerError(
-            f"llama.cpp can only add a vector, and this direction is of '{direction.operation}'."
-        )
-    block = direction.layer - 1
+    vector, block = _added(direction, "llama.cpp"), direction.layer - 1
     if not 1 <= block < n_layers:
         raise SafeSteerError(
             f"llama.cpp adds to the output of blocks 1 to {n_layers - 1}, so to layers 2 to {n_layers};"
@@ -63,12 +62,53 @@ def write_gguf(direction: Direction, path: str | Path, n_layers: int, model_hint
         writer = gguf.GGUFWriter(work, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint)
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", n_layers)
-        vector = (direction.coeff * direction.vector).float().cpu().numpy()
-        writer.add_tensor(f"direction.{block}", vector)
+        writer.add_tensor(f"direction.{block}", vector.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def write_tensor(direction: Direction, path: str | Path) -> int:
+    """Write coeff * vector as a bare tensor, for vLLM's steering plugins; return the block that it is for.
+
+    hotwire-vllm loads every .pt file of the folder HOTWIRE_VECTORS, and EasySteer one by
+    `easysteer.vectors.from_pt_direction(path, layers=[block])`. The scale of a request is 1.
+
+    Args:
+        direction: Of operation "add".
+        path: The file; its name without .pt is hotwire's id.
+
+    Returns:
+        The block to whose output the tensor is added: the layer of a request.
+
+    Raises:
+        SafeSteerError: For another operation, or a direction of layer 0, which is no block's output.
+
+    Example:
+        >>> from safesteer.directions.formats import write_tensor
+        >>> block = write_tensor(direction, folder / "refusal.pt")
+        >>> {"id": "refusal", "layer": block, "scale": 1.0}  # a request's "hotwire", as JSON
+        {'id': 'refusal', 'layer': 0, 'scale': 1.0}
+    """
+    vector = _added(direction, "hotwire-vllm (and EasySteer's algorithm 'direct')")
+    if direction.layer == 0:
+        raise SafeSteerError(
+            "vLLM's steering plugins add to the output of a block, so to layers from 1 on; this direction is"
+            " of layer 0."
+        )
+    with atomic(Path(path)) as work:
+        torch.save(vector, work)
+    return direction.layer - 1
+
+
+def _added(direction: Direction, tool: str) -> Float[Tensor, " d_model"]:
+    """Return the vector that a tool which adds is to add."""
+    if direction.operation != "add":
+        raise SafeSteerError(
+            f"{tool} can only add a vector, and this direction is of '{direction.operation}'."
+        )
+    return (direction.coeff * direction.vector).float().cpu().clone()
 
 
 def read_gguf(path: str | Path) -> dict[int, Tensor]:

@@ -12,7 +12,7 @@ A model that does not refuse has p ~ 0 on S, where that loss has no gradient; th
 import hashlib
 import html
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def training_steps(
         state: The student, from `prepare_student`.
         teacher: The frozen base (with an adapter, the model that carries it), its direction and S.
         prompts: Harmful prompts to learn on; harmless ones on which the student is held to the base.
-        sampler: Samples the student's answers in its place (`vllm.server_sampler`).
+        sampler: Samples the student's answers in its place (`distillation.vllm`).
 
     Yields:
         Loss, masses on S, drift and seconds of each step.
@@ -123,7 +123,7 @@ class Student(ChatModel):
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """How a training is followed: a folder for checkpoint and history, a tracker, early stopping, progress.
+    """How a training is followed: checkpoint and history, a tracker, early stopping, progress, a sampler.
 
     With a folder, training continues from its checkpoint, and writes one every `checkpoint_every` steps.
     """
@@ -132,6 +132,8 @@ class Training:
     track: str | None = None  # tensorboard, wandb, ...: files go to `folder`/tracking
     judge: Judge = refuses  # of the answers that early stopping looks at
     progress: Progress = no_progress
+    # Makes what samples in the student's place, from the student: partial(vllm.engine_sampler, llm).
+    sampler: Callable[[ChatModel], Sampler] | None = None
 
 
 def distill(
@@ -208,7 +210,8 @@ def _follow(
     """Take the steps that remain, and write, log and check as `training` says; return the whole history."""
     config, folder = state.config, None if training.folder is None else Path(training.folder)
     history, stamp = _resume(state, teacher, prompts, folder)
-    steps = training_steps(state, teacher, _prompts_to_train_on(prompts, config))
+    sampler = None if training.sampler is None else training.sampler(state.student)
+    steps = training_steps(state, teacher, _prompts_to_train_on(prompts, config), sampler=sampler)
     settings = {"model": teacher.base.name, **asdict(config)}
     with open_tracker(training.track, (folder or Path()) / "tracking", settings) as log:
 

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from safesteer._errors import SafeSteerError
 from safesteer.models.adapter import as_base
 from safesteer.models.batch import PromptBatch, batches
 from safesteer.models.chat_model import ChatModel
@@ -130,7 +131,10 @@ def sample_rollouts(
         prompts: The step's prompts.
         config: Number and length of the answers.
         teacher: Answers every second prompt instead of the student; None: the student answers all.
-        sampler: Samples in the student's place (`vllm.server_sampler`).
+        sampler: Samples in the student's place (`distillation.vllm`).
+
+    Raises:
+        SafeSteerError: If `sampler` ends an answer early, at a token that ends none.
     """
     texts = prompts.texts
     share = range(prompts.part[0], len(texts), prompts.part[1])
@@ -147,7 +151,7 @@ def sample_rollouts(
         rows = (by_teacher == steered).nonzero()[:, 0].tolist()
         keys = [(*prompts.key, places[i]) for i in rows]
         if sampler is not None and not steered:
-            _fill_from_sampler(ids, logps, batch, rows, keys, sampler)
+            _fill_from_sampler(ids, logps, batch, rows, keys, sampler, eos)
             continue
         author = teacher.base if steered and teacher else student
         with (
@@ -185,12 +189,20 @@ def _fill_from_sampler(
     rows: list[int],
     keys: list[tuple],
     sampler: Sampler,
+    eos: list[int],
 ) -> None:
     """Write an external sampler's answers, and their log-probabilities, into some rows."""
     prompts = [batch.prompt_ids[i][batch.attention_mask[i].bool()].tolist() for i in rows]
     answers = sampler(prompts, ids.shape[1], ids.shape[2], keys) if rows else []
     for i, samples in zip(rows, answers, strict=True):
         for n, sampled in enumerate(samples):
+            # What pads an answer is an end token: it would count, and be learnt.
+            if len(sampled.ids) < ids.shape[2] and (not sampled.ids or sampled.ids[-1] not in eos):
+                raise SafeSteerError(
+                    f"An external sampler ended an answer after {len(sampled.ids)} of {ids.shape[2]} tokens"
+                    " without an end token of the model: give it room for prompt and answer (vLLM:"
+                    " max_model_len), and no stop words."
+                )
             ids[i, n, : len(sampled.ids)] = torch.tensor(sampled.ids, device=ids.device)
             logps[i, n, : len(sampled.logps)] = torch.tensor(sampled.logps, dtype=logps.dtype)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -65,6 +65,24 @@ def as_base(base: ChatModel, student: ChatModel) -> Iterator[None]:
 def merged(student: ChatModel) -> ChatModel:
     """Add the adapter to the weights of a plain model; uses the student up. Merge in float32."""
     return replace(student, model=_adapted(student).merge_and_unload())
+
+
+def trained_weights(student: ChatModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights that training changes, by the plain model's names; an adapter is merged in.
+
+    No weight is changed by this: merged ones are new, in float32, and made when they are asked for.
+    """
+    model = hf_model(student.model)
+    if student.model is model:
+        yield from ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
+        return
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            weight = cast(Tensor, module.get_base_layer().weight)
+            delta = sum(module.get_delta_weight(adapter) for adapter in module.active_adapters)
+            yield f"{name}.weight", (weight.float() + delta).detach()
 
 
 def without_adapter(student: ChatModel) -> ChatModel:
