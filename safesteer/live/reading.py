@@ -139,14 +139,14 @@ def read_prompt(subject: Subject, prompt: PromptLike) -> PromptReading:
     unit, norm, head = subject.direction.unit, final_norm(chat.model), output_head(chat.model)
     on_s = subject.tokens.ids.to(chat.device)
     along: dict[int, Tensor] = {}
-    said: dict[int, tuple[float, str]] = {}
+    told: dict[int, tuple[float, str]] = {}
 
     def reading(layer: int) -> Edit:
         def look(h: Tensor) -> None:
             along[layer] = (h[0].float() @ unit.to(h.device).float()).cpu()
             probabilities = logits_of(norm(h[:, -1]), *head)[0].softmax(-1)
             top = token_text(chat.tokenizer, int(probabilities.argmax()))
-            said[layer] = float(probabilities[on_s].sum()), top
+            told[layer] = float(probabilities[on_s].sum()), top
 
         return look
 
@@ -156,8 +156,8 @@ def read_prompt(subject: Subject, prompt: PromptLike) -> PromptReading:
     return PromptReading(
         tuple(token_text(chat.tokenizer, i) for i in ids),
         torch.stack([along[layer] for layer in layers]),
-        torch.tensor([said[layer][0] for layer in layers]),
-        tuple(said[layer][1] for layer in layers),
+        torch.tensor([told[layer][0] for layer in layers]),
+        tuple(told[layer][1] for layer in layers),
         None if subject.reader is None else float(subject.reader.scores(chat, [prompt])[0]),
     )
 

@@ -78,8 +78,8 @@ def _open(session: Session) -> Callable[[Request], Response]:
     """Serve the page to who knows the token."""
 
     def page(request: Request) -> Response:
-        given = request.query_params.get("token", "")
-        if not _is_ours(request) or not secrets.compare_digest(given.encode(), session.token.encode()):
+        token = request.query_params.get("token", "")
+        if not _is_ours(request) or not secrets.compare_digest(token.encode(), session.token.encode()):
             return PlainTextResponse(
                 "This page needs the whole address that `safesteer explore` printed, with its token.", 403
             )
@@ -100,8 +100,8 @@ def _guarded(session: Session, answer: Callable[[Session, Any], Any]) -> Callabl
     """Answer who brings the token, in one sentence where a view cannot be shown."""
 
     async def guarded(request: Request) -> Response:
-        given = request.headers.get(TOKEN_HEADER, "")
-        if not _is_ours(request) or not secrets.compare_digest(given.encode(), session.token.encode()):
+        token = request.headers.get(TOKEN_HEADER, "")
+        if not _is_ours(request) or not secrets.compare_digest(token.encode(), session.token.encode()):
             return JSONResponse({"error": "The token of this address is not the server's."}, 403)
         body = await request.body()
         if len(body) > MAX_BODY:
