@@ -316,7 +316,7 @@ const busy = () => say.textContent !== 'Done.';
 
 
 def test_many_prompts_do_not_fill_the_memory(page):
-    """At this rate 500 prompts would stay below 100 MB: the heap, garbage collected, after a tenth of them."""
+    """At this rate 500 prompts stay below 100 MB: the heap, garbage collected, after a tenth of them."""
     n = int(os.environ.get("SAFESTEER_LENS_PROMPTS", "50"))
 
     def heap():

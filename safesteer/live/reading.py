@@ -76,8 +76,8 @@ class View:
         """Refuse a view that the subject cannot show.
 
         Raises:
-            SafeSteerError: For a layer outside the model, a strength that is not finite, a length outside 1 to
-                512, or a gate without a reader.
+            SafeSteerError: For a layer outside the model, a strength that is not finite, a length outside 1
+                to 512, or a gate without a reader.
         """
         n_layers = subject.chat.n_layers
         if not 0 <= self.layer < n_layers:

@@ -41,6 +41,9 @@ class LensWidget(anywidget.AnyWidget):
         self.on_msg(self._heard)
         Thread(target=self._work, daemon=True).start()
 
+    def __repr__(self) -> str:
+        return f"LensWidget({self.subject.chat.name!r}, {self.direction!r})"
+
     def _heard(self, widget: Any, content: dict[str, Any], buffers: Any) -> None:
         """Put a call of the page in the queue; a new one for answers, or a stop, ends the old answers."""
         if content["call"] in ("answers", "stop"):
