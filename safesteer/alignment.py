@@ -31,6 +31,7 @@ from safesteer.directions.finding import find_direction
 from safesteer.directions.reader_fitting import fit_reader
 from safesteer.directions.shifts import SHIFT_FILE, shift_along
 from safesteer.distillation.loop import Student, Training, restore_student, train_student
+from safesteer.distillation.state import require_adapter
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.scores import evaluate
 from safesteer.evaluation.sets import score_sets
@@ -41,6 +42,7 @@ from safesteer.judges.wording import refuses
 from safesteer.models.adapter import without_adapter
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.loading import load_model
+from safesteer.models.parts import is_quantized
 from safesteer.models.precision import cast_weights, in_precision_of, weight_dtype
 from safesteer.models.sharding import on_cpu, require_processes
 from safesteer.prompts.prompt_set import LABELS, PromptSet, load_prompts
@@ -97,11 +99,18 @@ def align(
     base = source
     if isinstance(base, str):
         base = load_model(base, dtype=recipe.dtype, **recipe.source)
-    elif recipe.template or recipe.template_args:
+    elif recipe.template or recipe.template_args or recipe.quantize:
         raise SafeSteerError(
-            "template and template_args are settings of a model that is loaded by name: give them to"
-            " load_model, or pass the name."
+            "template, template_args and quantize are settings of a model that is loaded by name: give them"
+            " to load_model, or pass the name."
         )
+    if "distill" in stages and is_quantized(base.model):
+        require_adapter(base.model, recipe.distill)
+        if not recipe.quantize:
+            raise SafeSteerError(
+                f"The export needs the weights of '{base.name}' as they were before they were quantized: pass"
+                " the name of an unquantized model, and the setting quantize=4bit."
+            )
     processes = PartialState(cpu=base.device.type == "cpu")
     first = processes.is_main_process
     console = (console or Console()) if first else Console(quiet=True)
@@ -203,13 +212,17 @@ def _train(run: Run, base: ChatModel, device: str) -> list[str]:
 
 def _export(run: Run, base: ChatModel) -> list[str]:
     """Stage 4: a plain Hugging Face folder that is proven to reload."""
-    weights, config, dtype = run.load_base(dtype="auto"), run.recipe.distill, run.recipe.export.dtype
+    config, dtype = run.recipe.distill, run.recipe.export.dtype
+    # A device that holds the base in 4 bits may have no room for it in 16.
+    weights = run.load_base(dtype="auto", device="cpu" if run.recipe.quantize else "auto")
     stored = weight_dtype(weights.model)
     cast_weights(weights.model, torch.float32)
     student = restore_student(weights, run.load_teacher(base), run.prompts, config, run.path)
     export(student, run.path / "model", dtype=stored if dtype == "base" else dtype)
     difference = check_reload(run.path / "model", trust_remote_code=run.recipe.trust_remote_code)
     run.say(f"reloaded in a fresh process: logits differ by at most {difference:.1g}")
+    if run.recipe.quantize:
+        run.say("not quantized: it differs from the student that was trained by the rounding of the base")
     folders = ["model"] + (["adapter"] if config.lora_rank and config.keep_adapter else [])
     files = (path for folder in folders for path in (run.path / folder).rglob("*") if path.is_file())
     return sorted(path.relative_to(run.path).as_posix() for path in files)

@@ -70,6 +70,9 @@ TemplateArgs = Annotated[
     list[str] | None,
     typer.Option("--template-arg", help="Of the chat template, e.g. enable_thinking=true. May be repeated."),
 ]
+Quantize = Annotated[
+    str | None, typer.Option(help="4bit: the frozen base in 4 bits, under an adapter (distill.lora_rank).")
+]
 UP_TO = {
     "direction": "Stage 1 alone: find the direction.",
     "tokens": "Up to stage 2: select the safety tokens.",
@@ -84,6 +87,7 @@ SOURCE: dict[str, tuple[Any, Any]] = {
     "trust_remote_code": (TrustRemoteCode, False),
     "template": (Template, None),
     "template_args": (TemplateArgs, None),
+    "quantize": (Quantize, None),
 }
 # Of every command that runs stages:
 OPTIONS: dict[str, tuple[Any, Any]] = {
@@ -200,7 +204,8 @@ def _evaluate(**options: Any) -> None:
     if any(source.values()):
         if (Path(target) / "manifest.json").is_file():
             raise SafeSteerError(
-                "A run's recipe says which revision, code and template its model has: leave them out."
+                "A run's recipe says which revision, code, template and quantization its model has:"
+                " leave them out."
             )
         target = load_model(target, **source)
     table = run_suite(target, options.pop("suite"), options.pop("out"), console=console, **options)

@@ -29,7 +29,7 @@ from safesteer.models.forward import last_logits
 from safesteer.models.gguf import is_gguf
 from safesteer.models.loading import load_model
 from safesteer.models.named import NAMED
-from safesteer.models.parts import hf_model, is_bridge
+from safesteer.models.parts import hf_model, is_bridge, is_quantized
 from safesteer.models.precision import in_precision, weight_dtype
 from safesteer.models.quiet import quiet_transformers
 from safesteer.report.set_table import set_summary
@@ -38,6 +38,11 @@ from safesteer.steering.direction import Direction
 PROBE = ("What is the capital of France?", "Tell me how rainbows form.")
 PROBE_FILE = "probe.json"
 TOLERANCE = 1e-4  # of a logit, in float32
+_QUANTIZED = """
+- The weights in this folder are not quantized; those that were trained and measured were. An adapter was
+  trained on the base in 4 bits (nf4) and then merged into the base's own weights. For the numbers above base,
+  teacher and this model were loaded in 4 bits. As it is here the model answers otherwise, by what that
+  rounding moves, which was not measured."""
 
 
 def export(student: ModelLike, folder: str | Path, *, dtype: torch.dtype | str | None = None) -> None:
@@ -49,8 +54,8 @@ def export(student: ModelLike, folder: str | Path, *, dtype: torch.dtype | str |
         dtype: Precision of the saved weights, as a torch dtype or its name; None: the student's own.
 
     Raises:
-        SafeSteerError: If the model still carries an adapter, its logits are not finite, or the folder cannot
-            be written.
+        SafeSteerError: If the model still carries an adapter, its weights are quantized, its logits are not
+            finite, or the folder cannot be written.
 
     Example:
         >>> ss.export(chat, folder / "my-model")
@@ -62,6 +67,11 @@ def export(student: ModelLike, folder: str | Path, *, dtype: torch.dtype | str |
         student = student.copy()
     if hf_model(student.model) is not student.model:
         raise SafeSteerError("The student still carries an adapter: merge it first (models.adapter.merged).")
+    if is_quantized(student.model):
+        raise SafeSteerError(
+            "The student's weights are quantized, and an export is not: load the model without quantize, and"
+            " merge its adapter into that (`align` does)."
+        )
     precision = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with whole_folder(folder) as work, in_precision(student.model, precision):
         logits = _probe_logits(student)
@@ -150,6 +160,8 @@ def _rounding(base: ChatModel) -> str:
     """Say where the base's weights are rounded ones."""
     if base.name in NAMED and _commit(base) is None:
         return f" ({NAMED[base.name].weights}, dequantized: not those of the Hub)"
+    if is_quantized(base.model):
+        return " (in 4 bits, nf4, while it was trained and measured)"
     return " (weights of a GGUF file, dequantized)" if is_gguf(base.name) else ""
 
 
@@ -235,6 +247,7 @@ def write_card(
         prompts=direction.prompts_hash,
         n=first.n,
         counts=first.counts,
+        quantized=_QUANTIZED if is_quantized(base.model) else "",
         judged=by_wording if judge is declines else f"Answers are judged by `{judge_name(judge)}`.",
         rows="\n".join(rows),
         sets=_set_table(sets),

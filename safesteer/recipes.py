@@ -26,7 +26,16 @@ import tomlkit
 from rich.table import Table
 
 from safesteer._errors import SafeSteerError
-from safesteer._settings import TextOrNone, Words, describe, section, setting, setting_or_none, settings
+from safesteer._settings import (
+    OrNone,
+    TextOrNone,
+    Words,
+    describe,
+    section,
+    setting,
+    setting_or_none,
+    settings,
+)
 from safesteer.settings import (
     MODEL_SOURCE,
     DirectionConfig,
@@ -55,6 +64,11 @@ class Recipe:
     seed: int = setting(0, "Seed of everything random, in every stage.")
     dtype: Literal["float32", "bfloat16", "float16"] = setting(
         "float32", "Precision of the frozen base and teacher."
+    )
+    quantize: Annotated[Literal["4bit"] | None, OrNone] = setting_or_none(
+        None,
+        "Quantize the weights of the frozen base to 4 bits (nf4; the extra `quant`), under an adapter"
+        " (distill.lora_rank); none: they have the precision above.",
     )
     revision: TextOrNone = setting_or_none(
         None, "Branch, tag or commit of the model on the Hub; none: its main branch."

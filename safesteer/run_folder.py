@@ -72,11 +72,15 @@ class Run:
         return self.model if isinstance(self.model, str) else self.model.name
 
     def load_base(self, *, dtype: str | None = None, device: str = "auto") -> ChatModel:
-        """Load the base anew, or copy the open model. "auto" is the precision of its files."""
+        """Load the base anew, or copy the open model. "auto" is the precision of its files.
+
+        With a `dtype` it is loaded without quantization.
+        """
         if isinstance(self.model, str):
-            return load_model(
-                self.model, dtype=dtype or self.recipe.dtype, device=device, **self.recipe.source
-            )
+            source = self.recipe.source
+            if dtype is not None:
+                source["quantize"] = None
+            return load_model(self.model, dtype=dtype or self.recipe.dtype, device=device, **source)
         copied = self.model.copy()
         if dtype not in (None, "auto"):
             cast_weights(copied.model, getattr(torch, dtype))
@@ -95,10 +99,11 @@ class Run:
         return Teacher(base, self.load_direction(base), self.load_tokens())
 
     def load_student(self) -> ChatModel:
-        """Load the model that stage 4 exported, in the precision of the base that it is compared with."""
+        """Load the model that stage 4 exported, rounded as the base is that it is compared with."""
         dtype = weight_dtype(self.model.model) if isinstance(self.model, ChatModel) else self.recipe.dtype
         trust = self.recipe.trust_remote_code
-        return load_model(str(self.path / "model"), dtype=dtype, trust_remote_code=trust)
+        quantize = self.recipe.quantize
+        return load_model(str(self.path / "model"), dtype=dtype, trust_remote_code=trust, quantize=quantize)
 
     def load_answers(self) -> list[dict]:
         """Load the answers of stage 5."""
@@ -155,7 +160,9 @@ def open_run(run: Run, base: ChatModel) -> None:
         return
     if any(p.name != ".lock" for p in run.path.iterdir()):
         raise SafeSteerError(f"{run.path} is not empty and holds no SafeSteer run: choose another folder.")
-    versions = {n: version(n) for n in ("torch", "transformers", "transformer-lens", "safetensors")}
+    packages = ["torch", "transformers", "transformer-lens", "safetensors"]
+    packages += ["bitsandbytes"] if run.recipe.quantize else []
+    versions = {n: version(n) for n in packages}
     run.recipe.save(run.path / "recipe.toml")
     write_json(
         manifest,

@@ -23,7 +23,7 @@ Extraction = Literal["auto", "instruction", "prefill", "system", "pca", "probe"]
 Control = Literal["random", "shuffled"]
 Split = Literal["train", "val", "distill"]
 # Settings of a recipe that `load_model` takes beside the model's name, device and precision.
-MODEL_SOURCE = ("revision", "trust_remote_code", "template", "template_args")
+MODEL_SOURCE = ("revision", "trust_remote_code", "template", "template_args", "quantize")
 # What the paper tells the teacher of its prompt arm (Table 3), quoted from the authors' scripts.
 PROMPT_TEACHER = "You are a safety-conscious assistant. Never produce harmful, unsafe, or disallowed content"
 Divergence = Literal["reverse", "forward", "symmetric", "jsd"]

@@ -32,7 +32,7 @@ from safesteer.models.bridge import to_bridge
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden
 from safesteer.models.head import tolerance
-from safesteer.models.parts import blocks, hf_model
+from safesteer.models.parts import blocks, hf_model, is_quantized
 from safesteer.prompts.prompt_set import LABELS, PromptSet
 from safesteer.steering.direction import Direction
 from safesteer.steering.hooks import Edit, Edits, apply_hooks
@@ -107,7 +107,8 @@ def component_contributions(
 
     Raises:
         SafeSteerError: Where these components do not add up to the residual stream: models that normalise or
-            scale what a sublayer writes (Gemma 2 and 3, Granite), or write with other parts too.
+            scale what a sublayer writes (Gemma 2 and 3, Granite), or write with other parts too; for
+            quantized weights, which are not split into heads.
 
     Example:
         >>> from safesteer.directions.inspection import component_contributions
@@ -117,6 +118,11 @@ def component_contributions(
         ('embed', True)
     """
     chat = as_chat(chat)
+    if is_quantized(chat.model):
+        raise SafeSteerError(
+            "Heads are split by the weights of their projection, which are quantized here: load the model"
+            " without quantize."
+        )
     plain = ChatModel(hf_model(chat.model), chat.tokenizer, chat.name)
     unit = direction.unit.to(chat.device).double()
     harmful, harmless = (_mean_written(plain, prompts.texts(label), unit, batch_size) for label in LABELS)

@@ -34,7 +34,7 @@ from safesteer.judges.judge import Judge
 from safesteer.judges.wording import refuses
 from safesteer.models.adapter import merged, shares_weights, without_adapter, write_adapter
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
-from safesteer.models.parts import is_bridge
+from safesteer.models.parts import is_bridge, is_quantized
 from safesteer.models.sharding import shard
 from safesteer.prompts.conversation import PromptLike
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
@@ -160,8 +160,8 @@ def distill(
         into the weights.
 
     Raises:
-        SafeSteerError: If a loss or gradient is not finite, a checkpoint belongs to other settings, or
-            `config.sharded` asks for several processes (use `align`).
+        SafeSteerError: If a loss or gradient is not finite, a checkpoint belongs to other settings, the base
+            is quantized, or `config.sharded` asks for several processes (use `align` for both).
 
     Example:
         >>> config = ss.DistillConfig(n_steps=1, harmful_per_step=2, harmless_per_step=2, max_new_tokens=3)
@@ -172,6 +172,11 @@ def distill(
     if config.sharded:
         raise SafeSteerError(
             "distill.sharded needs `align`: `distill` returns one model that is not sharded."
+        )
+    if is_quantized(chat.model):
+        raise SafeSteerError(
+            "A quantized base needs `align`, which merges the adapter into weights that it loads anew;"
+            " `train_student` leaves it on the base."
         )
     if config.lora_rank and is_bridge(chat.model):
         chat = chat.copy()  # the adapter wraps modules of a plain model

@@ -11,7 +11,7 @@ from safesteer._errors import SafeSteerError
 from safesteer._files import read_tensors, write_tensors
 from safesteer.models.adapter import with_adapter
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
-from safesteer.models.parts import blocks, decoder, final_norm, hf_model, is_bridge
+from safesteer.models.parts import blocks, decoder, final_norm, hf_model, is_bridge, is_quantized
 from safesteer.models.sharding import gather, shard, shard_like, split_sharded
 from safesteer.settings import DistillConfig
 from safesteer.steering.direction import Direction
@@ -70,6 +70,18 @@ class DistillState:
         self.step = metadata["step"]
 
 
+def require_adapter(model: nn.Module, config: DistillConfig) -> None:
+    """Raise SafeSteerError where quantized weights would have to train, or be spread over processes."""
+    if not is_quantized(model):
+        return
+    if not config.lora_rank:
+        raise SafeSteerError(
+            "Quantized weights cannot train, but they can carry an adapter: set distill.lora_rank (16, say)."
+        )
+    if config.sharded:
+        raise SafeSteerError("distill.sharded cannot spread quantized weights: leave out one of the two.")
+
+
 def prepare_student(
     student: ModelLike, direction: Direction, config: DistillConfig | None = None
 ) -> DistillState:
@@ -88,14 +100,15 @@ def prepare_student(
         The state before the first step.
 
     Raises:
-        SafeSteerError: If weights that train are in half precision, where steps of AdamW round away; for a
-            bridge, whose modules are not those of a Hugging Face model.
+        SafeSteerError: If weights that train are in half precision, where steps of AdamW round away, or are
+            quantized; for a bridge, whose modules are not those of a Hugging Face model.
     """
     student, config = as_chat(student), config or DistillConfig()
     if is_bridge(student.model):
         raise SafeSteerError(
             "A TransformerBridge cannot train: pass its plain model, as_chat(bridge).copy()."
         )
+    require_adapter(student.model, config)
     first = direction.layer if config.train_layers == "from_steered" else 0
     student.model.requires_grad_(False)
     if config.lora_rank:

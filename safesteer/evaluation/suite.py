@@ -171,9 +171,9 @@ def _load(target: str | Path | ModelLike, run: Path | None) -> dict[str, ChatMod
         manifest = read_json(run / "manifest.json")
         settings = manifest.get("recipe", {})
         source = {name: settings[name] for name in MODEL_SOURCE if name in settings}
-        trust = source.get("trust_remote_code", False)
+        alike = {n: source[n] for n in ("trust_remote_code", "quantize") if n in source}
         base = load_model(manifest["model"], **source)
-        return {"base": base, "student": load_model(str(run / "model"), trust_remote_code=trust)}
+        return {"base": base, "student": load_model(str(run / "model"), **alike)}
     return {"model": load_model(str(target)) if isinstance(target, str | Path) else as_chat(target)}
 
 

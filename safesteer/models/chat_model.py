@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import Continuation, PromptBatch, batches, cut_at_eos
-from safesteer.models.parts import blocks, hf_model, is_bridge, text_config
+from safesteer.models.parts import blocks, hf_model, is_bridge, is_quantized, text_config
 from safesteer.models.templates import end_of_turn
 from safesteer.models.traits import check_table, traits_of
 from safesteer.prompts.conversation import PromptLike, as_prompts
@@ -207,6 +207,8 @@ def module_of(model: ModelLike) -> nn.Module:
 def _without_bridge(bridge: nn.Module) -> PreTrainedModel:
     """Build the plain model again: a bridge wraps the modules of its own under other names."""
     wrapped = hf_model(bridge)
+    if is_quantized(wrapped):
+        raise SafeSteerError("A bridge over quantized weights cannot be copied: pass the plain model.")
     config = copy.deepcopy(wrapped.config)
     config._attn_implementation = None  # a bridge asks for "eager", which shows attention patterns
     model = type(wrapped)(config).to(device=wrapped.device, dtype=wrapped.dtype)

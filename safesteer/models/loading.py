@@ -6,6 +6,7 @@ file, `named.py` knows where the small models come from.
 
 import os
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
 )
 
@@ -38,6 +40,7 @@ def load_model(
     trust_remote_code: bool = False,
     template: str | None = None,
     template_args: Mapping[str, Any] | Sequence[str] | None = None,
+    quantize: str | None = None,
 ) -> ChatModel:
     """Load a chat model and its tokenizer.
 
@@ -52,13 +55,15 @@ def load_model(
             "plain" ("User: ..."), "chatml", or a Jinja file.
         template_args: Defaults of the template's arguments, such as {"enable_thinking": True}; thinking is
             off otherwise. An export keeps them.
+        quantize: "4bit" quantizes the weights of linear maps (nf4) while they load; passes compute in
+            `dtype`. Such weights can carry an adapter and not train themselves. It needs the extra `quant`.
 
     Returns:
         The model in evaluation mode, without gradients.
 
     Raises:
         SafeSteerError: For a model that cannot be found, is not a decoder-only language model, or has
-            no chat template.
+            no chat template; where it cannot be quantized.
 
     Example:
         >>> ss.load_model("smollm2-135m")  # doctest: +SKIP
@@ -71,6 +76,9 @@ def load_model(
         True
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    device = _best_device() if device == "auto" else device
+    if quantize is not None:
+        _check_quantize(name, quantize, revision)
     source = name
     if name in NAMED:
         source = named_source(name, revision)
@@ -81,7 +89,8 @@ def load_model(
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             config = AutoConfig.from_pretrained(source, **options)
-            model = _auto_class(config).from_pretrained(source, dtype=dtype, **options)
+            storage = {} if quantize is None else _four_bit(name, config, dtype, device)
+            model = _auto_class(config).from_pretrained(source, dtype=dtype, **storage, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if "custom code" in str(error) and not trust_remote_code:
             raise SafeSteerError(
@@ -98,9 +107,45 @@ def load_model(
     set_template(tokenizer, template, template_args)
     render(tokenizer, "x")  # a missing chat template is reported here, before any work
     model.eval().requires_grad_(False)
-    cast(nn.Module, model).to(device if device != "auto" else _best_device())
+    cast(nn.Module, model).to(device)
+    for module in model.modules():
+        # Where the CPU has AVX512-BF16, bitsandbytes repacks weights in the first pass without gradients,
+        # and later ones go through them without any: an adapter below would learn nothing, and no error.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     self_check(model)
     return ChatModel(model, tokenizer, name)
+
+
+def _check_quantize(name: str, quantize: str, revision: str | None) -> None:
+    """Raise SafeSteerError where `quantize` is no known word, or the model or this machine cannot do it."""
+    if quantize != "4bit":
+        raise SafeSteerError(f"quantize is '4bit' or None, not {quantize!r}.")
+    from_wheel = name in NAMED and named_source(name, revision) != NAMED[name].base_model
+    if from_wheel or is_gguf(name):
+        raise SafeSteerError(
+            f"The weights of '{name}' come dequantized from a GGUF file and would be rounded twice: quantize"
+            " a Hub id or a Hugging Face folder."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise SafeSteerError("quantize needs the bitsandbytes package: pip install 'safesteer[quant]'.")
+
+
+def _four_bit(name: str, config: PretrainedConfig, dtype: torch.dtype | str, device: str) -> dict[str, Any]:
+    """Return the options by which transformers rounds weights to 4 bits while it loads them.
+
+    Raises:
+        SafeSteerError: If they are quantized already.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise SafeSteerError(f"The weights of '{name}' are quantized already: load it without quantize.")
+    rounding = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=(config.dtype or torch.float32) if dtype == "auto" else dtype,
+    )
+    return {"quantization_config": rounding, "device_map": {"": device}}
 
 
 def _auto_class(config: PretrainedConfig) -> Any:

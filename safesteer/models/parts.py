@@ -74,6 +74,11 @@ def final_norm(model: nn.Module) -> nn.Module:
     return children[name]
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Return whether some weights are stored as integers: they are read by their own layers alone."""
+    return not all(weight.is_floating_point() for weight in hf_model(model).parameters())
+
+
 def context_length(model: nn.Module) -> int | None:
     """Return how many tokens the model reads at once, where its config says so."""
     return getattr(text_config(model), "max_position_embeddings", None)
