@@ -53,7 +53,7 @@ N_TOKENS = 16  # of an answer that is a target
 BETA = 0.1  # of dpo
 MARGIN_WEIGHT = 6.0  # of the margin, in nats of KL; found on SmolLM2 (docs/log.md)
 VARIANCE = 0.99  # of a layer's inputs that the null space leaves out
-OURS = ss.recipe("two-sided").distill
+OURS = replace(ss.recipe("two-sided").distill, precision="bfloat16")
 ONE_SIDED = replace(OURS, harmless_teacher="base")
 RATES = {"sft": 1e-5, "kl and margin": 1e-5, "dpo": 5e-6, "null space": 1e-5}
 DISTILLED = {

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -41,9 +42,8 @@ from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses
 from safesteer.models.adapter import without_adapter
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
-from safesteer.models.loading import load_model
 from safesteer.models.parts import is_quantized
-from safesteer.models.precision import cast_weights, in_precision_of, weight_dtype
+from safesteer.models.precision import cast_weights, in_precision_of, settled_precision, weight_dtype
 from safesteer.models.sharding import on_cpu, require_processes
 from safesteer.prompts.prompt_set import LABELS, PromptSet, load_prompts
 from safesteer.report.page import write_report
@@ -96,14 +96,15 @@ def align(
     for name in ("train", "val", "distill", "test"):
         prompts.split(name)  # a missing split is reported before any work
     source = str(model) if isinstance(model, str | Path) else as_chat(model)
-    base = source
-    if isinstance(base, str):
-        base = load_model(base, dtype=recipe.dtype, **recipe.source)
-    elif recipe.template or recipe.template_args or recipe.quantize:
+    if not isinstance(source, str) and (recipe.template or recipe.template_args or recipe.quantize):
         raise SafeSteerError(
             "template, template_args and quantize are settings of a model that is loaded by name: give them"
             " to load_model, or pass the name."
         )
+    run = Run(
+        Path(out), source, recipe, prompts, judge or refuses, judge or declines, console or Console(), track
+    )
+    base = run.load_base() if isinstance(source, str) else source
     if "distill" in stages and is_quantized(base.model):
         require_adapter(base.model, recipe.distill)
         if not recipe.quantize:
@@ -113,12 +114,12 @@ def align(
             )
     processes = PartialState(cpu=base.device.type == "cpu")
     first = processes.is_main_process
-    console = (console or Console()) if first else Console(quiet=True)
-    recipe = _for_family(recipe, base, console)
-    run = Run(Path(out), source, recipe, prompts, judge or refuses, judge or declines, console, track)
+    run = replace(run, console=run.console if first else Console(quiet=True))
+    run = replace(run, recipe=_for_family(recipe, base, run.console))
     with locked(run.path) if first else nullcontext():
         if first:
             open_run(run, base)
+            _say_precision(run)
         for stage in (s for s in STAGES if s in stages):
             processes.wait_for_everyone()  # all see the same manifest
             done = finished(run, stage)
@@ -143,6 +144,22 @@ def _for_family(recipe: recipes.Recipe, base: ChatModel, console: Console) -> re
         why = f"the model is of type '{kind}'" + ("" if known else ", for which the authors have no values")
         console.print(f"The preset paper is {chosen.preset} here: {why}.", highlight=False)
     return chosen
+
+
+def _say_precision(run: Run) -> None:
+    """Say which precision "auto" is in this run, and why: by this machine, or as the run began."""
+    both = {"distill.precision": (run.recipe.distill.precision, run.settled.distill.precision)}
+    if isinstance(run.model, str):  # an open model has its precision
+        both = {"dtype": (run.recipe.dtype, run.settled.dtype)} | both
+    chosen = {name: precision for name, (word, precision) in both.items() if word == "auto"}
+    if not chosen:
+        return
+    here, device = settled_precision("auto", run.device), run.device.type
+    why = f"the fast one of this {device}"
+    if set(chosen.values()) != {here}:
+        why = f"the run began with it, where this {device} would take {here}"
+    precisions, names = " and ".join(dict.fromkeys(chosen.values())), ", ".join(chosen)
+    run.console.print(f"The precision auto is {precisions} here ({names}): {why}.", highlight=False)
 
 
 def _direction(run: Run, base: ChatModel) -> list[str]:
@@ -198,7 +215,7 @@ def _distill(run: Run, base: ChatModel) -> list[str]:
 
 
 def _train(run: Run, base: ChatModel, device: str) -> list[str]:
-    config = run.recipe.distill
+    config = run.settled.distill
     # An adapter sits on the base itself; full fine-tuning needs weights of its own.
     student = None if config.lora_rank else run.load_base(dtype="float32", device=device)
     with run.progress("distilling") as progress:
@@ -212,7 +229,7 @@ def _train(run: Run, base: ChatModel, device: str) -> list[str]:
 
 def _export(run: Run, base: ChatModel) -> list[str]:
     """Stage 4: a plain Hugging Face folder that is proven to reload."""
-    config, dtype = run.recipe.distill, run.recipe.export.dtype
+    config, dtype = run.settled.distill, run.recipe.export.dtype
     # A device that holds the base in 4 bits may have no room for it in 16.
     weights = run.load_base(dtype="auto", device="cpu" if run.recipe.quantize else "auto")
     stored = weight_dtype(weights.model)
@@ -243,7 +260,7 @@ def _evaluate(run: Run, base: ChatModel) -> list[str]:
         shift = shift_along(base, direction, run.prompts.split("val"), student)
     write_text(run.path / SHIFT_FILE, shift.round(6).to_csv(index=False))
     sets = _score_sets(run, base, student)
-    write_card(run.path / "model", base, direction, run.recipe.to_toml(), evaluation.scores, sets, run.judge)
+    write_card(run.path / "model", base, direction, run.settled.to_toml(), evaluation.scores, sets, run.judge)
     for line in evaluation.lines():
         run.say(line)
     return ["evaluation.json", "answers.jsonl", SHIFT_FILE, SETS_FILE, SET_ANSWERS_FILE, "model/README.md"]

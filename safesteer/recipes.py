@@ -62,8 +62,10 @@ class Recipe:
 
     preset: str = setting("quick", "Preset that the other settings change.")
     seed: int = setting(0, "Seed of everything random, in every stage.")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting(
-        "float32", "Precision of the frozen base and teacher."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "float32",
+        "Precision of the frozen base and teacher. 'auto' is bfloat16 where the processor has instructions"
+        " for it, else float32; it is not that of the model's files.",
     )
     quantize: Annotated[Literal["4bit"] | None, OrNone] = setting_or_none(
         None,
@@ -256,7 +258,7 @@ def two_sided() -> Recipe:
     """
     return Recipe(
         preset="two-sided",
-        dtype="bfloat16",
+        dtype="auto",
         prompts="all",
         direction=DirectionConfig(
             coeff=1.6, n_train=None, n_val=16, n_kl_tokens=1, max_kl=0.5, max_layer_share=0.7
@@ -273,7 +275,7 @@ def two_sided() -> Recipe:
             late_anchor_weight=1.5,
             decay=0.7,
             lr=1e-5,
-            precision="bfloat16",
+            precision="auto",
             micro_batch=24,
         ),
     )

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,8 +38,8 @@ from safesteer._version import __version__
 from safesteer.distillation.rollouts import Teacher
 from safesteer.judges.judge import Judge
 from safesteer.models.chat_model import ChatModel
-from safesteer.models.loading import load_model
-from safesteer.models.precision import cast_weights, weight_dtype
+from safesteer.models.loading import best_device, load_model
+from safesteer.models.precision import cast_weights, settled_precision, weight_dtype
 from safesteer.models.templates import template_hash
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.recipes import Recipe
@@ -71,6 +72,21 @@ class Run:
         """The base's name."""
         return self.model if isinstance(self.model, str) else self.model.name
 
+    @property
+    def device(self) -> torch.device:
+        """Where the base is, or will be put."""
+        return torch.device(best_device()) if isinstance(self.model, str) else self.model.device
+
+    @cached_property
+    def settled(self) -> Recipe:
+        """The recipe with a precision for "auto": that of the run in the folder, else this machine's."""
+        path, distill = self.path / MANIFEST, self.recipe.distill
+        begun = read_json(path).get("recipe", {}) if path.exists() else {}
+        dtype = settled_precision(self.recipe.dtype, self.device, begun.get("dtype"))
+        before = begun.get("distill", {}).get("precision")
+        precision = settled_precision(distill.precision, self.device, before)
+        return replace(self.recipe, dtype=dtype, distill=replace(distill, precision=precision))
+
     def load_base(self, *, dtype: str | None = None, device: str = "auto") -> ChatModel:
         """Load the base anew, or copy the open model. "auto" is the precision of its files.
 
@@ -80,7 +96,7 @@ class Run:
             source = self.recipe.source
             if dtype is not None:
                 source["quantize"] = None
-            return load_model(self.model, dtype=dtype or self.recipe.dtype, device=device, **source)
+            return load_model(self.model, dtype=dtype or self.settled.dtype, device=device, **source)
         copied = self.model.copy()
         if dtype not in (None, "auto"):
             cast_weights(copied.model, getattr(torch, dtype))
@@ -100,7 +116,7 @@ class Run:
 
     def load_student(self) -> ChatModel:
         """Load the model that stage 4 exported, rounded as the base is that it is compared with."""
-        dtype = weight_dtype(self.model.model) if isinstance(self.model, ChatModel) else self.recipe.dtype
+        dtype = weight_dtype(self.model.model) if isinstance(self.model, ChatModel) else self.settled.dtype
         trust = self.recipe.trust_remote_code
         quantize = self.recipe.quantize
         return load_model(str(self.path / "model"), dtype=dtype, trust_remote_code=trust, quantize=quantize)
@@ -136,7 +152,7 @@ def identity(run: Run, base: ChatModel) -> dict:
     return {
         "model": run.model_name,
         "fingerprint": base.fingerprint,
-        "recipe": json.loads(json.dumps(asdict(run.recipe))),
+        "recipe": json.loads(json.dumps(asdict(run.settled))),
         "prompts_hash": run.prompts.hash,
         "template_hash": template_hash(base.tokenizer),
     }

@@ -194,8 +194,10 @@ class DistillConfig:
     )
     lora_alpha: int = setting(32, "Scale of the adapter, in units of its rank.", ge=1)
     keep_adapter: bool = setting(False, "Write the adapter beside the merged model too.")
-    precision: Literal["float32", "bfloat16"] = setting(
-        "float32", "Precision of forward passes; the weights that train stay in float32."
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "float32",
+        "Precision of forward passes; the weights that train stay in float32. 'auto' is bfloat16 where the"
+        " processor has instructions for it, else float32.",
     )
     sharded: bool = setting(False, "Spread the blocks over the processes of torchrun or accelerate launch.")
     checkpointing: bool = setting(

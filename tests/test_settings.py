@@ -41,7 +41,7 @@ from safesteer.settings import DistillConfig, TokenConfig
         ("direction.extraction", "magic", "must be 'auto', 'instruction'"),
         ("evaluate.perplexity_width", "1", "must be at least 2"),
         ("explain.n_sets", "0", "must be at least 1"),
-        ("dtype", "int8", "must be 'float32', 'bfloat16' or 'float16'"),
+        ("dtype", "int8", "must be 'auto', 'float32', 'bfloat16' or 'float16'"),
         ("seed", "x", "must be a valid integer"),
         ("seed", "-3", "must be at least 0"),
         ("distill", "3", "Unknown setting 'distill'"),

@@ -1,6 +1,6 @@
 """The student: what trains, its optimizer, and a checkpoint that repeats an uninterrupted run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from safesteer._files import read_tensors, write_tensors
 from safesteer.models.adapter import with_adapter
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.parts import blocks, decoder, final_norm, hf_model, is_bridge, is_quantized
+from safesteer.models.precision import settled_precision
 from safesteer.models.sharding import gather, shard, shard_like, split_sharded
 from safesteer.settings import DistillConfig
 from safesteer.steering.direction import Direction
@@ -21,12 +22,19 @@ FUSED = ("cpu", "cuda", "mps")  # where AdamW is one pass over memory: on CPUs i
 
 @dataclass
 class DistillState:
-    """The student with its optimizer, its settings and the number of finished steps."""
+    """The student with its optimizer, its settings and the number of finished steps.
+
+    `config` names the precision of passes, also where the settings leave it to the machine.
+    """
 
     student: ChatModel
     optimizer: torch.optim.Optimizer
     config: DistillConfig
     step: int = 0
+
+    def __post_init__(self) -> None:
+        precision = settled_precision(self.config.precision, self.student.device)
+        self.config = replace(self.config, precision=precision)
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -56,7 +64,10 @@ class DistillState:
         """
         tensors, metadata = read_tensors(path)
         if metadata.get("stamp") != stamp:
-            raise SafeSteerError(f"{path} is the checkpoint of a run with other settings.")
+            raise SafeSteerError(
+                f"{path} is the checkpoint of a run with other settings (here passes have"
+                f" {self.config.precision})."
+            )
         with torch.no_grad():
             for name, p in self.trained.items():
                 p.copy_(shard_like(tensors[f"param.{name}"], p))

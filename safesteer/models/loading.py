@@ -76,7 +76,7 @@ def load_model(
         True
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    device = _best_device() if device == "auto" else device
+    device = best_device() if device == "auto" else device
     if quantize is not None:
         _check_quantize(name, quantize, revision)
     source = name
@@ -155,7 +155,8 @@ def _auto_class(config: PretrainedConfig) -> Any:
     return AutoModelForImageTextToText if is_wrapper else AutoModelForCausalLM
 
 
-def _best_device() -> str:
+def best_device() -> str:
+    """Name the device that "auto" puts a model on."""
     if torch.cuda.is_available():  # under torchrun each process has a device of its own
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -2,6 +2,8 @@
 
 Weights that a family keeps in float32 (routers, correction biases) stay there, and so do buffers: `model.to`
 would round the frequencies of rotary embeddings, which no loader does.
+
+A recipe may leave the precision to the machine: `settled_precision` says what its "auto" is on a device.
 """
 
 from collections.abc import Iterator
@@ -16,6 +18,45 @@ from transformers import PretrainedConfig
 from safesteer.models.adapter import shares_weights
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.parts import hf_model
+
+BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # of processors, as torch lists them
+
+
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """Return bfloat16 where the device has instructions that multiply it, else float32.
+
+    On MPS it is float32: torch has bfloat16 there from macOS 14 on, but does not say what is right in it.
+
+    Example:
+        >>> from safesteer.models.precision import fast_dtype
+        >>> fast_dtype("mps")
+        torch.float32
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            has_instructions = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_instructions = device.type == "cpu" and _cpu_multiplies_bfloat16()
+    return torch.bfloat16 if has_instructions else torch.float32
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """Ask torch, which asks the processor; emulated bfloat16 is slower than float32."""
+    listed = getattr(torch.cpu, "get_capabilities", None)
+    if listed is None:  # older versions of torch
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return any(listed().get(name, False) for name in BFLOAT16_INSTRUCTIONS)
+
+
+def settled_precision(precision: str, device: torch.device | str, before: str | None = None) -> str:
+    """Return the precision that a setting names: "auto" is the one before, or the fast one of the device.
+
+    `load_model(dtype="auto")` is another: the precision of the model's files.
+    """
+    if precision != "auto":
+        return precision
+    return before or str(fast_dtype(device)).removeprefix("torch.")
 
 
 def weight_dtype(model: nn.Module) -> torch.dtype:
