@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from safesteer._clock import timed
 from safesteer._errors import SafeSteerError
 
 PART = ".part"  # ends the name of a file that is still being written
@@ -37,12 +38,13 @@ def atomic(path: Path) -> Iterator[Path]:
     os.close(handle)
     work = Path(name)
     try:
-        yield work
-        with work.open("rb") as file:
-            os.fsync(file.fileno())
-        work.chmod(0o644)
-        work.replace(path)
-        sync_folder(path.parent)
+        with timed("writing"):
+            yield work
+            with work.open("rb") as file:
+                os.fsync(file.fileno())
+            work.chmod(0o644)
+            work.replace(path)
+            sync_folder(path.parent)
     except SafetensorError as error:
         raise SafeSteerError(f"Cannot write {path}: {error}.") from error
     finally:
@@ -56,12 +58,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(PART, f".{folder.name}.", folder.parent))
     try:
-        yield work
-        work.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        work.rename(folder)
-        sync_folder(folder.parent)
+        with timed("writing"):
+            yield work
+            work.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            work.rename(folder)
+            sync_folder(folder.parent)
     except SafetensorError as error:
         raise SafeSteerError(f"Cannot write {folder}: {error}.") from error
     finally:

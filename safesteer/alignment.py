@@ -25,6 +25,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 from safesteer import recipes
+from safesteer._clock import staged
 from safesteer._errors import SafeSteerError
 from safesteer._files import locked, write_json_lines, write_text
 from safesteer.attribution.explanation import explain
@@ -128,9 +129,10 @@ def align(
                 continue
             run.console.print(f"[bold]{stage}[/bold]", highlight=False)
             started = time.perf_counter()
-            written = _RUN[stage](run, base)
-            if first:
-                record_stage(run, stage, written, time.perf_counter() - started)
+            with staged(stage):
+                written = _RUN[stage](run, base)
+                if first:
+                    record_stage(run, stage, written, time.perf_counter() - started)
         processes.wait_for_everyone()
     return run.path
 

@@ -1,6 +1,7 @@
 """The command line: parse, call the library, turn a SafeSteerError into one sentence.
 
     safesteer align MODEL --out RUN [--preset quick|two-sided|paper] [--recipe my.toml] [--set NAME=VALUE ...]
+    safesteer align MODEL --out RUN --profile        and where the time goes
     safesteer direction, tokens, distill, export     the same up to that stage
     safesteer evaluate MODEL_OR_RUN                  a suite of benchmarks: quick, small or paper
     safesteer explore RUN_OR_MODEL                   the live lens, as a page of this machine
@@ -15,6 +16,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,6 +58,9 @@ Changes = Annotated[
 ]
 Track = Annotated[
     str | None, typer.Option(help="Follow the distillation in a tracker: tensorboard, wandb, ...")
+]
+Profile = Annotated[
+    bool, typer.Option("--profile", help="Measure where the time goes: profile.csv and profile.html.")
 ]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a Hub model (default: its main branch).")
@@ -100,6 +105,7 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "prompts": (Prompts, None),
     "changes": (Changes, None),
     "track": (Track, None),
+    "profile": (Profile, False),
 }
 # Of the benchmarks:
 EVALUATE: dict[str, tuple[Any, Any]] = {
@@ -143,15 +149,17 @@ def _command(name: str, last: str | None, help_text: str) -> None:
     def command(**options: Any) -> None:
         chosen = _recipe(options)
         from safesteer import alignment  # heavy
+        from safesteer.profiling import profiled
         from safesteer.prompts.prompt_set import PromptSet
 
         stages = alignment.STAGES
         stages = stages if last is None else stages[: stages.index(last) + 1]
         pairs = PromptSet.from_jsonl(options["prompts"]) if options["prompts"] else None
         console, out, track = Console(), options["out"], options["track"]
-        path = alignment.align(
-            options["model"], out, chosen, prompts=pairs, stages=stages, track=track, console=console
-        )
+        with profiled(out, console) if options["profile"] else nullcontext():
+            path = alignment.align(
+                options["model"], out, chosen, prompts=pairs, stages=stages, track=track, console=console
+            )
         if last is None and (path / "report.html").exists():
             console.print(f"Report: {path / 'report.html'}   Model: {path / 'model'}", highlight=False)
 

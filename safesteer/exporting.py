@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
+from safesteer._clock import timed
 from safesteer._errors import SafeSteerError
 from safesteer._files import read_json, whole_folder, write_text
 from safesteer._version import __version__
@@ -114,6 +115,7 @@ def _tolerance(folder: Path) -> float:
     return largest * torch.finfo(getattr(torch, probe["dtype"])).eps
 
 
+@timed("loading")
 def check_reload(
     folder: str | Path, tolerance: float | None = None, *, trust_remote_code: bool = False
 ) -> float:

@@ -17,7 +17,7 @@ LAYERS = (
     "cli",
     "alignment live",
     "run_folder",
-    "recipes exporting",
+    "recipes exporting profiling",
     "evaluation",
     "report distillation",
     "attribution",
@@ -29,7 +29,7 @@ LAYERS = (
     "settings",
     "_settings",
     "_files _endpoint _token_text _intervals",
-    "_errors _version _progress",
+    "_errors _version _progress _clock",
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms.split()}
 MODULES = {

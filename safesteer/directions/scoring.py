@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from safesteer._clock import count_pass, timed
 from safesteer._progress import Progress, no_progress
 from safesteer.directions.candidates import Candidates
 from safesteer.models.batch import PromptBatch, batches
@@ -208,7 +209,9 @@ def _shared_cache(chat: ChatModel, texts: PromptBatch, n_rows: int) -> Cache:
     """Compute keys and values of the shared columns under the hooks that are set; one row per candidate."""
     cache: Cache = DynamicCache(config=chat.config)
     ids = texts.prompt_ids[:1, : texts.n_shared].expand(n_rows, -1)
-    decoder(chat.model)(ids, past_key_values=cache, use_cache=True)
+    with timed("prompts"):
+        decoder(chat.model)(ids, past_key_values=cache, use_cache=True)
+        count_pass(chat.config, 1, ids.numel(), texts.n_shared)
     return cache
 
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from safesteer._clock import count_product, timed
 from safesteer.distillation.divergence import localized_divergence
 from safesteer.models.head import Head
 from safesteer.models.logits import generalized_kl_terms, logits_of, positions_per_chunk, wide_matmul
@@ -47,6 +48,7 @@ class _Fixed:
     chunk: int
 
 
+@timed("loss")
 def divergence_loss(
     hidden: Float[Tensor, "n d_model"],
     h_teacher: Float[Tensor, "n d_model"],
@@ -124,6 +126,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if of_h is not None:
                 of_h[at] = wide_matmul(dz, weight)
             if of_weight is not None:
+                count_product(len(dz), weight, wide, dz.device)
                 of_weight.addmm_(dz.T, h[at].to(wide))
             if of_bias is not None:
                 of_bias += dz.sum(0)
@@ -153,6 +156,7 @@ def _on_support(
     return logits.sub_(lse), in_s - lse, z, total
 
 
+@timed("loss")
 @torch.no_grad()
 def kl_outside_set(hidden: Tensor, h_teacher: Tensor, head: Head, teacher_head: Head, ids: Tensor) -> float:
     """Measure the generalized KL(student || teacher) outside S, in nats per position, on some positions."""

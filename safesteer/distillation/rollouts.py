@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from safesteer._clock import timed
 from safesteer._errors import SafeSteerError
 from safesteer.models.adapter import as_base
 from safesteer.models.batch import PromptBatch, batches
@@ -221,6 +222,7 @@ def predicting_states(
     return hidden[:, -mask.shape[1] - 1 : -1][mask]
 
 
+@timed("teacher")
 @torch.no_grad()
 def teacher_hidden(teacher: Teacher, rollouts: Rollouts, config: DistillConfig) -> Float[Tensor, "n d_model"]:
     """Let the teacher read the answers; return its final hidden states at every counting position."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from safesteer._clock import BACKWARD, STUDENT, timed
 from safesteer._errors import SafeSteerError
 from safesteer.distillation.loss import LossTerms, divergence_loss, kl_outside_set
 from safesteer.distillation.rollouts import (
@@ -101,12 +102,14 @@ def take_step(
     clock = time.perf_counter()
     state.optimizer.zero_grad(set_to_none=True)
     terms, h_student = accumulate_gradient(state, teacher, reading)
-    grad_norm = _clip_gradients(state)
+    with timed("optimizer"):
+        grad_norm = _clip_gradients(state)
     # Before the weights move: a trained head must be the one that these states came from.
     head, ids = output_head(student.model), teacher.tokens.ids.to(student.device)
     gap = _sampler_gap(rollouts, h_student, head)
     off_s = kl_outside_set(h_student, reading.h_teacher, head, output_head(teacher.base.model), ids)
-    state.optimizer.step()
+    with timed("optimizer"):
+        state.optimizer.step()
     state.step += 1
 
     harmful = rollouts.harmful[rollouts.mask.nonzero()[:, 0]]
@@ -237,7 +240,7 @@ def _backward(
         rows = rollouts.batch.rows(at)
         if config.checkpointing or config.sharded:  # neither has a use for a cache of the shared columns
             rows = replace(earned(student.model, rows), n_shared=0)
-        with _autocast(student, config):
+        with timed(STUDENT), _autocast(student, config):
             states = final_hidden(student.model, rows)
         hidden = predicting_states(states, rollouts.mask[at])
         h_student[span] = hidden.detach().to(h_student)
@@ -265,7 +268,8 @@ def _backward(
                 f"The loss is not finite at step {state.step + 1}, on the prompt {prompt!r}; the last"
                 " checkpoint is kept."
             )
-        objective.backward()
+        with timed(BACKWARD):
+            objective.backward()
         loss += float(objective.detach())
     return LossTerms(torch.tensor(loss), *terms), h_student
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Literal, TypeAlias, TypeVar
 
+from safesteer._clock import timed
 from safesteer._errors import SafeSteerError
 from safesteer.prompts.conversation import PromptLike, as_prompts
 
@@ -115,6 +116,7 @@ def versioned(*modules: ModuleType) -> Callable[[F], F]:
     return mark
 
 
+@timed("judging")
 def judge_all(judge: Judge, prompts: Sequence[PromptLike], answers: Sequence[str]) -> list[Verdict]:
     """Judge every answer.
 

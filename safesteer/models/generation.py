@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessor
 
+from safesteer._clock import count_pass, timed
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
@@ -143,6 +144,7 @@ class _Going:
         return _Going(self.rows[at], torch.cat([self.ids, new], 1)[at], mask, self.cache)
 
 
+@timed("decoding")
 def _continued(
     chat: ChatModel,
     going: _Going,
@@ -153,6 +155,7 @@ def _continued(
     min_new_tokens: int,
 ) -> Int[Tensor, "rows new_pos"]:
     """Let transformers continue the rows; stop early where all of them end."""
+    n_read = 0 if going.cache is None else going.cache.get_seq_length()
     with plain_decoding(chat.model):
         out = hf_model(chat.model).generate(
             going.ids,
@@ -167,7 +170,18 @@ def _continued(
                 use_cache=traits_of(chat.model).decodes_cached,
             ),
         )
+    _count_passes(chat, going.ids, out, n_read)
     return out[:, going.ids.shape[1] :]
+
+
+def _count_passes(
+    chat: ChatModel, ids: Int[Tensor, "rows pos"], out: Int[Tensor, "rows all_pos"], n_read: int
+) -> None:
+    """Count a pass for every new token; the first of them reads what no cache holds."""
+    width, n = ids.shape[1], out.shape[1] - ids.shape[1]
+    n_keys = width + n // 2
+    n_positions = width - n_read + n - 1 if traits_of(chat.model).decodes_cached else n * n_keys
+    count_pass(chat.config, n, len(ids) * n_positions, n_keys)
 
 
 def with_greedy_tokens(chat: ChatModel, batch: PromptBatch, n_tokens: int) -> PromptBatch:

@@ -22,6 +22,7 @@ from transformers import (
     PretrainedConfig,
 )
 
+from safesteer._clock import timed
 from safesteer._errors import SafeSteerError, first_line
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.gguf import gguf_folder, is_gguf
@@ -31,6 +32,7 @@ from safesteer.models.templates import render, set_template
 from safesteer.models.traits import self_check
 
 
+@timed("loading")
 def load_model(
     name: str = SMOLLM2,
     *,

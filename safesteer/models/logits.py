@@ -16,12 +16,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from safesteer._clock import count_product, timed
+
 CHUNK = 256  # positions whose logits are alive at once: the knee between speed and memory on CPU
 CHUNK_LOGITS = 2**24  # or fewer positions, so that at most this many logits are (64 MiB in float32)
 
 WIDENED_ROWS = 2048  # rows of a head in half precision that are widened at once, where they have to be
 
 
+@timed("logits")
 def refusal_score(
     logits: Float[Tensor, "*batch d_vocab"], refusal_ids: Int[Tensor, " n_refusal"]
 ) -> Float[Tensor, "*batch"]:
@@ -40,6 +43,7 @@ def refusal_score(
     return logps[..., is_refusal].logsumexp(-1) - logps[..., ~is_refusal].logsumexp(-1)
 
 
+@timed("logits")
 def kl_divergence(
     p_logits: Float[Tensor, "*batch d_vocab"], q_logits: Float[Tensor, "*batch d_vocab"]
 ) -> Float[Tensor, "*batch"]:
@@ -85,9 +89,11 @@ def wide_matmul(
     half precision into a wide result.
     """
     wide = torch.promote_types(torch.promote_types(a.dtype, weight.dtype), torch.float32)
+    as_it_is = a.dtype == weight.dtype and (a.dtype == wide or _multiplies_wide(str(a.device), a.dtype))
+    count_product(len(a), weight, a.dtype if as_it_is else wide, a.device)
     if a.dtype == weight.dtype == wide:
         return a @ (weight.T if transposed else weight)
-    if a.dtype == weight.dtype and _multiplies_wide(str(a.device), a.dtype):
+    if as_it_is:
         return torch.mm(a, weight.T if transposed else weight, out_dtype=wide)
     a = a.to(wide)
     out = a.new_zeros((len(a), weight.shape[0 if transposed else 1]))
@@ -117,6 +123,7 @@ class _WideHead(torch.autograd.Function):
         return of_hidden, of_weight
 
 
+@timed("logits")
 def logits_of(
     hidden: Float[Tensor, "*batch d_model"],
     weight: Float[Tensor, "d_vocab d_model"],
@@ -128,7 +135,7 @@ def logits_of(
     # A strided slice of positions would be read by a batched product, many times slower.
     flat = hidden.reshape(-1, hidden.shape[-1])
     exact = flat.dtype == weight.dtype and weight.dtype in (torch.float32, torch.float64)
-    z = flat @ weight.T if exact else cast(Tensor, _WideHead.apply(flat, weight))
+    z = wide_matmul(flat, weight, transposed=True) if exact else cast(Tensor, _WideHead.apply(flat, weight))
     z = z.view(*hidden.shape[:-1], -1)
     z = z if bias is None else z + bias
     z = z if scale == 1 else scale * z

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationConfig
 
+from safesteer._clock import count_pass, timed
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
 from safesteer.models.parts import context_length, decoder, hf_model, text_config
@@ -99,6 +100,7 @@ def _check_length(model: nn.Module, batch: PromptBatch) -> None:
         )
 
 
+@timed("prompts")
 def read_cache(model: nn.Module, batch: PromptBatch, upto: int, times: int = 1) -> Cache:
     """Compute the keys and values of the first `upto` columns.
 
@@ -126,11 +128,16 @@ def read_cache(model: nn.Module, batch: PromptBatch, upto: int, times: int = 1) 
                 past_key_values=cache,
                 use_cache=True,
             ).past_key_values
+    if n > 0:
+        count_pass(text_config(model), 1, n, n)
+    if upto > n:
+        count_pass(text_config(model), 1, len(batch.prompt_ids) * (upto - n), upto)
     if times > 1:
         cache.batch_repeat_interleave(times)
     return cache
 
 
+@timed("prompts")
 def read_states(
     model: nn.Module, batch: PromptBatch, cache: Cache | None = None
 ) -> Float[Tensor, "batch uncached d_model"]:
@@ -160,4 +167,7 @@ def read_states(
             past_key_values=cache,
             use_cache=cache is not None,
         )
-    return out.last_hidden_state
+    states = out.last_hidden_state
+    n_keys = batch.prompt_ids.shape[1]
+    count_pass(text_config(model), 1, len(states) * (n_keys - n), n_keys, 2 * states.requires_grad)
+    return states

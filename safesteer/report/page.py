@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from safesteer._files import write_text
@@ -82,15 +83,27 @@ def suite_page(table: pd.DataFrame, title: str) -> str:
         table: The table of `suite.run_suite`.
         title: The page's heading.
     """
-    figure = _lines(suite_figure(table).to_html(include_plotlyjs=True, full_html=False))
-    scripts = re.findall(r"<script[^>]*>(.*?)</script>", figure, re.DOTALL)
+    return figure_page(suite_figure(table), table, title, "low and high are 95 % intervals.")
+
+
+def figure_page(figure: go.Figure, table: pd.DataFrame, title: str, note: str) -> str:
+    """Return a page with a figure and its table: offline, light or dark as the reader's system is.
+
+    Args:
+        figure: Drawn in the light theme; the page gives it the ink of the dark one.
+        table: What stands below.
+        title: The page's heading.
+        note: A sentence between figure and table.
+    """
+    drawn = _lines(figure.to_html(include_plotlyjs=True, full_html=False))
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", drawn, re.DOTALL)
     cells = table.to_html(index=False, border=0, na_rep="", float_format=lambda x: f"{x:.3f}")
     name, style = html.escape(title), _file("suite.css")
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{html.escape(_policy(*scripts))}">'
         f"<title>{name}</title><style>{style}</style>"
-        f"<h1>{name}</h1>{figure}<p>low and high are 95 % intervals.</p>{cells}"
+        f"<h1>{name}</h1>{drawn}<p>{html.escape(note)}</p>{cells}"
     )
 
 
