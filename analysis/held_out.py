@@ -67,9 +67,9 @@ class Measured:
     steering: AbstractContextManager[None]
 
 
-def drawn_prompts(seed: int) -> ss.PromptSet:
+def drawn_prompts(seed: int, which: str) -> ss.PromptSet:
     """Return the prompts of a seed: four fifths of the pairs of train and val, and all others."""
-    prompts = ss.load_prompts("all").prompts
+    prompts = ss.load_prompts(which).prompts
     pairs = sorted({p.pair for p in prompts if p.pair and p.split in ("train", "val")})
     left_out = set(random.Random(seed).sample(pairs, len(pairs) // 5))
     return ss.PromptSet(tuple(p for p in prompts if p.pair not in left_out), f"drawn by seed {seed}")
@@ -79,8 +79,9 @@ def run_of(seed: int, folder: Path, args: argparse.Namespace) -> Path:
     """Return the run of a seed, made up to its export where it is missing."""
     run = folder / str(seed)
     if not (run / "model" / "config.json").exists():
-        recipe, stages = ss.recipe(args.preset, seed), STAGES[: STAGES.index("export") + 1]
-        ss.align(args.model, run, recipe, prompts=drawn_prompts(seed), stages=stages)
+        changes = dict(pair.split("=", 1) for pair in args.settings)
+        recipe, stages = ss.recipe(args.preset, seed, **changes), STAGES[: STAGES.index("export") + 1]
+        ss.align(args.model, run, recipe, prompts=drawn_prompts(seed, recipe.prompts), stages=stages)
         (run / CHECKPOINT).unlink()  # as large as the model, and exported
     return run
 
@@ -181,6 +182,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="a folder with a run per seed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--preset", default="two-sided")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--model", default="qwen2.5-coder-0.5b")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", nargs="*", help="models to measure, such as student-1; none: all")

@@ -16,6 +16,7 @@ from safesteer.evaluation.changes import change_over_seeds
 from safesteer.evaluation.curves import bias_curve, over_refusal_at
 
 ROWS = Path(__file__).parent / "results" / "held_out"
+WIDE = ROWS.parent / "held_out_wide"  # prompts=all, distill.train_layers=blocks
 PUBLIC = ("harmbench", "do-not-answer", "harmfulqa", "xstest-unsafe")
 OVER = ("xstest", "everyday", "own-harmless")
 POOLS: Mapping[str, tuple[str, ...]] = {
@@ -34,9 +35,9 @@ NATS = tuple(x / 4 for x in range(-40, 61))  # on the logits of the tokens that 
 TASKS = {"lambada_openai": "LAMBADA, right", "arc_easy": "ARC-Easy, right", "mmlu_stem": "MMLU-STEM, right"}
 
 
-def rows_of(part: Sequence[str]) -> pd.DataFrame:
-    """Read the rows of sets or tasks, of all models."""
-    files = [path for name in part for path in sorted(ROWS.glob(f"*--{name}.csv"))]
+def rows_of(part: Sequence[str], folder: Path | None = None) -> pd.DataFrame:
+    """Read the rows of sets or tasks, of all models; None: those of the preset."""
+    files = [path for name in part for path in sorted((folder or ROWS).glob(f"*--{name}.csv"))]
     return pd.concat(map(pd.read_csv, files), ignore_index=True)
 
 
@@ -73,25 +74,25 @@ def short(sets: Sequence[str], metric: str = "declines") -> tuple[str, str]:
     return f"{base} → {student.split(' (')[0]}", gated.split(" (")[0]
 
 
-def table() -> tuple[list[str], list[list[str]]]:
+def table(folder: Path | None = None) -> tuple[list[str], list[list[str]]]:
     """Make the table of refusals, text quality and capability."""
-    lines = [line(title, rows_of(sets)) for title, sets in POOLS.items()]
-    harmless = rows_of((*OVER, "own-hazard-words"))
+    lines = [line(title, rows_of(sets, folder)) for title, sets in POOLS.items()]
+    harmless = rows_of((*OVER, "own-hazard-words"), folder)
     lines.append(line("answers to harmless prompts that repeat four words", harmless, "repeats"))
     lines.append(line("code asked for, code given", harmless, "code"))
-    lines += [line(title, rows_of((task,)), "right") for task, title in TASKS.items()]
+    lines += [line(title, rows_of((task,), folder), "right") for task, title in TASKS.items()]
     titles = ["refused, unless said otherwise", "n", "base", "gated, no training", "students"]
     return [*titles, "students - base, points"], lines
 
 
-def margins_table() -> tuple[list[str], list[list[str]]]:
+def margins_table(folder: Path | None = None) -> tuple[list[str], list[list[str]]]:
     """Make the table of what a constant on the openers' logits makes of each model: its own line.
 
     The over-refusal where half, 60 and 70 % of the public harmful prompts are refused at the first token, and
     how well the margin tells.
     """
     lines = []
-    for path in sorted(ROWS.glob("*--margins.csv")):
+    for path in sorted((folder or ROWS).glob("*--margins.csv")):
         rows = pd.read_csv(path)
         harmful, over = (rows.loc[rows.set.isin(sets), "margin"].to_numpy() for sets in (PUBLIC, OVER))
         curve = bias_curve(harmful, over, NATS)

@@ -237,7 +237,7 @@ def steps_of(
     method: str, state: DistillState, args: argparse.Namespace, base: ss.ChatModel, direction: ss.Direction
 ) -> Iterator[int]:
     """Yield the steps of a method."""
-    prompts, folder = training_prompts("all"), args.out.parent / "which_tokens"
+    prompts, folder = training_prompts("kinds"), args.out.parent / "which_tokens"
     if method in DISTILLED:
         tokens = TokenSet.load(folder / f"tokens-{'1e-08' if method == 'published' else '0.001'}.json")
         for record in training_steps(state, Teacher(base, direction, tokens), prompts):

@@ -426,6 +426,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "held-out": lambda: markdown(*held_out_tables.table()),
     "held-out-margins": lambda: markdown(*held_out_tables.margins_table()),
+    "held-out-wide": lambda: markdown(*held_out_tables.table(held_out_tables.WIDE)),
+    "held-out-wide-margins": lambda: markdown(*held_out_tables.margins_table(held_out_tables.WIDE)),
     "two-sided-arms": lambda: markdown(*control_tables.two_sided_arms()),
     "methods": lambda: markdown(*control_tables.methods()),
     "demo-sets": demo_sets,

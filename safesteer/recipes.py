@@ -63,14 +63,10 @@ class Recipe:
     preset: str = setting("quick", "Preset that the other settings change.")
     seed: int = setting(0, "Seed of everything random, in every stage.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "float32",
-        "Precision of the frozen base and teacher. 'auto' is bfloat16 where the processor has instructions"
-        " for it, else float32; it is not that of the model's files.",
+        "float32", "Precision of base and teacher; 'auto': bfloat16 where the processor has it, else float32."
     )
     quantize: Annotated[Literal["4bit"] | None, OrNone] = setting_or_none(
-        None,
-        "Quantize the weights of the frozen base to 4 bits (nf4; the extra `quant`), under an adapter"
-        " (distill.lora_rank); none: they have the precision above.",
+        None, "Quantize the frozen base to 4 bits (nf4), under an adapter (distill.lora_rank); none: do not."
     )
     revision: TextOrNone = setting_or_none(
         None, "Branch, tag or commit of the model on the Hub; none: its main branch."
@@ -82,10 +78,10 @@ class Recipe:
     template_args: Annotated[tuple[str, ...], Words] = setting(
         (), "Defaults of the template's arguments, as name=value: enable_thinking=true."
     )
-    prompts: Literal["pairs", "all"] = setting(
+    prompts: Literal["pairs", "mixed", "all"] = setting(
         "pairs",
-        "Prompts of the project that are used where none are given: matched pairs, or also prompts of other"
-        " kinds to distil on.",
+        "Prompts of the project that are used where none are given: matched pairs; also prompts of other"
+        " kinds to distil on (mixed); also wider pairs (all).",
     )
     direction: DirectionConfig = section(DirectionConfig, "Stage 1: find the direction.")
     tokens: TokenConfig = section(TokenConfig, "Stage 2: select the safety tokens.")
@@ -244,11 +240,6 @@ def paper_llama() -> Recipe:
     return replace(qwen, preset="paper-llama", tokens=tokens, distill=replace(qwen.distill, lr=1e-6))
 
 
-def paper() -> Recipe:
-    """Build the published recipe with the values for Qwen, until `for_family` knows the model."""
-    return replace(paper_qwen(), preset="paper")
-
-
 def two_sided() -> Recipe:
     """Build the preset for models that refuse by themselves: steer harmful answers, ablate on harmless ones.
 
@@ -259,7 +250,7 @@ def two_sided() -> Recipe:
     return Recipe(
         preset="two-sided",
         dtype="auto",
-        prompts="all",
+        prompts="mixed",
         direction=DirectionConfig(
             coeff=1.6, n_train=None, n_val=16, n_kl_tokens=1, max_kl=0.5, max_layer_share=0.7
         ),
@@ -267,7 +258,7 @@ def two_sided() -> Recipe:
         distill=DistillConfig(
             harmless_teacher="ablated",
             splits=("distill", "train"),
-            train_layers="blocks",
+            train_layers="all",
             n_steps=24,
             harmful_per_step=12,
             harmless_per_step=12,
@@ -284,7 +275,7 @@ def two_sided() -> Recipe:
 PRESETS = {
     "quick": quick,
     "two-sided": two_sided,
-    "paper": paper,
+    "paper": lambda: replace(paper_qwen(), preset="paper"),  # until `for_family` knows the model
     "paper-qwen": paper_qwen,
     "paper-llama": paper_llama,
 }

@@ -288,7 +288,7 @@ def test_the_preset_two_sided_teaches_both_sides_on_s_alone(model_folder, tmp_pa
     histories = [(run / "history.jsonl").read_text() for run in runs.values()]
     assert histories[0] != histories[1]
     kinds = {json.loads((run / "manifest.json").read_text())["recipe"]["prompts"] for run in runs.values()}
-    assert kinds == {"all"}
+    assert kinds == {"mixed"}
 
 
 @pytest.mark.model

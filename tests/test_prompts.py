@@ -264,6 +264,12 @@ def test_prompts_of_other_kinds_are_new(name, held_out):
         assert max(len(new & old) / len(new | old) for old in words) < 0.5, prompt.text
 
 
+def test_mixed_adds_the_kinds_alone(pairs):
+    distilled, kinds = load_prompts("mixed").split("distill"), load_prompts("kinds").split("train")
+    assert distilled.harmful == pairs.split("distill").harmful + kinds.harmful
+    assert distilled.harmless == pairs.split("distill").harmless + kinds.harmless
+
+
 def test_all_adds_the_kinds_to_what_is_distilled_and_to_nothing_else(pairs):
     everything, kinds, wide = (
         load_prompts("all"),

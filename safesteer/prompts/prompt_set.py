@@ -33,6 +33,7 @@ LABELS: tuple[Label, Label] = ("harmful", "harmless")
 SPLITS = {"train": 128, "val": 32, "distill": 100, "test": 100}  # pairs per split, as in the paper
 OLD_SPLITS = {"distil": "distill"}  # what files written for the first versions say
 SHIPPED = ("pairs", "kinds", "wide", "forms")  # the project's own, by name
+TOGETHER = {"mixed": ("kinds",), "all": ("kinds", "wide")}  # what joins the pairs
 EXTRA = "extra"  # pairs kept out of every split, for work that comes before alignment
 
 
@@ -270,9 +271,9 @@ def load_prompts(name: str = "pairs") -> PromptSet:
     Args:
         name: "pairs": matched pairs in four splits; "kinds": requests of other kinds to train on, in the
             splits "train" and "val"; "wide": pairs of longer tasks, of questions in a studious tone and of
-            everyday risks, in the same splits; "all": the pairs, and in the split "distill" the train splits
-            of the kinds and of the wide ones too; "forms": requests in other forms than the pairs', all of
-            the split "test", on which nothing chooses.
+            everyday risks, in the same splits; "mixed": the pairs, and in the split "distill" the train split
+            of the kinds; "all": that of the wide ones too; "forms": requests in other forms than the
+            pairs', all of the split "test", on which nothing chooses.
 
     Raises:
         SafeSteerError: For another name.
@@ -282,12 +283,13 @@ def load_prompts(name: str = "pairs") -> PromptSet:
         >>> {name: len(prompts.split(name).harmful) for name in ("train", "val", "distill", "test")}
         {'train': 128, 'val': 32, 'distill': 100, 'test': 100}
     """
-    if name == "all":
-        train = (p for more in ("kinds", "wide") for p in load_prompts(more).split("train").prompts)
+    if name in TOGETHER:
+        train = (p for more in TOGETHER[name] for p in load_prompts(more).split("train").prompts)
         added = tuple(replace(p, split="distill") for p in train)
-        return PromptSet(load_prompts().prompts + added, "safesteer-all")
+        return PromptSet(load_prompts().prompts + added, f"safesteer-{name}")
     if name not in SHIPPED:
-        raise SafeSteerError(f"The project has prompts named {', '.join(SHIPPED)} and all, not '{name}'.")
+        names = ", ".join((*SHIPPED, *TOGETHER))
+        raise SafeSteerError(f"The project has prompts named {names}, not '{name}'.")
     path = resources.files("safesteer.prompts") / "data" / f"{name}.jsonl"
     with resources.as_file(path) as file:
         prompts = PromptSet.from_jsonl(file)
