@@ -204,17 +204,6 @@ def gated() -> tuple[list[str], list[list[str]]]:
     return ["set, % refused", "n", "base", "one threshold", "a band", "change, points"], lines
 
 
-METHODS = {  # of methods.py
-    "two-sided on S": "two-sided teacher, on S (the preset)",
-    "one-sided on S": "steered teacher, harmless answers held to the base, on S",
-    "published": "steered teacher, Eq. 6 on S at 1e-8, no harmless prompts",
-    "whole vocabulary": "steered teacher, over the whole vocabulary",
-    "top-k": "steered teacher, on its fifty likeliest tokens",
-    "sft": "its refusals as hard targets (SFT)",
-    "kl and margin": "the same, KL to the base and a margin on harmless prompts",
-    "dpo": "preferences (DPO)",
-    "null space": "SFT with gradients kept out of what harmless prompts use",
-}
 KINDS = ("pairs", "kinds", "public", "wide")  # of the sets for choosing; the last came later
 TWO_SIDED_ARMS = {  # files of two_sided.py, and what the page calls them
     "long_on_S": "8 + 8 prompts, 12 tokens, all alike",
@@ -263,23 +252,3 @@ def _auc(rows: pd.DataFrame) -> dict[str, float]:
 
 def _aucs(rows: pd.DataFrame) -> str:
     return " / ".join(f"{area:.2f}" for area in _auc(rows).values())
-
-
-def methods() -> tuple[list[str], list[list[str]]]:
-    """Make the table of other ways to teach refusing: each at the best of its rates, by the mean AUC."""
-    base = pd.concat([_two_sided_rows("base"), _two_sided_rows("base-wide")])
-    gate = _two_sided_rows("gated-wide")
-    lines = [["base", "", "", *_cells(base)], ["gated steering, no training", "", "", *_cells(gate)]]
-    for method in METHODS:
-        by_rate: dict[str, list[pd.DataFrame]] = {}
-        for path in sorted((ROWS.parent / "methods").glob(f"{method.replace(' ', '_')}--*.rows.csv")):
-            table = pd.read_csv(path)
-            by_rate.setdefault(path.name.split("--")[1], []).append(table[table.step == table.step.max()])
-        if not by_rate:
-            continue
-        areas = {r: np.mean([np.mean([*_auc(t).values()]) for t in tables]) for r, tables in by_rate.items()}
-        best = max(by_rate, key=lambda rate: areas[rate])
-        looks = pd.concat(by_rate[best])
-        lines.append([METHODS[method], f"{float(best):.0e}", str(len(by_rate)), *_cells(looks)])
-    titles = ["taught by", "rate", "rates tried", "harmful, % refused", "harmless, % refused"]
-    return [*titles, "AUC of the margin"], lines

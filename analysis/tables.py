@@ -429,7 +429,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "held-out-wide": lambda: markdown(*held_out_tables.table(held_out_tables.WIDE)),
     "held-out-wide-margins": lambda: markdown(*held_out_tables.margins_table(held_out_tables.WIDE)),
     "two-sided-arms": lambda: markdown(*control_tables.two_sided_arms()),
-    "methods": lambda: markdown(*control_tables.methods()),
     "demo-sets": demo_sets,
     "demo-curve": demo_curve,
     "which-tokens-steps": lambda: markdown(*control_tables.steps_table()),

@@ -130,7 +130,7 @@ def test_a_prompt_is_read_layer_by_layer(subject, direction):
         [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=False
     )
     with torch.no_grad():
-        out = chat.model(torch.tensor([ids]), output_hidden_states=True)
+        out = copy_of(chat).model(torch.tensor([ids]), output_hidden_states=True)  # it leaves hooks
     resid_pre = torch.stack(out.hidden_states[:-1])[:, 0]
     assert torch.allclose(reading.projections, resid_pre @ direction.unit, atol=1e-5)
     assert len(reading.texts) == len(ids)

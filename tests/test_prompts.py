@@ -283,7 +283,7 @@ def test_all_adds_the_kinds_to_what_is_distilled_and_to_nothing_else(pairs):
 
 
 def test_the_project_has_no_other_prompts():
-    with pytest.raises(SafeSteerError, match="pairs, kinds, wide, forms and all, not 'alpaca'"):
+    with pytest.raises(SafeSteerError, match="pairs, kinds, wide, forms, mixed, all, not 'alpaca'"):
         load_prompts("alpaca")
 
 

@@ -5,6 +5,7 @@ Needs Chromium, its driver and the selenium package; skips with the reason where
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from safesteer.settings import ExplainConfig
 from safesteer.tokens.selection import select_tokens
 
 browser.require_browser()
+from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
@@ -256,7 +258,7 @@ def test_the_model_can_be_switched(page, attribution):
 def test_hover_and_arrow_keys_move_the_reading(page):
     marks = all_of(page, ".tok")
     page.execute_script("arguments[0].scrollIntoView({block: 'center'})", marks[2])
-    webdriver.ActionChains(page).move_to_element(marks[2]).perform()
+    ActionChains(page).move_to_element(marks[2]).perform()
     reading = page.find_element(By.CSS_SELECTOR, ".reading")
     assert reading.get_attribute("data-token") == "2"
     page.execute_script("arguments[0].focus()", marks[2])

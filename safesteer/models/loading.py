@@ -115,7 +115,15 @@ def load_model(
         # and later ones go through them without any: an adapter below would learn nothing, and no error.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    self_check(model)
+    try:
+        self_check(model)
+    except (AssertionError, RuntimeError) as error:
+        if getattr(config, "quantization_config", None) is None:
+            raise
+        raise SafeSteerError(
+            f"The quantized weights of '{name}' cannot be read ({first_line(error)}): load a copy that is not"
+            " quantized."
+        ) from error
     return ChatModel(model, tokenizer, name)
 
 
