@@ -232,7 +232,9 @@ _add(
 def explore(
     target: Annotated[str, typer.Argument(help="A run folder, or a model as `align` takes it.")],
     port: Annotated[int, typer.Option(help="Port on this machine; 0: a free one.")] = 8765,
-    dtype: Annotated[str, typer.Option(help="Precision: float32 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Precision: float32, bfloat16, or auto, the fast one of this machine.")
+    ] = "auto",
 ) -> None:
     """Open the live lens: type a prompt, move the direction, watch the tokens. For this machine alone."""
     try:

@@ -9,7 +9,7 @@ Steering is on only while a pass runs: between two steps the model is as it was,
 take turns with one model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -194,10 +194,8 @@ def stream_answers(subject: Subject, view: View) -> Iterator[tuple[TraceToken | 
                     caches[i] = prefill(chat.model, batch, batch.prompt_ids.shape[1] - 1)
                 logps.append(_next_logps(chat, batch, caches[i]))
         ids = [int(logp[i].argmax()) for i, logp in enumerate(logps)]
-        yield tuple(
-            _measured(subject, ids[i], [logp[i : i + 1] for logp in logps]) if going[i] else None
-            for i in range(n)
-        )
+        measured = trace_tokens(subject.chat, subject.tokens, ids, *logps)  # row i is of author i's answer
+        yield tuple(token if g else None for token, g in zip(measured, going, strict=True))
         going = [g and i not in eos for g, i in zip(going, ids, strict=True)]
         if not any(going):
             return
@@ -209,9 +207,3 @@ def _next_logps(chat: ChatModel, batch: PromptBatch, cache: Cache | None) -> Flo
     """Return the log-probabilities of the next token of each row; the cache grows by what was read."""
     hidden = final_hidden(chat.model, batch, cache)[:, -1]
     return logits_of(hidden, *output_head(chat.model)).log_softmax(-1).float().cpu()
-
-
-def _measured(subject: Subject, token: int, logps: Sequence[Float[Tensor, "1 d_vocab"]]) -> TraceToken:
-    """Measure one token under all models."""
-    (measured,) = trace_tokens(subject.chat, subject.tokens, [token], *logps)
-    return measured

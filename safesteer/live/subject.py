@@ -12,7 +12,8 @@ from safesteer.attribution.result import Attribution
 from safesteer.directions.finding import find_direction
 from safesteer.live.reading import Subject
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
-from safesteer.models.loading import load_model
+from safesteer.models.loading import best_device, load_model
+from safesteer.models.precision import settled_precision
 from safesteer.report.reader_figures import READER_FILE
 from safesteer.settings import MODEL_SOURCE
 from safesteer.steering.direction import Direction
@@ -21,16 +22,17 @@ from safesteer.tokens.selection import select_tokens
 from safesteer.tokens.token_set import TokenSet
 
 
-def open_subject(target: str | Path | ModelLike, *, dtype: str = "float32") -> Subject:
+def open_subject(target: str | Path | ModelLike, *, dtype: str = "auto") -> Subject:
     """Open a run folder with all that it holds so far, or a model by name.
 
     Args:
         target: A run folder with a direction and safety tokens, a model's name or folder, or an open model.
-        dtype: Precision of base and student, where they are loaded here.
+        dtype: Precision of base and student, where they are loaded here; "auto": the fast one of the machine.
 
     Raises:
         SafeSteerError: For a run folder whose direction or safety tokens are missing.
     """
+    dtype = settled_precision(dtype, best_device())
     if isinstance(target, str | Path) and (Path(target) / "manifest.json").is_file():
         return _of_run(Path(target), dtype)
     chat = load_model(str(target), dtype=dtype) if isinstance(target, str | Path) else as_chat(target)
