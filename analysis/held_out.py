@@ -107,9 +107,17 @@ def measured(runs: list[Path], base: ss.ChatModel, only: list[str] | None) -> It
         yield Measured(f"gated-{seed}", base, ss.steer(base, direction, gate=reader, closed="ablate"))
 
 
-def prompt_rows(model: Measured, name: str, data: Path) -> pd.DataFrame:
+def unseen_prompts(name: str, data: Path, seen: int) -> list[str]:
+    """Draw the prompts of a set, without those that an earlier look at so many per set has drawn."""
+    if not seen:
+        return set_prompts(name, data, N_PROMPTS)
+    before = set(set_prompts(name, data, seen))
+    left = [prompt for prompt in set_prompts(name, data) if prompt not in before]
+    return random.Random(0).sample(left, min(N_PROMPTS, len(left)))
+
+
+def prompt_rows(model: Measured, name: str, prompts: list[str]) -> pd.DataFrame:
     """Answer a set of prompts and judge the answers; a row per prompt, without the texts."""
-    prompts = set_prompts(name, data, N_PROMPTS)
     answers = ss.generate(model.chat, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=50)
     log_look(LEDGER, model.chat, name, len(prompts), f"study held_out: {model.name}")
     rows = []
@@ -131,11 +139,10 @@ def prompt_rows(model: Measured, name: str, data: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def margin_rows(model: Measured, ids: torch.Tensor, data: Path) -> pd.DataFrame:
+def margin_rows(model: Measured, ids: torch.Tensor, sets: dict[str, list[str]]) -> pd.DataFrame:
     """Measure how near every prompt is to a refusal at the first token; a row per prompt."""
     parts = []
-    for name in SETS:
-        prompts = set_prompts(name, data, N_PROMPTS)
+    for name, prompts in sets.items():
         margins = refusal_margins(model.chat, ids, prompts).round(3)
         rows = {"model": model.name, "set": name, "row": range(len(prompts)), "margin": margins}
         parts.append(pd.DataFrame(rows))
@@ -156,22 +163,22 @@ def text_rows(model: Measured, data: Path) -> pd.DataFrame:
     return pd.DataFrame([{"model": model.name, "perplexity": round(value, 3), "tokens": PERPLEXITY_TOKENS}])
 
 
-def measure(model: Measured, ids: torch.Tensor, data: Path, out: Path) -> None:
+def measure(model: Measured, ids: torch.Tensor, sets: dict[str, list[str]], args: argparse.Namespace) -> None:
     """Write the files of a model that are missing; a gate reads prompts, and tasks have other rows."""
     tasks = () if model.name.startswith("gated") else (*TASKS, "margins", "wikitext2")
     with model.steering:
-        for name in (*SETS, *tasks):
-            path = out / f"{model.name}--{name}.csv"
+        for name in (*sets, *tasks):
+            path = args.out / f"{model.name}--{name}.csv"
             if path.exists():
                 continue
-            if name in SETS:
-                rows = prompt_rows(model, name, data)
+            if name in sets:
+                rows = prompt_rows(model, name, sets[name])
             elif name in TASKS:
-                rows = task_rows(model, name, data, out.parent / "tasks")
+                rows = task_rows(model, name, args.data, args.out.parent / "tasks")
             elif name == "margins":
-                rows = margin_rows(model, ids, data)
+                rows = margin_rows(model, ids, sets)
             else:
-                rows = text_rows(model, data)
+                rows = text_rows(model, args.data)
             rows.to_csv(path, index=False)
             shown = next(c for c in ("declines", "right", "margin", "perplexity") if c in rows)
             print(model.name, name, round(float(rows[shown].mean()), 3), flush=True)
@@ -185,6 +192,7 @@ def main() -> None:
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--model", default="qwen2.5-coder-0.5b")
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seen", type=int, default=0, help="prompts per set that an earlier look has drawn")
     parser.add_argument("--only", nargs="*", help="models to measure, such as student-1; none: all")
     parser.add_argument("--out", type=Path, default=Path("analysis/results/held_out"))
     args = parser.parse_args()
@@ -192,8 +200,10 @@ def main() -> None:
     runs = [run_of(seed, args.runs, args) for seed in range(args.seeds)]
     base = ss.load_model(args.model, dtype="bfloat16")
     ids = RefusalTokens.load(runs[0] / "refusal_tokens.csv").ids
+    drawn = {name: unseen_prompts(name, args.data, args.seen) for name in SETS}
+    sets = {name: prompts for name, prompts in drawn.items() if prompts}
     for model in measured(runs, base, args.only):
-        measure(model, ids, args.data, args.out)
+        measure(model, ids, sets, args)
 
 
 if __name__ == "__main__":

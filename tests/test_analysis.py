@@ -1,5 +1,6 @@
 """Ablation scripts: every arm is a valid recipe that changes what it names, and a script runs to its csv."""
 
+import argparse
 import importlib
 import runpy
 import sys
@@ -204,8 +205,10 @@ def test_the_table_of_test_prompts_is_that_of_what_was_measured(model_folder, tm
         monkeypatch.setattr(study, name, value)
     chat, out = ss.load_model(str(model_folder)), tmp_path / "held_out"
     out.mkdir()
+    sets = {name: study.unseen_prompts(name, tmp_path, 0) for name in study.SETS}
     for _ in range(2):
-        study.measure(study.Measured("base", chat, nullcontext()), torch.tensor([5]), tmp_path, out)
+        args = argparse.Namespace(data=tmp_path, out=out)
+        study.measure(study.Measured("base", chat, nullcontext()), torch.tensor([5]), sets, args)
     assert len(looks(tmp_path / "looks.csv")) == 4  # answers and margins of two sets
     assert len(pd.read_csv(out / "base--margins.csv")) == 6
     base = pd.read_csv(out / "base--own-short.csv")
@@ -223,6 +226,14 @@ def test_the_table_of_test_prompts_is_that_of_what_was_measured(model_folder, tm
     assert (title, n, before, gated) == ("both", "6", "0 %", "33 %")
     assert after == "83 % (67 to 100)"
     assert change.startswith("+83 (+")
+
+
+def test_a_later_look_shares_no_prompt_with_an_earlier_one():
+    study = importlib.import_module("held_out")
+    first, later = (study.unseen_prompts("own-short", None, seen) for seen in (0, 50))
+    assert len(first) == len(later) == 50
+    assert not set(first) & set(later)
+    assert study.unseen_prompts("own-short", None, 149) == study.set_prompts("own-short")[149:]
 
 
 def test_supervised_losses_are_what_they_say(tiny_llama):
