@@ -36,6 +36,7 @@ from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.scores import score_model
 from safesteer.judges.judge import judge_version
 from safesteer.judges.sentences import declines
+from safesteer.models.precision import cast_weights, weight_dtype
 from safesteer.recipes import SECTIONS
 from safesteer.report.figures import SEQUENCE, figure_of
 
@@ -205,6 +206,7 @@ def trained(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int)
     prompts = ss.PromptSet(tuple(p for p in pairs.prompts if p.label == "harmless" or p.text in harmful))
     config = replace(first.recipe.distill, splits=("distill",))
     student = ss.distill(base, first.direction, first.tokens, prompts, config)
+    cast_weights(student.model, weight_dtype(base.model))  # or rounding would count as drift
     return Trained(base, first.direction, first.tokens, first.recipe, student)
 
 
@@ -256,7 +258,8 @@ def run(
 
     Rows lie in a folder of the name of `score`, so two ways of scoring need two names.
     """
-    base, rows, n_pairs = ss.load_model(study.model), [], len(ss.load_prompts().split("distill").harmful)
+    base = ss.load_model(study.model, dtype=study.recipe({}, 0).dtype)
+    rows, n_pairs = [], len(ss.load_prompts().split("distill").harmful)
     jobs: list[tuple[str, int]] = [(arm, seed) for seed in range(study.seeds) for arm in arms]
 
     def made(arm: str, seed: int) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from safesteer.distillation.loop import training_steps
 from safesteer.distillation.rollouts import Teacher
 from safesteer.distillation.state import prepare_student
 from safesteer.evaluation.capability import measure_capability
+from safesteer.models.precision import in_precision_of
 
 # Two prompts find no direction worth having, and a quick run does not need one.
 ANY_DIRECTION = {
@@ -113,7 +114,9 @@ def students(
     state = prepare_student(ss.load_model(study.model), first.direction, config)
     for _ in training_steps(state, Teacher(base, first.direction, first.tokens), prompts):
         if state.step in looks_of(study):
-            yield state.step, state.student
+            state.optimizer.zero_grad(set_to_none=True)
+            with in_precision_of(base, state.student):
+                yield state.step, state.student
 
 
 def rates(study: Study, chat: ss.ChatModel) -> dict[str, float]:
@@ -186,7 +189,7 @@ def main() -> None:
     options = parser.parse_args()
     study = study_of("paper_preset", options)
     study = replace(study, settings=(ANY_DIRECTION if study.quick else {}) | study.settings)
-    base = ss.load_model(study.model)
+    base = ss.load_model(study.model, dtype=study.recipe({}, 0).dtype)
     rows = search(study, base)
     before = row(study.folder, "search-base", rates, study, base)["harmless"]
     picks = (choose(rows, before), choose(rows.query("arm.str.startswith('paper')"), before))
