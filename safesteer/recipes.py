@@ -208,6 +208,7 @@ def paper_qwen() -> Recipe:
             n_kl_tokens=1,
             n_train=None,
             n_val=None,
+            n_val_first=None,
             n_controls=None,
             n_held_out=5,
         ),

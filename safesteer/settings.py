@@ -55,6 +55,11 @@ class DirectionConfig:
     n_val: CountOrNone = setting_or_none(
         8, "Pairs of the val split that candidates are scored on; none: all."
     )
+    n_val_first: CountOrNone = setting_or_none(
+        8,
+        "Of these, the pairs that every candidate is scored on; the best quarter is scored on as many more,"
+        " and so on. none: every candidate is scored on all of them, as published.",
+    )
     coeff: FiniteOrNone = setting_or_none(
         None,
         "Coefficient of the direction, at which it is also scored. none: 1 for a direction ranked by"

@@ -217,7 +217,7 @@ def table_of(rows: list[tuple], extraction: str = "instruction") -> Sweep:
     """A sweep of rows (layer, ablation, steering, kept)."""
     frame = pd.DataFrame(
         [
-            (extraction, "-1", layer, ablation, steered, 0.0, kept, f"reason {layer}")
+            (extraction, "-1", layer, ablation, steered, 0.0, kept, f"reason {layer}", 8)
             for layer, ablation, steered, kept in rows
         ],
         columns=COLUMNS,

@@ -11,7 +11,7 @@ prompts furthest towards refusal.
 
 Beside every score stand its 95 % bootstrap interval over prompts and two controls: "random", a
 random direction that moves the model as far, and "shuffled", what the extraction reads when labels
-are shuffled. `scoring` says how a pass is shared.
+are shuffled. `scoring` says how a pass is shared, `halving` how most candidates see fewer prompts.
 """
 
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from safesteer._files import write_text
 from safesteer._intervals import bootstrap_means
 from safesteer._progress import Progress, no_progress
 from safesteer.directions.candidates import Candidates
+from safesteer.directions.halving import Scored, Scores, score_by_halving
 from safesteer.directions.scoring import SCORES, PassLimits, runnable, score
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.prompts.prompt_set import PromptSet
@@ -38,16 +39,16 @@ from safesteer.steering.direction import Direction
 
 ZERO = 1e-5  # length below which a vector is rounding, in lengths of the longest
 PASSES = "passes every threshold"
-COLUMNS = ["extraction", "position", "layer", *SCORES, "kept", "reason"]
+COLUMNS = ["extraction", "position", "layer", *SCORES, "kept", "reason", "n_pairs"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sweep:
     """The scores of all candidates: a table with a row per position and layer.
 
-    Columns: COLUMNS, then `<score>_low`, `<score>_high` (95 % interval), `<score>_random`,
-    `<score>_shuffled` (controls), `<score>_held_out` (best candidates, other prompts). Scores are in nats,
-    KL in nats per token.
+    Columns: COLUMNS (`n_pairs`: pairs of prompts that the candidate was scored on, 0 for not run), then
+    `<score>_low`, `<score>_high` (95 % interval), `<score>_random`, `<score>_shuffled` (controls),
+    `<score>_held_out` (best candidates, other prompts). Scores are in nats, KL in nats per token.
     """
 
     candidates: Candidates
@@ -159,15 +160,26 @@ def sweep(
     def part(n: int, done: float) -> None:
         progress(share * (n + done))
 
-    places = runnable(candidates, config.max_layer_share)
-    strength = _strength(config)
-    vectors = strength * torch.stack([candidates.vectors[at] for at in places])
-    layers = [layer for _, layer in places]
-    scores = score(chat, vectors, layers, prompts, refusal_ids, limits, progress=partial(part, 0))
     rank_by = config.rank_by
     if rank_by == "auto":
         rank_by = "steering" if candidates.extraction in ("prefill", "given") else "ablation"
-    table = _table(candidates, places, _with_intervals(scores, config.seed), rank_by, config)
+    places = runnable(candidates, config.max_layer_share)
+    strength = _strength(config)
+    vectors = strength * torch.stack([candidates.vectors[at] for at in places])
+
+    def score_some(at: Int[Tensor, " some"], some: PromptSet, progress: Progress) -> Scores:
+        layers = [places[i][1] for i in at.tolist()]
+        return score(chat, vectors[at], layers, some, refusal_ids, limits, progress=progress)
+
+    scored = score_by_halving(
+        score_some,
+        len(places),
+        prompts,
+        config.n_val_first,
+        partial(_order, rank_by=rank_by, config=config),
+        partial(part, 0),
+    )
+    table = _table(candidates, places, scored, rank_by, config)
     result = Sweep(candidates, table, rank_by)
     for n, kind in enumerate(kinds):
         control_progress = partial(part, 1 + n) if config.n_controls is None else no_progress
@@ -187,16 +199,28 @@ def _strength(config: DirectionConfig) -> float:
     return 1.0 if config.coeff is None else config.coeff
 
 
-def _with_intervals(
-    scores: dict[str, Float[Tensor, "n n_prompts"]], seed: int
-) -> dict[str, Float[Tensor, " n"]]:
+def _with_intervals(scored: Scored, seed: int) -> dict[str, Float[Tensor, " n"]]:
     """Return the mean of each score over prompts, with its 95 % bootstrap interval."""
     columns: dict[str, Tensor] = {}
-    for name, values in scores.items():
-        low, high = bootstrap_means(values.numpy(), seed)
-        columns[name] = values.mean(1)
-        columns[f"{name}_low"], columns[f"{name}_high"] = torch.from_numpy(low), torch.from_numpy(high)
+    for name in SCORES:
+        mean, low, high = torch.empty((3, len(scored.n_pairs)), dtype=torch.float64)
+        for at, values in scored.groups(name):
+            mean[at] = values.mean(1)
+            low[at], high[at] = (torch.from_numpy(end) for end in bootstrap_means(values.numpy(), seed))
+        columns |= {name: mean, f"{name}_low": low, f"{name}_high": high}
     return columns
+
+
+def _order(scores: Scores, rank_by: str, config: DirectionConfig) -> Int[Tensor, " some"]:
+    """Order candidates as the selection does: those within the thresholds first, then by rank."""
+    ablated, steered, kl = (scores[name].mean(1) for name in SCORES)
+    finite = ablated.isfinite() & steered.isfinite() & kl.isfinite()
+    if rank_by == "ablation":
+        within, rank = (kl <= config.max_kl) & (steered >= config.min_steering), ablated
+    else:
+        within, rank = torch.ones_like(finite), -steered
+    order = sorted(range(len(rank)), key=lambda i: (not finite[i], not within[i], float(rank[i])))
+    return torch.tensor(order)
 
 
 def _add_controls(
@@ -236,19 +260,24 @@ def _add_controls(
 def _table(
     candidates: Candidates,
     places: list[tuple[int, int]],
-    columns: dict[str, Tensor],
+    scored: Scored,
     rank_by: str,
     config: DirectionConfig,
 ) -> pd.DataFrame:
     """Write one row per position and layer: scores, and why the candidate was kept or dropped."""
     n_pos, n_layers, _ = candidates.vectors.shape
+    columns, n_all = _with_intervals(scored, config.seed), int(scored.n_pairs.max())
     order = {place: n for n, place in enumerate(places)}
     rows, longest = [], float(candidates.vectors.norm(dim=-1).nan_to_num().max())
     for i in range(n_pos):
         for layer in range(n_layers):
             n = order.get((i, layer))
             scores = {name: float("nan" if n is None else values[n]) for name, values in columns.items()}
+            n_pairs = 0 if n is None else int(scored.n_pairs[n])
             reason = _reason(scores, n is not None, rank_by, config)
+            if 0 < n_pairs < n_all:
+                reason = "others rank before it" if reason == PASSES else reason
+                reason += f" (on the first {n_pairs} of {n_all} pairs)"
             if float(candidates.vectors[i, layer].norm()) < ZERO * longest:
                 reason = "no direction here: the two means agree"
             place = {
@@ -256,7 +285,7 @@ def _table(
                 "position": candidates.positions[i],
                 "layer": layer,
             }
-            rows.append(place | scores | {"kept": reason == PASSES, "reason": reason})
+            rows.append(place | scores | {"kept": reason == PASSES, "reason": reason, "n_pairs": n_pairs})
     intervals = [c for c in columns if c not in SCORES]
     return pd.DataFrame(rows, columns=[*COLUMNS, *intervals])
 

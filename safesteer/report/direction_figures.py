@@ -101,8 +101,28 @@ def _sweep_heatmap(
     )
     ring = _ring([chosen[1]], [safe(chosen[0])]) if chosen else []
     height = 140 + 30 * len(positions)
-    figure = figure_of([heat, dots, *ring], "layer", "position after the instruction", theme, height=height)
+    figure = figure_of(
+        [heat, *_on_fewer_prompts(table), dots, *ring],
+        "layer",
+        "position after the instruction",
+        theme,
+        height=height,
+    )
     return figure.update_yaxes(type="category")
+
+
+def _on_fewer_prompts(table: pd.DataFrame) -> list[go.Scatter]:
+    """Mark the candidates that left the sweep early, whose numbers are rougher."""
+    n_pairs = table.get("n_pairs", pd.Series(0, index=table.index))
+    rough = table[(n_pairs > 0) & (n_pairs < n_pairs.max())]
+    if rough.empty:
+        return []
+    style = {"size": 5, "symbol": "line-ew-open", "color": "#5b6673"}
+    name = "estimated on fewer prompts"
+    y = [safe(p) for p in rough["at"]]
+    return [
+        go.Scatter(x=rough.layer.tolist(), y=y, mode="markers", marker=style, name=name, hoverinfo="skip")
+    ]
 
 
 def _ring(x: list[Any], y: list[Any]) -> list[go.Scatter]:
