@@ -1,4 +1,4 @@
-"""What the site adds while it is built: notebooks, the changelog, the table of settings.
+"""What the site adds while it is built: notebooks, the changelog, a run's report, the table of settings.
 
 mkdocs loads the functions `on_*` (mkdocs.yml: hooks), mkdocstrings the class `Examples` (extensions).
 """
@@ -32,7 +32,16 @@ def on_files(files: Files, config: Any) -> Files:
             File(f"notebooks/{path.name}", str(PREPARED), config.site_dir, config.use_directory_urls)
         )
     files.append(File.generated(config, "changelog.md", abs_src_path=str(ROOT / "CHANGELOG.md")))
+    files.append(File.generated(config, "showcase/report.html", content=report_page()))
     return files
+
+
+def report_page() -> str:
+    """Return the report of the committed run, as `safesteer report` writes it."""
+    from safesteer.report.page import build_page
+    from safesteer.report.page_data import load_page_data
+
+    return build_page(load_page_data(ROOT / "docs" / "showcase"))
 
 
 def with_figures(notebook: str) -> str:

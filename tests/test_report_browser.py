@@ -29,7 +29,7 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
 pytestmark = pytest.mark.slow
-EXAMPLE = PACKAGE.parent / "docs" / "example"
+SHOWCASE = PACKAGE.parent / "docs" / "showcase"
 FIELDS = {"base": "base", "teacher": "steered", "student": "student"}  # a model's name and its fields
 
 
@@ -368,26 +368,25 @@ def test_printing_shows_everything_on_white(page):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_the_picture_of_the_readme_shows_the_safety_tokens(driver, tmp_path, theme):
-    """The page of the committed example run, with one story open. SAFESTEER_PICTURES: where to keep it."""
-    run = Path(shutil.copytree(EXAMPLE, tmp_path / "run"))
-    (run / "manifest.json").write_text(json.dumps({"model": "smollm2-135m", "preset": "quick", "seed": 0}))
+    """The page of the committed run, with one story open. SAFESTEER_PICTURES: where to keep it."""
+    run = Path(shutil.copytree(SHOWCASE, tmp_path / "run"))
     load(driver, write_report(run))
-    screen(driver, 1200, dark=theme == "dark", height=740)
-    click(driver, "#token-table tr.main:nth-child(2) button")
+    screen(driver, 1200, dark=theme == "dark", height=770)
+    click(driver, "#token-table tr.main:nth-child(3) button")
     driver.execute_script("document.documentElement.style.scrollbarWidth = 'none'")
     driver.execute_script("document.querySelector('#tokens h2').scrollIntoView()")
     picture = Path(os.environ.get("SAFESTEER_PICTURES", tmp_path)) / f"report-{theme}.png"
     assert driver.save_screenshot(str(picture))
     header = picture.read_bytes()[16:24]  # width and height of a PNG file
-    assert (int.from_bytes(header[:4]), int.from_bytes(header[4:])) == (1200, 740)
+    assert (int.from_bytes(header[:4]), int.from_bytes(header[4:])) == (1200, 770)
     box = "arguments[0].getBoundingClientRect()"
     seen = [
         row.text
         for row in all_of(driver, "#token-table tr.main")
         if driver.execute_script(f"const b = {box}; return b.top > 0 && b.bottom < innerHeight", row)
     ]
-    assert len(seen) >= 2
-    assert "sorry" in seen[1]
-    assert "starts a refusal" in seen[1]
-    assert "word list: sorry" in driver.find_element(By.CSS_SELECTOR, "tr.detail").text
+    assert len(seen) >= 3
+    assert "Unfortunately" in seen[2]
+    assert "starts a refusal" in seen[2]
+    assert "word list: unfortunat" in driver.find_element(By.CSS_SELECTOR, "tr.detail").text
     assert complaints(driver) == []

@@ -103,7 +103,7 @@ def _safe(value: Any) -> Any:
 
 def _read_sweep(path: Path) -> pd.DataFrame:
     table = pd.read_csv(path, dtype={"position": str, "reason": str, "extraction": str})
-    lacking = [c for c in COLUMNS if c not in table]
+    lacking = [c for c in COLUMNS if c not in table and c != "n_pairs"]  # tables of before lack that one
     if lacking:
         raise ValueError(f"columns {lacking} are missing")
     return table.assign(kept=table.kept.astype(str).str.lower() == "true")
