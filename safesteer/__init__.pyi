@@ -6,6 +6,7 @@ from .attribution.tracing import trace as trace
 from .directions.finding import find_direction as find_direction
 from .directions.reader_fitting import fit_reader as fit_reader
 from .distillation.loop import distill as distill
+from .distillation.seal import SafetySeal as SafetySeal
 from .evaluation.scores import evaluate as evaluate
 from .evaluation.suite import run_suite as run_suite
 from .exporting import check_reload as check_reload
@@ -34,7 +35,6 @@ from .steering.direction import steer as steer
 from .steering.interventions import ablate as ablate
 from .steering.interventions import add as add
 from .steering.interventions import clamp as clamp
-from .steering.interventions import gate as gate
 from .steering.reader import HarmfulnessReader as HarmfulnessReader
 from .tokens.selection import select_tokens as select_tokens
 from .tokens.token_set import TokenSet as TokenSet

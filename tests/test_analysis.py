@@ -18,8 +18,9 @@ import safesteer as ss
 from conftest import PACKAGE
 from safesteer.evaluation.ledger import looks
 from safesteer.models.templates import render
-from safesteer.prompts.prompt_set import load_prompts
+from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.recipes import SECTIONS, recipe
+from safesteer.tokens.token_set import SafetyToken, TokenSet
 
 ANALYSIS = PACKAGE.parent / "analysis"
 STUDIES = [p.stem for p in sorted(ANALYSIS.glob("*.py")) if "\nARMS = " in p.read_text()]
@@ -289,3 +290,49 @@ def test_a_null_space_holds_nothing_that_prompts_write(tiny_llama):
     moved, free = (torch.cat(seen).float() @ g.T for g in (first.weight.grad, torch.ones_like(first.weight)))
     assert moved.norm() < 0.2 * free.norm()
     assert student.model.model.embed_tokens.weight.grad is None
+
+
+@pytest.mark.parametrize("task", ["units", "formal"])
+def test_the_tasks_of_fine_tuning_are_drawn_by_a_rule(task):
+    study = importlib.import_module("fine_tuning")
+    rows = study.TASKS[task]()
+    assert len(dict(rows)) == len(rows) > study.N_TRAIN + study.N_HELD_OUT
+    train, others = study.drawn_rows(task, 0)
+    assert (len(train), len(others)) == (study.N_TRAIN, study.N_HELD_OUT)
+    assert not set(train) & set(others)
+    assert study.drawn_rows(task, 0) == (train, others) != study.drawn_rows(task, 1)
+    assert not any(ss.refuses(*row) or ss.declines(*row) for row in rows)
+
+
+@pytest.mark.parametrize("options", [[], ["--lora-rank", "2"]], ids=["weights", "adapter"])
+def test_fine_tuning_runs_to_its_rows_and_continues(options, model_folder, tmp_path, monkeypatch):  # noqa: F811
+    if options:
+        pytest.importorskip("peft", reason="peft is not installed")
+    study = importlib.import_module("fine_tuning")
+    small = {"N_STEPS": 4, "EVERY": 2, "N_TRAIN": 8, "N_HELD_OUT": 3, "BATCH": 4, "ANSWER_TOKENS": 3}
+    for name, value in small.items():
+        monkeypatch.setattr(study, name, value)
+    parts = (load_prompts().split(name).first(4).prompts for name in ("train", "val"))
+    few = PromptSet(tuple(prompt for part in parts for prompt in part))
+    monkeypatch.setattr(ss, "load_prompts", lambda: few)
+    monkeypatch.setattr("safesteer.distillation.seal.load_prompts", lambda: few)
+    TokenSet(tuple(SafetyToken(i, "", 1, (1,), 0.0, 0.0, 0.0) for i in (60, 70)), {}, {}, 1).save(
+        tmp_path / "s.json"
+    )
+    command = ["--model", str(model_folder), "--tokens", str(tmp_path / "s.json"), "--out", str(tmp_path)]
+    arms = ["--arms", "unsealed", "sealed", "--tasks", "units", "--lr", "0.01"]
+    monkeypatch.setattr(sys, "argv", ["fine_tuning", *command, *arms, *options])
+    study.main()
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.glob("units--*.csv")}
+    assert len(files) == 4
+    for arm in ("unsealed", "sealed"):
+        (path,) = (p for p in files if p.name.startswith(f"units--{arm}") and "rows" in p.name)
+        rows = pd.read_csv(path)
+        assert set(rows.step) == {0, 2, 4}
+        assert rows[rows.set == "task"].groupby("step").right.count().eq(3).all()
+        assert rows[rows.set == "harmful"].groupby("step").refused.count().nunique() == 1
+        steps = pd.read_csv(str(path).replace("rows", "steps"), index_col="step")
+        assert steps.task_loss[4] < steps.task_loss[0]
+        assert steps.seal_divergence[4] > 0
+    study.main()
+    assert {p: p.stat().st_mtime_ns for p in files} == files

@@ -28,6 +28,7 @@ RUNNABLE = (
     "README.md",
     "docs/quickstart.md",
     "docs/how-to/directions.md",
+    "docs/how-to/fine-tuning.md",
     "docs/how-to/gated-steering.md",
     "docs/how-to/judges.md",
     "docs/how-to/models.md",

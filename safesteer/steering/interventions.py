@@ -212,7 +212,8 @@ def gate(
         SafeSteerError: For a `gate_layer` above `layer`, or where the prompt was read outside the block.
 
     Example:
-        >>> with ss.gate(chat, direction.vector, layer=1, threshold=1e9, coeff=5.0):  # no row is open
+        >>> from safesteer.steering.interventions import gate
+        >>> with gate(chat, direction.vector, layer=1, threshold=1e9, coeff=5.0):  # no row is open
         ...     gated = ss.generate(chat, ["Hello"], max_new_tokens=4)
         >>> gated == ss.generate(chat, ["Hello"], max_new_tokens=4)
         True
