@@ -31,7 +31,7 @@ def ours(hidden, weight, h_teacher, w_teacher, ids):
     from safesteer.settings import DistillConfig
 
     heads = Head(weight), Head(w_teacher)
-    w = torch.full((len(hidden),), 1 / len(hidden))
+    w = torch.full((len(hidden),), 1 / len(hidden), device=hidden.device)
     config = DistillConfig(divergence="reverse", normalizer="generalized")
     return divergence_loss(hidden, h_teacher, w, *heads, ids, config).loss
 
@@ -46,8 +46,9 @@ def naive(hidden, weight, h_teacher, w_teacher, ids):
 def liger(hidden, weight, h_teacher, w_teacher, ids):
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=False)
-    labels = torch.zeros(len(hidden), dtype=torch.long)
+    compiled = hidden.device.type == "cuda"  # on CPUs it would need a compiler
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=compiled)
+    labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
     return loss(hidden, weight, h_teacher, w_teacher, labels)
 
 

@@ -12,6 +12,7 @@ and half after ours, because a shared machine's speed drifts. Scores that both c
 import argparse
 import json
 import time
+from dataclasses import dataclass
 
 import torch
 from measure import extra_mb, machine, start_memory
@@ -27,7 +28,7 @@ from safesteer.models.logits import kl_divergence, refusal_score
 
 def padded(chat, texts):
     singles = [PromptBatch.of(chat.tokenizer, [t]).prompt_ids[0].tolist() for t in texts]
-    return PromptBatch.from_ids(singles, [[] for _ in singles], share=False)
+    return PromptBatch.from_ids(singles, [[] for _ in singles], share=False, device=chat.device)
 
 
 def naive_hooks(model, layer, add=None, ablate=None):
@@ -66,6 +67,72 @@ def naive_scores(chat, vector, layer, harmful, harmless, answered, base, refusal
     return [float(ablated), float(steered), float(kl)]
 
 
+@dataclass(frozen=True, eq=False)
+class Task:
+    """The candidates: `cells` by position and layer, of which `run` can be chosen, below 0.8 of the depth."""
+
+    chat: ss.ChatModel
+    prompts: ss.PromptSet
+    vectors: torch.Tensor
+    cells: list[tuple[int, int]]
+    run: list[tuple[int, int]]
+    refusal_ids: torch.Tensor
+
+    @classmethod
+    def of(cls, chat: ss.ChatModel, pairs: int, every: int) -> "Task":
+        prompts = ss.load_prompts()
+        vectors = mean_difference(chat, prompts.split("train").first(32)).vectors
+        n_pos, n_layers, _ = vectors.shape
+        cells = [(i, layer) for layer in range(every // 2, n_layers, every) for i in range(n_pos)]
+        run = [(i, layer) for i, layer in cells if layer < 0.8 * n_layers]
+        refusal_ids = refusal_token_ids(chat.tokenizer).to(chat.device)
+        return cls(chat, prompts.split("val").first(pairs), vectors, cells, run, refusal_ids)
+
+    def ours(self) -> tuple[dict[str, torch.Tensor], float]:
+        started, vectors = time.perf_counter(), torch.stack([self.vectors[at] for at in self.run])
+        scores = score(self.chat, vectors, [layer for _, layer in self.run], self.prompts, self.refusal_ids)
+        return scores, time.perf_counter() - started
+
+
+@torch.no_grad()
+def compare(task: Task, n_timed: int) -> tuple[dict, list[float]]:
+    """Time both sweeps and compare the scores of both; return the naive seconds per candidate too."""
+    chat, cells = task.chat, task.cells
+    harmful, harmless = padded(chat, task.prompts.harmful), padded(chat, task.prompts.harmless)
+    answered = harmless.extended(generate_ids(chat, harmless, max_new_tokens=2))
+    inputs = {"attention_mask": answered.attention_mask, "position_ids": answered.position_ids}
+    base = chat.model(answered.prompt_ids, use_cache=False, **inputs).logits[:, -3:]
+    timed = [cells[n * len(cells) // n_timed] for n in range(n_timed)]
+    wanted, seconds = {}, {}
+
+    def time_naive(candidates_at):
+        for at in candidates_at:
+            started, texts = time.perf_counter(), (harmful, harmless, answered)
+            wanted[at] = naive_scores(chat, task.vectors[at].to(base), at[1], *texts, base, task.refusal_ids)
+            seconds[at] = time.perf_counter() - started
+
+    time_naive(timed[:1])  # to warm up: it is timed again
+    time_naive(timed[::2])
+    measured, ours = task.ours()
+    time_naive(timed[1::2])
+    worst = 0.0
+    for at, want in wanted.items():
+        if at in task.run and task.vectors[at].norm() > 1e-3:
+            scores = [float(measured[name][task.run.index(at)].mean()) for name in SCORES]
+            worst = max(worst, *(abs(a - b) for a, b in zip(scores, want, strict=True)))
+    naive = sum(seconds.values()) / len(timed) * len(cells)
+    result = {
+        "ratio": round(naive / ours, 2),
+        "ours_s": round(ours, 1),
+        "naive_s": round(naive, 1),
+        "naive_timed": len(timed),
+        "candidates": len(cells),
+        "pairs": len(task.prompts.harmful),
+        "max_abs_difference": float(f"{worst:.2g}"),
+    }
+    return result, list(seconds.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=32)
@@ -73,66 +140,13 @@ def main() -> None:
     parser.add_argument("--timed", type=int, default=8)
     parser.add_argument("--only-ours", action="store_true", help="peak memory, without the reference")
     options = parser.parse_args()
-    chat, prompts = ss.load_model("smollm2-135m"), ss.load_prompts()
-    val = prompts.split("val").first(options.pairs)
-    candidates = mean_difference(chat, prompts.split("train").first(32))
-    refusal_ids = refusal_token_ids(chat.tokenizer)
-    n_pos, n_layers, _ = candidates.vectors.shape
-
-    layers = list(range(options.every // 2, n_layers, options.every))
-    run = [(i, layer) for layer in layers if layer < 0.8 * n_layers for i in range(n_pos)]
-    vectors = torch.stack([candidates.vectors[at] for at in run])
-
-    def time_ours():
-        started = time.perf_counter()
-        scores = score(chat, vectors, [layer for _, layer in run], val, refusal_ids)
-        return scores, time.perf_counter() - started
-
+    task = Task.of(ss.load_model("smollm2-135m"), options.pairs, options.every)
     if options.only_ours:
         before = start_memory()
-        _, ours = time_ours()
+        _, ours = task.ours()
         print(f"ours: {ours:.1f} s, {extra_mb(before):.0f} MB above the model with {options.pairs} pairs")
         return
-
-    harmful, harmless = padded(chat, val.harmful), padded(chat, val.harmless)
-    answered = harmless.extended(generate_ids(chat, harmless, max_new_tokens=2))
-    inputs = {"attention_mask": answered.attention_mask, "position_ids": answered.position_ids}
-    with torch.no_grad():
-        base = chat.model(answered.prompt_ids, use_cache=False, **inputs).logits[:, -3:]
-    cells = [(i, layer) for layer in layers for i in range(n_pos)]
-    timed = [cells[n * len(cells) // options.timed] for n in range(options.timed)]
-    wanted, seconds = {}, 0.0
-
-    def time_naive(candidates_at):
-        nonlocal seconds
-        for at in candidates_at:
-            started = time.perf_counter()
-            vector = candidates.vectors[at]
-            wanted[at] = naive_scores(chat, vector, at[1], harmful, harmless, answered, base, refusal_ids)
-            seconds += time.perf_counter() - started
-
-    time_naive(timed[::2])
-    measured, ours = time_ours()
-    time_naive(timed[1::2])
-    print(f"ours: {n_pos} positions x layers {layers}, {options.pairs} pairs: {ours:.1f} s")
-    naive = seconds / len(timed) * len(cells)
-    print(f"naive: {len(timed)} candidates in {seconds:.1f} s, so {naive:.1f} s for {len(cells)}")
-    worst = 0.0
-    for at, want in wanted.items():
-        if at in run and candidates.vectors[at].norm() > 1e-3:
-            scores = [float(measured[name][run.index(at)].mean()) for name in SCORES]
-            worst = max(worst, *(abs(a - b) for a, b in zip(scores, want, strict=True)))
-    result = {
-        "ratio": round(naive / ours, 2),
-        "ours_s": round(ours, 1),
-        "naive_s": round(naive, 1),
-        "naive_timed": len(timed),
-        "candidates": len(cells),
-        "pairs": options.pairs,
-        "max_abs_difference": float(f"{worst:.2g}"),
-        **machine(),
-    }
-    print(json.dumps(result))
+    print(json.dumps({**compare(task, options.timed)[0], **machine()}))
 
 
 if __name__ == "__main__":

@@ -22,10 +22,13 @@ import importlib.util
 import json
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from measure import extra_mb, in_process, machine, start_memory
+from measure import extra_mb, in_process, machine, start_memory, synchronize
+from torch import nn
 
 import safesteer as ss
 from safesteer.directions.extraction import prefill_contrast
@@ -75,36 +78,44 @@ def ours(options, adapter: bool, dtype: str):
     return seconds, extra_mb(before), parts
 
 
-def naive(options):
-    localized, prompts = set_up()
-    chat, direction, harmful = localized.base, localized.direction, prompts.harmful
-    student = ss.load_model("smollm2-135m").model
-    teacher = chat.copy()
+def naive_step(teacher: Teacher, student: nn.Module, precision: str) -> Callable[[Sequence[str], int], None]:
+    """Return the step that a plain script takes: of (prompts, new tokens)."""
+    chat, direction, ids = teacher.base, teacher.direction, teacher.tokens.ids.to(teacher.base.device)
     student.requires_grad_(False)
     for block in student.model.layers[direction.layer :]:
         block.requires_grad_(True)
     params = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-5)
+    narrow = torch.autocast(chat.device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
     def step(texts, n_new):
         singles = [PromptBatch.of(chat.tokenizer, [t]).prompt_ids[0].tolist() for t in texts]
-        batch = PromptBatch.from_ids(singles, [[] for _ in singles], share=False)
+        batch = PromptBatch.from_ids(singles, [[] for _ in singles], share=False, device=chat.device)
         sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        ids, mask = batch.prompt_ids, batch.attention_mask
-        out = student.generate(ids, attention_mask=mask, max_new_tokens=n_new, **sampling)
-        mask = torch.cat([mask, torch.ones_like(out[:, ids.shape[1] :])], 1)
+        ids_in, mask = batch.prompt_ids, batch.attention_mask
+        with narrow:
+            out = student.generate(ids_in, attention_mask=mask, max_new_tokens=n_new, **sampling)
+        mask = torch.cat([mask, torch.ones_like(out[:, ids_in.shape[1] :])], 1)
         inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-        answer = slice(ids.shape[1] - 1, -1)
-        with torch.no_grad(), ss.steer(teacher, direction):
-            q = teacher.model(out, use_cache=False, **inputs).logits[:, answer].float().log_softmax(-1)
-        p = student(out, use_cache=False, **inputs).logits[:, answer].float().log_softmax(-1)
-        p, q = p[..., localized.tokens.ids], q[..., localized.tokens.ids]
+        answer = slice(ids_in.shape[1] - 1, -1)
+        with torch.no_grad(), narrow, ss.steer(chat, direction):
+            q = chat.model(out, use_cache=False, **inputs).logits[:, answer].float().log_softmax(-1)
+        with narrow:
+            p = student(out, use_cache=False, **inputs).logits[:, answer].float().log_softmax(-1)
+        p, q = p[..., ids], q[..., ids]
         loss = (0.5 * (p.exp() * (p - q)) + 0.5 * (q.exp() * (q - p))).sum(-1).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
+    return step
+
+
+def naive(options):
+    teacher, prompts = set_up()
+    harmful = prompts.harmful
+    step = naive_step(teacher, ss.load_model("smollm2-135m").model, "float32")
     step(harmful[:2], 4)
     before, started = start_memory(), time.perf_counter()
     for _ in range(options.steps):
@@ -112,37 +123,64 @@ def naive(options):
     return (time.perf_counter() - started) / options.steps, extra_mb(before), {}
 
 
-def trl(options, bf16: bool):
+@contextmanager
+def trl_steps(
+    teacher: Teacher, student: nn.Module, texts: Sequence[str], n_steps: int, n_new: int, bf16: bool
+) -> Iterator[Callable[[], list[float]]]:
+    """Yield a function that takes TRL's steps and returns when each of them ended, in seconds of a clock."""
     from datasets import Dataset
+    from transformers import TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
 
-    localized, prompts = set_up()
-    chat, direction, harmful = localized.base, localized.direction, prompts.harmful
-    student, teacher = ss.load_model("smollm2-135m").model, chat.copy()
+    chat, direction, ends = teacher.base, teacher.direction, []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **others):
+            synchronize(chat.device)
+            ends.append(time.perf_counter())
+
+    steered = chat.copy()  # the trainer keeps and wraps it
     for block in student.model.layers[direction.layer :]:
         block.requires_grad_(True)
-    micro = min(ss.DistillConfig().micro_batch, options.sequences)
-    rows = [{"prompt": [{"role": "user", "content": text}]} for text in harmful[: options.sequences]]
-    with tempfile.TemporaryDirectory() as folder, ss.steer(teacher, direction):
+    micro = min(ss.DistillConfig().micro_batch, len(texts))
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in texts]
+    with tempfile.TemporaryDirectory() as folder, ss.steer(steered, direction):
         config = DistillationConfig(
             folder,
             per_device_train_batch_size=micro,
-            gradient_accumulation_steps=options.sequences // micro,
-            max_steps=options.steps,
-            max_completion_length=options.new_tokens,
+            gradient_accumulation_steps=len(texts) // micro,
+            max_steps=n_steps,
+            max_completion_length=n_new,
             learning_rate=1e-5,
             gradient_checkpointing=False,
             bf16=bf16,
-            use_cpu=True,
+            use_cpu=chat.device.type == "cpu",
             report_to=[],
             save_strategy="no",
             disable_tqdm=True,
         )
         trainer = DistillationTrainer(
-            student, teacher.model, config, Dataset.from_list(rows), processing_class=chat.tokenizer
+            student,
+            steered.model,
+            config,
+            Dataset.from_list(rows),
+            processing_class=chat.tokenizer,
         )
+        trainer.add_callback(Clock())
+
+        def train() -> list[float]:
+            trainer.train()
+            return ends
+
+        yield train
+
+
+def trl(options, bf16: bool):
+    teacher, prompts = set_up()
+    student, texts = ss.load_model("smollm2-135m").model, prompts.harmful[: options.sequences]
+    with trl_steps(teacher, student, texts, options.steps, options.new_tokens, bf16) as train:
         before, started = start_memory(), time.perf_counter()
-        trainer.train()
+        train()
         return (time.perf_counter() - started) / options.steps, extra_mb(before), {}
 
 

@@ -115,11 +115,15 @@ class Run:
         return Teacher(base, self.load_direction(base), self.load_tokens())
 
     def load_student(self) -> ChatModel:
-        """Load the model that stage 4 exported, rounded as the base is that it is compared with."""
+        """Load the model that stage 4 exported, rounded and placed as the base that it is compared with."""
         dtype = weight_dtype(self.model.model) if isinstance(self.model, ChatModel) else self.settled.dtype
-        trust = self.recipe.trust_remote_code
-        quantize = self.recipe.quantize
-        return load_model(str(self.path / "model"), dtype=dtype, trust_remote_code=trust, quantize=quantize)
+        return load_model(
+            str(self.path / "model"),
+            dtype=dtype,
+            device=str(self.device),
+            trust_remote_code=self.recipe.trust_remote_code,
+            quantize=self.recipe.quantize,
+        )
 
     def load_answers(self) -> list[dict]:
         """Load the answers of stage 5."""

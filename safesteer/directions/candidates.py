@@ -15,7 +15,7 @@ from safesteer.steering.stamps import stamp_of
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """One vector per position and layer. `positions` are labels such as "-1" or "mean".
+    """One vector per position and layer, on the CPU. `positions` are labels such as "-1" or "mean".
 
     `shuffled` holds what the same extraction reads from the same activations when the labels are
     shuffled: a control. None where there were no labels.

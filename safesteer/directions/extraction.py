@@ -48,7 +48,8 @@ def _mean_contrast(
 ) -> tuple[Float[Tensor, "n_pos n_layers d_model"], Float[Tensor, "n_pos n_layers d_model"]]:
     """Compute mean(A) - mean(B), and the same with shuffled labels, from one pass per batch.
 
-    Accumulated in float64: residual norms grow with depth and float32 sums lose the difference.
+    Accumulated in float64: residual norms grow with depth and float32 sums lose the difference. Returned on
+    the CPU, where candidates are.
     """
     if not a.texts or not b.texts:
         raise SafeSteerError("There are no prompts to read a direction from.")
@@ -62,7 +63,8 @@ def _mean_contrast(
         for rows, h in read_activations(chat, arm, batch_size):
             batch_weights = weights[:, rows].to(h.device)
             total = total + einsum(batch_weights, h.double(), "k b, b pos layer d -> k pos layer d")
-    return total[0].float(), total[1].float()
+    vectors, of_shuffled = total.float().cpu()
+    return vectors, of_shuffled
 
 
 def _positions(chat: ChatModel) -> tuple[str, ...]:
@@ -285,5 +287,5 @@ def from_vector(
             f"A vector of shape {tuple(vector.shape)} does not fit '{chat.name}': give [{chat.d_model}], or"
             f" [{chat.n_layers}, {chat.d_model}] for one per layer."
         )
-    vectors = vector.float().expand(chat.n_layers, -1).clone()[None]
+    vectors = vector.float().cpu().expand(chat.n_layers, -1).clone()[None]
     return Candidates(vectors, ("given",), "given")

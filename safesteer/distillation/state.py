@@ -17,7 +17,7 @@ from safesteer.models.sharding import gather, shard, shard_like, split_sharded
 from safesteer.settings import DistillConfig
 from safesteer.steering.direction import Direction
 
-FUSED = ("cpu", "cuda", "mps")  # where AdamW is one pass over memory: on CPUs in a third of the time
+FUSED = ("cpu", "cuda")  # where AdamW is one pass over memory: on CPUs in a third of the time
 
 
 @dataclass

@@ -324,5 +324,4 @@ def _over_processes(sums: list[float], device: torch.device) -> list[float]:
     """Sum each number over all processes."""
     if PartialState().num_processes == 1:
         return sums
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    return _summed(torch.tensor(sums, dtype=wide, device=device)).tolist()
+    return _summed(torch.tensor(sums, dtype=torch.float64, device=device)).tolist()

@@ -46,8 +46,7 @@ class _Sampling(LogitsProcessor):
         self.uniform, self.temperature, self.name, self.step = uniform, temperature, name, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        wide = torch.float32 if scores.device.type == "mps" else torch.float64
-        cdf = (scores.to(wide) / self.temperature).softmax(-1).cumsum(-1)
+        cdf = (scores.double() / self.temperature).softmax(-1).cumsum(-1)
         if not bool(cdf[:, -1].isfinite().all()):
             raise SafeSteerError(
                 f"'{self.name}' gives logits that are not finite, so no answer can be sampled: its weights"

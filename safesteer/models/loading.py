@@ -50,7 +50,7 @@ def load_model(
         name: A Hub id, a local folder, a GGUF file (or any part of one: see `models.gguf.gguf_folder`),
             "smollm2-135m" or "qwen2.5-coder-0.5b".
         dtype: Precision of the weights, as a torch dtype or its name; "auto" is that of the files.
-        device: Where to put them; "auto" takes CUDA or MPS where there is one.
+        device: Where to put them; "auto" takes CUDA where there is one, else the CPU.
         revision: Branch, tag or commit of a Hub model; None: its main branch.
         trust_remote_code: Run the code that a model's repository ships.
         template: Chat template in place of the model's own: for a base model "raw" (the text as it is),
@@ -65,7 +65,7 @@ def load_model(
 
     Raises:
         SafeSteerError: For a model that cannot be found, is not a decoder-only language model, or has
-            no chat template; where it cannot be quantized.
+            no chat template; where it cannot be quantized; for a device without float64.
 
     Example:
         >>> ss.load_model("smollm2-135m")  # doctest: +SKIP
@@ -78,7 +78,7 @@ def load_model(
         True
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    device = best_device() if device == "auto" else device
+    device = _with_float64(best_device() if device == "auto" else device)
     if quantize is not None:
         _check_quantize(name, quantize, revision)
     source = name
@@ -169,4 +169,11 @@ def best_device() -> str:
     """Name the device that "auto" puts a model on."""
     if torch.cuda.is_available():  # under torchrun each process has a device of its own
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cpu"
+
+
+def _with_float64(device: str) -> str:
+    """Return the device, or raise SafeSteerError where it lacks what checks, sums and samples are made in."""
+    if device.startswith("mps"):
+        raise SafeSteerError("MPS has no float64, which SafeSteer computes in: use device='cpu'.")
+    return device

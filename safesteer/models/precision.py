@@ -23,13 +23,11 @@ BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # of processors, as torch l
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """Return bfloat16 where the device has instructions that multiply it, else float32.
-
-    On MPS it is float32: torch has bfloat16 there from macOS 14 on, but does not say what is right in it.
+    """Return bfloat16 where the device is known to have instructions that multiply it, else float32.
 
     Example:
         >>> from safesteer.models.precision import fast_dtype
-        >>> fast_dtype("mps")
+        >>> fast_dtype("meta")
         torch.float32
     """
     device = torch.device(device)
