@@ -103,9 +103,15 @@ def append_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON. Numbers that JSON cannot hold (NaN, infinity) raise ValueError."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
+    """Write a value as JSON. Numbers that JSON cannot hold (NaN, infinity) raise ValueError.
+
+    Args:
+        path: The file.
+        value: What `json.dumps` takes.
+        indent: Spaces per level; None: all on one line, for many numbers.
+    """
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

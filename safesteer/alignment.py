@@ -29,6 +29,7 @@ from safesteer._clock import staged
 from safesteer._errors import SafeSteerError
 from safesteer._files import locked, write_json_lines, write_text
 from safesteer.attribution.explanation import explain
+from safesteer.attribution.grid import GRID_FILE, MAX_NEW_TOKENS, answer_grid
 from safesteer.directions.finding import find_direction
 from safesteer.directions.reader_fitting import fit_reader
 from safesteer.directions.shifts import SHIFT_FILE, shift_along
@@ -284,20 +285,33 @@ def _score_sets(run: Run, base: ChatModel, student: ChatModel) -> pd.DataFrame:
 
 
 def _explain(run: Run, base: ChatModel) -> list[str]:
-    """Stage 6: why these tokens."""
+    """Stage 6: why these tokens, and answers as the direction moves."""
+    direction, tokens, student = run.load_direction(base), run.load_tokens(), run.load_student()
+    val, config = run.prompts.split("val"), run.recipe.explain
     with run.progress("explaining") as progress:
         attribution = explain(
             base,
-            run.load_direction(base),
-            run.load_tokens(),
-            run.load_student(),
-            prompts=run.prompts.split("val"),
+            direction,
+            tokens,
+            student,
+            prompts=val,
             answers=run.load_answers(),
-            config=run.recipe.explain,
+            config=config,
             progress=progress,
         )
     attribution.save(run.path / "attribution.json")
-    return ["attribution.json"]
+    with run.progress("moving the direction") as progress:
+        grid = answer_grid(
+            base,
+            direction,
+            tokens,
+            student,
+            prompts=[*val.harmful[:1], *val.harmless[:2]],
+            max_new_tokens=min(MAX_NEW_TOKENS, config.max_tokens),
+            progress=progress,
+        )
+    grid.save(run.path / GRID_FILE)
+    return ["attribution.json", GRID_FILE]
 
 
 def _report(run: Run, base: ChatModel) -> list[str]:

@@ -73,6 +73,7 @@ def damaged_files(whole: Path, draw: random.Random) -> Iterator[tuple[str, bytes
         "tokens.json",
         "evaluation.json",
         "attribution.json",
+        "lens.json",
         "manifest.json",
     ):
         content = (whole / name).read_bytes()
@@ -93,6 +94,7 @@ def try_all(work: Path, whole: Path, seed: int) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from safesteer._files import read_json
+    from safesteer.attribution.grid import AnswerGrid
     from safesteer.attribution.result import Attribution
     from safesteer.evaluation.scores import Evaluation
     from safesteer.models.batch import PromptBatch
@@ -135,6 +137,7 @@ def try_all(work: Path, whole: Path, seed: int) -> dict[str, Any]:
         "tokens.json": TokenSet.load,
         "evaluation.json": lambda path: Evaluation.load(path.parent),
         "attribution.json": Attribution.load,
+        "lens.json": AnswerGrid.load,
         "manifest.json": read_json,
     }
     for name, content in damaged_files(whole, draw):

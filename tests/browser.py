@@ -59,3 +59,13 @@ def screen(driver: Any, width: int, *, dark: bool, height: int = 900) -> None:
 def complaints(driver: Any) -> list[str]:
     """Return what the browser warned of since it was asked last."""
     return [e["message"] for e in driver.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
+
+
+def plain(driver: Any, rows: Any) -> list[list[str]]:
+    """Return the texts of tokens as the lens shows them."""
+    script = (
+        r"return arguments[0].map(r => r.map(t => t.replace(/\n/g, '↵').replace(/\t/g, '⇥').replace("
+        r"/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g,"
+        r" c => `⟨${c.codePointAt(0).toString(16)}⟩`) || '∅'))"
+    )
+    return driver.execute_script(script, [[t.text for t in row] for row in rows])

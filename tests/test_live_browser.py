@@ -9,7 +9,7 @@ from urllib.request import urlopen
 import browser
 import pytest
 import uvicorn
-from browser import complaints, screen
+from browser import complaints, plain, screen
 from test_attribution import HOSTILE, hostile_tokens
 from test_live import PROMPT, answers, reader, student, subject, tokens  # noqa: F401  (fixtures)
 
@@ -103,16 +103,6 @@ def shown(driver):
 def expected(subject, **changes):  # noqa: F811
     view = View(**({"prompt": PROMPT, "layer": 1, "coeff": 2.0, "max_new_tokens": LENGTH} | changes))
     return answers(subject, view)
-
-
-def plain(driver, rows):
-    """Token texts as the page shows them."""
-    script = (
-        r"return arguments[0].map(r => r.map(t => t.replace(/\n/g, '↵').replace(/\t/g, '⇥').replace("
-        r"/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g,"
-        r" c => `⟨${c.codePointAt(0).toString(16)}⟩`) || '∅'))"
-    )
-    return driver.execute_script(script, [[t.text for t in row] for row in rows])
 
 
 def test_a_typed_prompt_streams_the_answers_of_all_models(page, subject):  # noqa: F811

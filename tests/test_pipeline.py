@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import assert_near
 from safesteer._errors import SafeSteerError
 from safesteer.alignment import align
+from safesteer.attribution.grid import AnswerGrid
 from safesteer.distillation import loop
 from safesteer.distillation import loop as _  # noqa: F401  (the import hook sees the package first)
 from safesteer.evaluation import suite
@@ -109,8 +110,12 @@ def test_run_folder_is_the_contract(run):
     shift = pd.read_csv(run / "shift.csv")
     assert set(shift.model) == {"teacher", "student"}
     assert shift[shift.model == "student"].norm.max() > 0
+    grid = AnswerGrid.load(run / "lens.json")
+    assert grid.prompts == (val.harmful[0], *val.harmless[:2])
+    assert {len(cell.traces) for cell in grid.cells} == {3}
     page = (run / "report.html").read_text()
     assert "<html" in page
+    assert '"lens":{' in page
     assert not [p.name for p in run.iterdir() if p.name.startswith(".") and p.name != ".lock"]
 
 

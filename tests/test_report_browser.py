@@ -11,12 +11,13 @@ from pathlib import Path
 
 import browser
 import pytest
-from browser import complaints, screen
+from browser import complaints, plain, screen
 from test_attribution import CONFIG, HOSTILE, answer_rows, fill_run, hostile_tokens
 
 from conftest import PACKAGE
-from safesteer._token_text import visible
+from safesteer._token_text import running, visible
 from safesteer.attribution.explanation import explain
+from safesteer.attribution.grid import GRID_FILE, answer_grid
 from safesteer.attribution.result import Attribution
 from safesteer.report.page import write_report
 from safesteer.settings import ExplainConfig
@@ -364,6 +365,73 @@ def test_printing_shows_everything_on_white(page):
     page.execute_script("dispatchEvent(new Event('afterprint'))")
     assert page.find_element(By.TAG_NAME, "html").get_attribute("data-theme") == "dark"
     assert complaints(page) == []
+
+
+@pytest.fixture(scope="module")
+def grid(tiny_llama, direction, tokens, few):
+    prompts = [*few.harmful[:1], HOSTILE[0]]
+    return answer_grid(tiny_llama, direction, tokens, tiny_llama, prompts=prompts, max_new_tokens=8)
+
+
+@pytest.fixture
+def lens(driver, tmp_path, tokens, attribution, grid):
+    """A page with a grid of answers, whose safety tokens have hostile texts."""
+    run = fill_run(tmp_path / "run", hostile_tokens(tokens), attribution, [])
+    grid.save(run / GRID_FILE)
+    load(driver, write_report(run))
+    return driver
+
+
+def move(driver, which: str, value: int) -> None:
+    script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))"
+    driver.execute_script(script, driver.find_element(By.CSS_SELECTOR, f"#lens input[id*={which}]"), value)
+
+
+def assert_shown(driver, cell) -> None:
+    """The lens shows the cell: its answers, its colours and, of one token, its numbers."""
+    for lane, trace in zip(all_of(driver, "#lens .flow"), cell.traces, strict=True):
+        marks = lane.find_elements(By.CSS_SELECTOR, ".tok")
+        texts = [m.get_attribute("textContent") for m in marks]
+        assert texts == plain(driver, [[replace(t, text=running(t.text)) for t in trace.tokens]])[0]
+        for mark, token in zip(marks, trace.tokens, strict=True):
+            assert strength(mark)[1] == pytest.approx(0.6 * min(abs(token.lift) / 5, 1), abs=0.01)
+    driver.execute_script(
+        "arguments[0].focus()", all_of(driver, "#lens .flow")[1].find_element(By.XPATH, "*")
+    )
+    cells = [float(c.get_attribute("data-p")) for c in all_of(driver, "#lens td[data-p]")]
+    token = cell.traces[1].tokens[0]
+    assert cells == pytest.approx([token.p_base, token.p_steered, token.p_student], rel=6e-3)
+
+
+def test_the_lens_moves_through_the_recorded_answers(lens, grid):
+    n = len(grid.coeffs)
+    assert_shown(lens, grid.cells[1 * n + 2])  # the direction as it was chosen
+    move(lens, "strength", 4)
+    assert_shown(lens, grid.cells[1 * n + 4])
+    assert "4.00" in lens.find_element(By.CSS_SELECTOR, "#lens output[for*=strength]").text
+    move(lens, "layer", 2)
+    assert_shown(lens, grid.cells[2 * n + 4])
+    Select(lens.find_element(By.CSS_SELECTOR, "#lens select")).select_by_index(1)
+    assert_shown(lens, grid.cells[(1 * 3 + 2) * n + 4])
+    slider = lens.find_element(By.CSS_SELECTOR, "#lens input[id*=strength]")
+    slider.send_keys(Keys.ARROW_LEFT)
+    assert_shown(lens, grid.cells[(1 * 3 + 2) * n + 3])
+    assert complaints(lens) == []
+    assert requests(lens) == []
+    assert all_of(lens, "img") == []
+
+
+@pytest.mark.parametrize("width", [320, 1200])
+def test_the_lens_fits_and_follows_the_theme(lens, width):
+    screen(lens, width, dark=False)
+    fits = "return document.documentElement.scrollWidth <= innerWidth"
+    WebDriverWait(lens, 10).until(lambda d: d.execute_script(fits))  # figures follow a moment later
+    panel = lens.find_element(By.CSS_SELECTOR, "#lens .panel")
+    light = panel.value_of_css_property("background-color")
+    click(lens, "#theme")
+    assert panel.value_of_css_property("background-color") != light
+    lens.execute_script("arguments[0].focus()", all_of(lens, "#lens .tok")[0])
+    assert lens.execute_script(fits)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

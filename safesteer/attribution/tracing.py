@@ -20,7 +20,6 @@ from rich.text import Text
 from torch import Tensor
 
 from safesteer._token_text import readable, token_text, visible
-from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden
 from safesteer.models.head import output_head
@@ -185,11 +184,20 @@ def trace(
 
 
 @torch.no_grad()
-def _answer_logps(chat: ChatModel, prompt: str, ids: list[int]) -> Float[Tensor, "n d_vocab"]:
-    """Return log p(. | prompt, answer so far) for each answer token: row t predicts ids[t]."""
-    batch = PromptBatch.of(chat.tokenizer, [prompt], [ids], device=chat.device)
-    hidden = final_hidden(chat.model, batch)[0, -len(ids) - 1 : -1]
-    return logits_of(hidden, *output_head(chat.model)).log_softmax(-1).float().cpu()
+def answer_logps(
+    chat: ChatModel, prompt: PromptLike, answers: Sequence[Sequence[int]]
+) -> list[Float[Tensor, "_ d_vocab"]]:
+    """Read answers to one prompt in one pass; steering that is on applies.
+
+    Returns:
+        Per answer log p(. | prompt, answer so far) in nats, float32 on the CPU: row t predicts its token t.
+    """
+    head, logps = output_head(chat.model), {}
+    for rows, batch in chat.batched([prompt] * len(answers), len(answers), continuations=answers):
+        for i, states in zip(rows, final_hidden(chat.model, batch), strict=True):
+            before = states[-len(answers[i]) - 1 : -1]
+            logps[i] = logits_of(before, *head).log_softmax(-1).float().cpu()
+    return [logps[i] for i in range(len(answers))]
 
 
 def _read_answer(
@@ -201,10 +209,10 @@ def _read_answer(
     student: ChatModel | None,
 ) -> tuple[TraceToken, ...]:
     """Take step 1 for one answer."""
-    base = _answer_logps(chat, prompt, ids)
+    (base,) = answer_logps(chat, prompt, [ids])
     with steer(chat, direction):
-        steered = _answer_logps(chat, prompt, ids)
-    taught = None if student is None else _answer_logps(student, prompt, ids)
+        (steered,) = answer_logps(chat, prompt, [ids])
+    taught = None if student is None else answer_logps(student, prompt, [ids])[0]
     return trace_tokens(chat, tokens, ids, base, steered, taught)
 
 
@@ -215,6 +223,8 @@ def trace_tokens(
     base: Float[Tensor, "n d_vocab"],
     steered: Float[Tensor, "n d_vocab"],
     student: Float[Tensor, "n d_vocab"] | None = None,
+    *,
+    n_top: int = N_TOP,
 ) -> tuple[TraceToken, ...]:
     """Measure an answer's tokens (steps 2 and 3) from the log-probabilities of all models.
 
@@ -225,12 +235,13 @@ def trace_tokens(
         base: Log-probabilities of the base that predict each token, in nats, float32 on the CPU.
         steered: The same of the steered base.
         student: The same of the student, if there is one.
+        n_top: Alternatives per token and model.
     """
     at = torch.arange(len(ids))
-    read_base, read_steered = _measure(chat, base, ids), _measure(chat, steered, ids)
+    read_base, read_steered = _measure(chat, base, ids, n_top), _measure(chat, steered, ids, n_top)
     taught = _Reading([None] * len(ids), [None] * len(ids), [()] * len(ids))
     if student is not None:
-        taught = _measure(chat, student, ids)
+        taught = _measure(chat, student, ids, n_top)
 
     lift = (steered - base)[at, list(ids)].tolist()
     terms = generalized_kl_terms(steered, base).clamp(min=0)
@@ -267,10 +278,10 @@ class _Reading(NamedTuple):
     top: list[tuple[Alternative, ...]]
 
 
-def _measure(chat: ChatModel, logp: Float[Tensor, "n d_vocab"], ids: Sequence[int]) -> _Reading:
+def _measure(chat: ChatModel, logp: Float[Tensor, "n d_vocab"], ids: Sequence[int], n_top: int) -> _Reading:
     chosen = logp[torch.arange(len(ids)), list(ids)]
     rank = (logp > chosen[:, None]).sum(-1) + 1
-    top = logp.topk(min(N_TOP, logp.shape[-1]), -1)
+    top = logp.topk(min(n_top, logp.shape[-1]), -1)
     alternatives = [
         tuple(Alternative(v, token_text(chat.tokenizer, v), p) for v, p in zip(row, ps, strict=True))
         for row, ps in zip(top.indices.tolist(), top.values.exp().tolist(), strict=True)

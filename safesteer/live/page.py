@@ -9,14 +9,15 @@ import hashlib
 from importlib import resources
 from typing import Any
 
-from safesteer.report.page import as_json, theme
+from safesteer.report.page import as_json, asset, theme
 
 BODY = "body { margin: 0; background: var(--paper); }\n"
 
 
-def asset(name: str) -> str:
-    """Return the text of an asset of the lens."""
-    return (resources.files("safesteer.live") / "assets" / name).read_text(encoding="utf-8")
+def lens_script(source: str) -> str:
+    """Return the script that draws the lens, with that of a `source` of what it shows."""
+    text = (resources.files("safesteer.live") / "assets" / source).read_text(encoding="utf-8")
+    return f"{asset('lens.js')}\n{text}"
 
 
 def lens_style(scope: str = ":root") -> str:
@@ -33,7 +34,7 @@ def lens_page(saved: dict[str, Any] | None = None) -> tuple[str, str]:
     Returns:
         The page, and the policy (it stands in the page too).
     """
-    script = f"{asset('lens.js')}\n{asset('page.js')}"
+    script = lens_script("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     connect = "connect-src 'self'; " if saved is None else ""
     policy = (

@@ -3,14 +3,15 @@
 1. `read_prompt`: one pass of the base; per layer and position the projection of `resid_pre` on the direction,
    and per layer what the final norm and the head would make of the last position (the logit lens).
 2. `stream_answers`: every model writes an answer of its own, greedily, and reads those of the others too. A
-   step is one pass per model over one new column, with a cache; each new token is measured as in
-   `attribution.tracing`, so the numbers are those of `ss.trace`.
+   step is one pass per model over one new column, with a cache; the base reads all rows twice, steered in the
+   second half of its batch. Each new token is measured as in `attribution.tracing`, so the numbers are those
+   of `ss.trace`.
 Steering is on only while a pass runs: between two steps the model is as it was, so that several readers can
 take turns with one model.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -29,9 +30,10 @@ from safesteer.models.forward import final_hidden, prefill
 from safesteer.models.head import output_head
 from safesteer.models.logits import logits_of
 from safesteer.models.parts import final_norm
+from safesteer.models.passes import rows_differ
 from safesteer.models.templates import ids_of, render
 from safesteer.prompts.conversation import PromptLike
-from safesteer.steering.direction import Direction, steer
+from safesteer.steering.direction import Direction, moves_of
 from safesteer.steering.hooks import Edit, apply_hooks
 from safesteer.steering.reader import HarmfulnessReader
 from safesteer.tokens.token_set import TokenSet
@@ -180,29 +182,43 @@ def stream_answers(subject: Subject, view: View) -> Iterator[tuple[TraceToken | 
         (True, 2)
     """
     view.check(subject)
-    chats = [subject.chat, subject.chat, *([subject.student] if subject.student else [])]
-    n, eos = len(chats), set(subject.chat.eos_ids)
-    prompt = PromptBatch.of(subject.chat.tokenizer, [view.prompt] * n, device=subject.chat.device)
-    caches: list[Cache | None] = [None] * n
+    chat, n, eos = subject.chat, len(subject.authors), set(subject.chat.eos_ids)
+    models = [chat, *([subject.student] if subject.student else [])]
+    rows = (2, 1)  # per answer: the base reads it twice, as it is and steered
+    prompts = [PromptBatch.of(chat.tokenizer, [view.prompt] * k, device=chat.device) for k in rows]
+    caches: list[Cache | None] = [None] * len(models)
     moved = _steered_by(subject, view)
-    going, batch = [True] * n, prompt
+    going, answers = [True] * n, torch.empty((n, 0), dtype=torch.long, device=chat.device)
     for step in range(view.max_new_tokens):
-        logps = []
-        for i, chat in enumerate(chats):
-            with steer(chat, moved) if i == 1 and moved is not None else nullcontext():
+        logps: list[Tensor] = []
+        for i, model in enumerate(models):
+            steering = _second_half_steered(chat, moved) if i == 0 and moved is not None else nullcontext()
+            with torch.no_grad(), steering:
                 if step == 0:
-                    caches[i] = prefill(chat.model, batch, batch.prompt_ids.shape[1] - 1)
-                logps.append(_next_logps(chat, batch, caches[i]))
+                    caches[i] = prefill(model.model, prompts[i], prompts[i].prompt_ids.shape[1] - 1, n)
+                batch = prompts[i].extended(answers.repeat(rows[i], 1))
+                logps += _next_logps(model, batch, caches[i]).split(n)
         ids = [int(logp[i].argmax()) for i, logp in enumerate(logps)]
-        measured = trace_tokens(subject.chat, subject.tokens, ids, *logps)  # row i is of author i's answer
+        measured = trace_tokens(chat, subject.tokens, ids, *logps)  # row i is of author i's answer
         yield tuple(token if g else None for token, g in zip(measured, going, strict=True))
         going = [g and i not in eos for g, i in zip(going, ids, strict=True)]
         if not any(going):
             return
-        batch = batch.extended(torch.tensor(ids, device=batch.prompt_ids.device)[:, None])
+        answers = torch.cat([answers, answers.new_tensor(ids)[:, None]], 1)
 
 
-@torch.no_grad()
+@contextmanager
+def _second_half_steered(chat: ChatModel, direction: Direction) -> Iterator[None]:
+    """Apply a direction in the second half of a batch's rows, inside the block."""
+
+    def in_second_half(edit: Callable[[Tensor], Tensor]) -> Edit:
+        return lambda h: torch.cat([h[: len(h) // 2], edit(h[len(h) // 2 :])])
+
+    moves = {point: in_second_half(edit) for point, edit in moves_of(chat.model, direction).items()}
+    with rows_differ(chat.model), apply_hooks(chat, moves):
+        yield
+
+
 def _next_logps(chat: ChatModel, batch: PromptBatch, cache: Cache | None) -> Float[Tensor, "rows d_vocab"]:
     """Return the log-probabilities of the next token of each row; the cache grows by what was read."""
     hidden = final_hidden(chat.model, batch, cache)[:, -1]

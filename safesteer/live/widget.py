@@ -15,7 +15,7 @@ import anywidget
 import traitlets
 
 from safesteer._errors import SafeSteerError
-from safesteer.live.page import asset, lens_page, lens_style
+from safesteer.live.page import lens_page, lens_script, lens_style
 from safesteer.live.reading import Subject, chosen_direction, read_prompt, stream_answers
 from safesteer.live.wire import facts, prompt_of, prompt_reading, step, view_of
 from safesteer.models.chat_model import ModelLike, as_chat
@@ -27,7 +27,7 @@ from safesteer.tokens.token_set import TokenSet
 class LensWidget(anywidget.AnyWidget):
     """The widget that `lens` returns. `direction` is the one that was kept last, or the one given."""
 
-    _esm = f"{asset('lens.js')}\n{asset('widget.js')}"
+    _esm = lens_script("widget.js")
     _css = lens_style(".lens")
     ready = traitlets.Bool(False).tag(sync=True)
 

@@ -55,7 +55,7 @@ def write_report(run: str | Path) -> Path:
 
 def build_page(data: dict[str, Any]) -> str:
     """Return the whole page as text, from what `load_page_data` returns."""
-    script = _file("report.js") + _file("report_tokens.js")
+    script = "\n".join(map(asset, ("report.js", "lens.js", "report_lens.js", "report_tokens.js")))
     plotly = _lines(get_plotlyjs())
     if "</script" in plotly.lower() or "<!--" in plotly:
         plotly = plotly.replace("</script", "<\\/script").replace("<!--", "<\\!--")
@@ -67,13 +67,13 @@ def build_page(data: dict[str, Any]) -> str:
         "model": html.escape(facts["model"]),
         "about": html.escape(" · ".join(filter(None, about))),
         "policy": html.escape(_policy(script, plotly)),
-        "style": theme() + _file("report.css"),
+        "style": theme() + asset("report.css") + asset("lens.css"),
         "data": as_json(data),
         "plotly": plotly,
         "script": script,
     }
     # One pass, so that a placeholder inside the data stays what it is: text.
-    return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], _file("report.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], asset("report.html"))
 
 
 def suite_page(table: pd.DataFrame, title: str) -> str:
@@ -98,7 +98,7 @@ def figure_page(figure: go.Figure, table: pd.DataFrame, title: str, note: str) -
     drawn = _lines(figure.to_html(include_plotlyjs=True, full_html=False))
     scripts = re.findall(r"<script[^>]*>(.*?)</script>", drawn, re.DOTALL)
     cells = table.to_html(index=False, border=0, na_rep="", float_format=lambda x: f"{x:.3f}")
-    name, style = html.escape(title), _file("suite.css")
+    name, style = html.escape(title), asset("suite.css")
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{html.escape(_policy(*scripts))}">'
@@ -117,7 +117,7 @@ def as_json(value: Any) -> str:
 
 def theme() -> str:
     """Return the colours and fonts of all pages, light and dark, as CSS variables of the root."""
-    return _file("theme.css")
+    return asset("theme.css")
 
 
 def _policy(*scripts: str) -> str:
@@ -131,8 +131,8 @@ def _policy(*scripts: str) -> str:
     )
 
 
-def _file(name: str) -> str:
-    """Return the text of an asset."""
+def asset(name: str) -> str:
+    """Return the text of an asset of the pages: the report, and the lens that it shares with `live`."""
     return _lines((resources.files("safesteer.report") / "assets" / name).read_text(encoding="utf-8"))
 
 

@@ -18,12 +18,14 @@ import plotly.graph_objects as go
 from safesteer._errors import SafeSteerError
 from safesteer._files import json_lines, read_json
 from safesteer._token_text import readable, running, visible
+from safesteer.attribution.grid import GRID_FILE, AnswerGrid
 from safesteer.attribution.result import Attribution
 from safesteer.attribution.stories import TokenStory
 from safesteer.attribution.tracing import Alternative, Trace, TraceToken
 from safesteer.directions.shifts import SHIFT_FILE
 from safesteer.directions.sweeping import COLUMNS
 from safesteer.report import direction_figures, figures
+from safesteer.report.lens_data import pack_grid
 from safesteer.report.reader_figures import READER_FILE, READER_SCORES_FILE, reader_figure
 from safesteer.report.set_table import SETS_FILE, set_summary
 from safesteer.steering.direction import Direction
@@ -41,6 +43,7 @@ SECTIONS = {  # section -> its file, and what the page says without it
     "history": ("history.jsonl", "This run has no training history yet"),
     "shift": (SHIFT_FILE, "This run has not measured yet how far the student follows the steering"),
     "attribution": ("attribution.json", "This run has no token attribution yet"),
+    "lens": (GRID_FILE, "This run has no answers at other layers and strengths"),
 }
 
 
@@ -58,6 +61,7 @@ def load_page_data(run: Path) -> dict[str, Any]:
         "history": json_lines,
         "shift": pd.read_csv,
         "attribution": Attribution.load,
+        "lens": AnswerGrid.load,
     }
     values, missing = {}, {}
     for name, (file, sentence) in SECTIONS.items():
@@ -80,6 +84,7 @@ def load_page_data(run: Path) -> dict[str, Any]:
         "tokens": _tokens(values["tokens"], attribution) if values["tokens"] else None,
         "traces": _traces(attribution.traces) if attribution and attribution.traces else None,
         "coverage": _coverage(attribution) if attribution else None,
+        "lens": pack_grid(values["lens"]) if values["lens"] else None,
         "figures": _figures(values),
         "templates": {theme: figures.template(theme).to_plotly_json() for theme in ("light", "dark")},
         "missing": missing,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from safesteer._errors import SafeSteerError
 from safesteer._files import write_tensors
@@ -22,7 +22,7 @@ from safesteer.models.chat_model import ModelLike, module_of
 from safesteer.steering.gating import Closed, closed_moves, gated
 from safesteer.steering.interventions import ablating, adding, clamping
 from safesteer.steering.reader import HarmfulnessReader
-from safesteer.steering.scopes import Scope, apply_in_scope
+from safesteer.steering.scopes import Moves, Scope, apply_in_scope
 from safesteer.steering.stamps import check_stamp, load_stamped
 
 OPERATIONS = ("add", "ablate", "clamp")
@@ -123,6 +123,22 @@ class Direction:
         return table.to_html(escape=True, header=False, float_format="{:.3g}".format)
 
 
+def moves_of(model: nn.Module, direction: Direction) -> Moves:
+    """Return the edits that apply a direction, by their points.
+
+    Raises:
+        SafeSteerError: For an unknown operation.
+    """
+    vector = direction.vector.to(next(model.parameters()).device)
+    if direction.operation == "add":
+        return adding(vector, direction.layer, direction.coeff)
+    if direction.operation == "clamp":
+        return clamping(vector, direction.layer, direction.coeff)
+    if direction.operation == "ablate":
+        return ablating(model, vector)
+    raise SafeSteerError(f"Unknown operation '{direction.operation}': use one of {', '.join(OPERATIONS)}.")
+
+
 @contextmanager
 def steer(
     chat: ModelLike,
@@ -162,20 +178,11 @@ def steer(
         >>> steered == ss.generate(chat, ["Hello"], max_new_tokens=4)
         False
     """
-    model, strength = module_of(chat), direction.coeff if coeff is None else coeff
-    vector, layer = direction.vector.to(next(model.parameters()).device), direction.layer
-    if direction.operation == "add":
-        moves = adding(vector, layer, strength)
-    elif direction.operation == "clamp":
-        moves = clamping(vector, layer, strength)
-    elif direction.operation == "ablate":
-        moves = ablating(model, vector)
-    else:
-        raise SafeSteerError(
-            f"Unknown operation '{direction.operation}': use one of {', '.join(OPERATIONS)}."
-        )
+    model = module_of(chat)
+    moves = moves_of(model, direction if coeff is None else direction.with_coeff(coeff))
     with ExitStack() as stack:
         if gate is not None:
+            vector = direction.vector.to(next(model.parameters()).device)
             by_row = gated(model, gate, moves, closed_moves(model, vector, closed), prompt_width)
             moves = stack.enter_context(by_row)
         stack.enter_context(apply_in_scope(model, moves, scope, n_last, prompt_width, rows_may_leave=True))

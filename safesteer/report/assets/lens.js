@@ -1,6 +1,7 @@
 // The live lens: a prompt, a direction that moves, and the answers of all models, token by token.
 // `mountLens(root, source, saved)` draws it. `source` answers: facts(), prompt(p), answers(view, onEvent) -> cancel,
-// direction(view), page(state); null for a page from disk, which shows `saved` and asks nobody.
+// direction(view), page(state); null for a page from disk, which shows `saved` and asks nobody. A source with a `grid`
+// (prompts, layers, coeffs) has recorded answers: facts() and answers(view, onEvent) for what is in its lists, no more.
 // Every text from a model or a user becomes a text node: nothing is parsed as markup.
 "use strict";
 function mountLens(root, source, saved) {
@@ -8,6 +9,7 @@ const SOON = 250; // ms after the last move of a slider
 const MOST_CARDS = 500;
 const AUTHORS = { base: "Base", steered: "Steered", student: "Student" };
 const HELP = { add: "adds strength × direction at one layer", ablate: "projects the direction out of every write", clamp: "sets the projection at one layer to the strength", gate: "adds where the reader takes the prompt for harmful, ablates where for harmless" };
+const grid = (source && source.grid) || null;
 let facts = null, reading = null, lanes = [], picked = null, cancel = null, run = 0, timer = 0, measure = "lift", lastView = null;
 
 // Elements ----------------------------------------------------------------------------------
@@ -29,7 +31,7 @@ const signed = x => `${x < 0 ? "−" : "+"}${Math.abs(x).toFixed(2)}`;
 
 // Controls ----------------------------------------------------------------------------------
 const say = el("p", { class: "say", role: "status", "aria-live": "polite" });
-const prompt = el("textarea", { rows: 3, id: id("prompt"), spellcheck: "false", placeholder: "Type a request, or messages as JSON: [{\"role\": \"user\", \"content\": \"...\"}]", onkeydown: event => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); start(); } } });
+const prompt = grid ? el("select", { class: "prompt", id: id("prompt"), onchange: moved }, grid.prompts.map(text => el("option", { value: text }, shown(text)))) : el("textarea", { rows: 3, id: id("prompt"), spellcheck: "false", placeholder: "Type a request, or messages as JSON: [{\"role\": \"user\", \"content\": \"...\"}]", onkeydown: event => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); start(); } } });
 const layer = el("input", { type: "range", id: id("layer"), min: 0, step: 1, oninput: moved });
 const strength = el("input", { type: "range", id: id("strength"), min: -4, max: 4, step: 0.05, oninput: moved });
 const length = el("select", { id: id("length"), onchange: moved }, [24, 48, 96, 192].map(n => el("option", { value: n }, `${n} tokens`)));
@@ -50,15 +52,19 @@ function typed() {
   if (text.startsWith("[")) { try { const turns = JSON.parse(text); if (Array.isArray(turns)) return turns; } catch { /* a request that opens with a bracket */ } }
   return prompt.value;
 }
-const view = () => ({ prompt: typed(), layer: Number(layer.value), coeff: Number(strength.value), intervention: intervention(), max_new_tokens: Number(length.value) });
+const layerAt = () => grid ? grid.layers[layer.value] : Number(layer.value), strengthAt = () => grid ? grid.coeffs[strength.value] : Number(strength.value);
+const view = () => ({ prompt: grid ? prompt.value : typed(), layer: layerAt(), coeff: strengthAt(), intervention: intervention(), max_new_tokens: Number(length.value) });
 function scaled() { // the strength of a clamp is in activation units
   const clamp = intervention() === "clamp", most = clamp ? Math.ceil(4 * facts.norm) : 4;
-  if (Number(strength.max) !== most) { strength.min = -most; strength.max = most; strength.step = clamp ? most / 100 : 0.05; strength.value = clamp ? facts.norm * facts.coeff : facts.coeff; }
+  if (!grid && Number(strength.max) !== most) { strength.min = -most; strength.max = most; strength.step = clamp ? most / 100 : 0.05; strength.value = clamp ? facts.norm * facts.coeff : facts.coeff; }
   help.textContent = `${intervention()}: ${HELP[intervention()]}.`;
   layer.disabled = intervention() === "ablate" || !source; strength.disabled = intervention() === "ablate" || !source;
 }
-function showValues() { layerShown.textContent = `${layer.value} of ${facts.n_layers - 1}`; strengthShown.textContent = Number(strength.value).toFixed(2); }
-function moved() { showValues(); scaled(); drawStrip(); if (!source || !prompt.value.trim()) return; stop(""); clearTimeout(timer); timer = setTimeout(start, SOON); }
+function showValues() {
+  layerShown.textContent = `${layerAt()} of ${facts.n_layers - 1}`; strengthShown.textContent = strengthAt().toFixed(2);
+  layer.setAttribute("aria-valuetext", layerShown.textContent); strength.setAttribute("aria-valuetext", strengthShown.textContent);
+}
+function moved() { showValues(); scaled(); drawStrip(); if (!source || !prompt.value.trim()) return; stop(""); if (grid) start(); else timer = setTimeout(start, SOON); }
 
 // Running -----------------------------------------------------------------------------------
 function stop(text) { run += 1; clearTimeout(timer); if (cancel) cancel(); cancel = null; stopButton.disabled = true; root.dataset.running = "false"; say.textContent = text; }
@@ -71,7 +77,7 @@ async function start() {
   lanes = facts.authors.map(author => ({ author, tokens: [], ended: false })); picked = null; drawLanes(); drawDetail();
   try {
     const key = JSON.stringify(chosen.prompt);
-    if (!reading || reading.key !== key) { const read = await source.prompt(chosen.prompt); if (mine !== run) return; reading = { ...read, key }; drawStrip(); }
+    if (!grid && (!reading || reading.key !== key)) { const read = await source.prompt(chosen.prompt); if (mine !== run) return; reading = { ...read, key }; drawStrip(); }
   } catch (error) { if (mine === run) stop(error.message); return; }
   cancel = source.answers(chosen, event => {
     if (mine !== run) return; // a slider has moved since: two settings never mix
@@ -81,17 +87,18 @@ async function start() {
     say.textContent = `${Math.max(...lanes.map(l => l.tokens.length))} tokens`;
   });
 }
-function finished(chosen) { cancel = null; stopButton.disabled = true; root.dataset.running = "false"; say.textContent = "Done."; remember(chosen); }
+function finished(chosen) { cancel = null; stopButton.disabled = true; root.dataset.running = "false"; say.textContent = "Done."; if (!grid) remember(chosen); }
 
 // The prompt, layer by layer ----------------------------------------------------------------
 function drawStrip() {
   if (!reading) { strip.replaceChildren(); return; }
   const n = reading.projections.length, pos = reading.texts.length, at = Number(layer.value);
-  const most = Math.max(1e-9, ...reading.projections.flat().map(Math.abs));
-  const canvas = el("canvas", { width: pos * 8, height: n * 8, tabindex: 0, role: "img", "aria-label": `Projection on the direction: ${n} layers by ${pos} positions; the largest is ${most.toFixed(2)}. Arrow keys move, the line below reads out.` });
+  // The first position is an attention sink: its huge values would leave nothing to see elsewhere.
+  const most = Math.max(1e-9, ...reading.projections.flatMap(row => row.slice(Math.min(1, pos - 1))).map(Math.abs));
+  const canvas = el("canvas", { width: pos * 8, height: n * 8, tabindex: 0, role: "img", "aria-label": `Projection on the direction: ${n} layers by ${pos} positions; the largest after the first position is ${most.toFixed(2)}. Arrow keys move, the line below reads out.` });
   const read = el("p", { class: "note", "aria-live": "polite" }, "Projection of the residual stream on the direction: orange towards refusal, blue away from it. Point at a cell.");
   const draw = canvas.getContext("2d"), colours = getComputedStyle(root), warm = colours.getPropertyValue("--raise"), cold = colours.getPropertyValue("--lower");
-  reading.projections.forEach((row, l) => row.forEach((x, p) => { draw.fillStyle = `rgba(${x > 0 ? warm : cold},${(Math.abs(x) / most) ** 0.6})`; draw.fillRect(p * 8, (n - 1 - l) * 8, 8, 8); }));
+  reading.projections.forEach((row, l) => row.forEach((x, p) => { draw.fillStyle = `rgba(${x > 0 ? warm : cold},${Math.min(1, Math.abs(x) / most) ** 0.6})`; draw.fillRect(p * 8, (n - 1 - l) * 8, 8, 8); }));
   draw.strokeStyle = colours.getPropertyValue("--ink"); draw.strokeRect(0.5, (n - 1 - at) * 8 + 0.5, pos * 8 - 1, 7);
   let cell = [at, pos - 1];
   const tell = () => { const [l, p] = cell; read.replaceChildren(`Layer ${l}, `, bdi(reading.texts[p], { class: "token" }), ` (position ${p - pos}): projection ${reading.projections[l][p].toFixed(3)}. Logit lens at the last position: `, bdi(reading.top[l], { class: "token" }), `, ${prob(reading.mass_on_s[l])} on S.`); };
@@ -173,25 +180,27 @@ const state = () => ({ facts, reading, lanes, view: lastView || view(), measure 
 
 // Start -------------------------------------------------------------------------------------
 root.classList.add("lens");
-root.replaceChildren(
-  el("header", {}, el("p", { class: "kicker" }, "SafeSteer lens"), el("h1", {}, el("bdi", { class: "model" }))),
-  el("div", { class: "panel" }, el("label", { for: id("prompt") }, "Prompt"), prompt,
-    interventions, help,
-    el("div", { class: "sliders" }, el("label", { for: id("layer") }, "Layer ", layerShown), layer, el("label", { for: id("strength") }, "Strength ", strengthShown), strength, el("label", { for: id("length") }, "Length"), length),
-    el("div", { class: "tools" }, el("button", { type: "button", class: "run", onclick: start }, "Run"), stopButton,
-      el("button", { type: "button", class: "quiet", onclick: () => keep(() => source.direction(view()), "direction.safetensors") }, "Keep this direction"),
-      el("button", { type: "button", class: "quiet", onclick: () => keep(() => source.page(state()), "lens.html") }, "Save this view"), say)),
-  measures, board, detail, el("h2", {}, "The prompt, layer by layer"), strip, safety, el("h2", {}, "Looked at"), cards);
+const sliders = el("div", { class: "sliders" }, el("label", { for: id("layer") }, "Layer ", layerShown), layer, el("label", { for: id("strength") }, "Strength ", strengthShown), strength,
+  grid ? null : [el("label", { for: id("length") }, "Length"), length]);
+const model = el("bdi", { class: "model" }), tools = el("div", { class: "tools" }, el("button", { type: "button", class: "run", onclick: start }, "Run"), stopButton,
+  el("button", { type: "button", class: "quiet", onclick: () => keep(() => source.direction(view()), "direction.safetensors") }, "Keep this direction"),
+  el("button", { type: "button", class: "quiet", onclick: () => keep(() => source.page(state()), "lens.html") }, "Save this view"), say);
+const panel = el("div", { class: "panel" }, el("label", { for: id("prompt") }, "Prompt"), prompt, grid ? null : [interventions, help], sliders, grid ? null : tools);
+root.replaceChildren(...(grid ? [panel, measures, board, detail] : [
+  el("header", {}, el("p", { class: "kicker" }, "SafeSteer lens"), el("h1", {}, model)),
+  panel, measures, board, detail, el("h2", {}, "The prompt, layer by layer"), strip, safety, el("h2", {}, "Looked at"), cards]));
 function ready(values) {
   facts = values;
-  root.querySelector(".model").textContent = shown(facts.model);
-  layer.max = facts.n_layers - 1; layer.value = facts.layer; strength.value = facts.coeff;
+  model.textContent = shown(facts.model);
+  if (grid) for (const [slider, list, value] of [[layer, grid.layers, facts.layer], [strength, grid.coeffs, facts.coeff]]) { slider.min = 0; slider.max = list.length - 1; slider.step = 1; slider.value = list.indexOf(value); }
+  else { layer.max = facts.n_layers - 1; layer.value = facts.layer; strength.value = facts.coeff; }
   pills(interventions, "Intervention", facts.interventions.map(v => [v, v]), facts.interventions.includes(facts.operation) ? facts.operation : "add", () => { scaled(); moved(); });
   pills(measures, "Colour", [["lift", "lift"], ["share", "share of KL on S"], ["s", "in S"]], measure, value => { measure = value; recolour(); });
   lanes = facts.authors.map(author => ({ author, tokens: [], ended: false }));
   scaled(); showValues(); drawLanes(); drawDetail(); drawSafety(); stop("");
   if (saved) { lanes = saved.lanes; reading = saved.reading; put(saved.view); drawLanes(); drawStrip(); }
   if (!source) for (const node of root.querySelectorAll(".panel input, .panel textarea, .panel select, .panel button")) node.disabled = true;
+  else if (grid) start();
   else drawCards(remembered());
   if (!source) say.textContent = "A saved view: nothing runs behind it.";
   root.dataset.ready = "true";
