@@ -19,6 +19,7 @@ import control_tables
 import held_out_tables
 import numpy as np
 import pandas as pd
+import robust_tables
 from ablation import summary
 from table_text import markdown, percent, ranged, rate_ranged, with_interval
 
@@ -37,6 +38,7 @@ PAGES = tuple(
         "docs/which-tokens.md",
         "docs/how-to/gated-steering.md",
         "docs/judges.md",
+        "docs/how-deep.md",
         "docs/log.md",
     )
 )
@@ -435,6 +437,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "which-tokens-at": lambda: markdown(*control_tables.at_equal_harm()),
     "which-tokens-first": lambda: markdown(*control_tables.instruments()),
     "gated": lambda: markdown(*control_tables.gated()),
+    "how-deep": robust_tables.table,
     "judges": judges,
     "judges-differ": judges_differ,
     "demo-suite": demo_suite,

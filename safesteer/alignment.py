@@ -27,7 +27,7 @@ from rich.console import Console
 from safesteer import recipes
 from safesteer._clock import staged
 from safesteer._errors import SafeSteerError
-from safesteer._files import locked, write_json_lines, write_text
+from safesteer._files import digest, locked, write_json_lines, write_text
 from safesteer.attribution.explanation import explain
 from safesteer.attribution.grid import GRID_FILE, MAX_NEW_TOKENS, answer_grid
 from safesteer.directions.finding import find_direction
@@ -36,9 +36,10 @@ from safesteer.directions.shifts import SHIFT_FILE, shift_along
 from safesteer.distillation.loop import Student, Training, restore_student, train_student
 from safesteer.distillation.state import require_adapter
 from safesteer.evaluation.ledger import log_look
+from safesteer.evaluation.robust import measured
 from safesteer.evaluation.scores import evaluate
 from safesteer.evaluation.sets import score_sets
-from safesteer.exporting import check_reload, export, write_card
+from safesteer.exporting import CARD, check_reload, export, renew_robustness, write_card
 from safesteer.judges.judge import Judge
 from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses
@@ -51,7 +52,7 @@ from safesteer.prompts.prompt_set import LABELS, PromptSet, load_prompts
 from safesteer.report.page import write_report
 from safesteer.report.reader_figures import READER_FILE, READER_SCORES_FILE
 from safesteer.report.set_table import SET_ANSWERS_FILE, SETS_FILE, set_lines
-from safesteer.run_folder import STAGES, Run, finished, open_run, record_stage
+from safesteer.run_folder import STAGES, Run, finished, open_run, record_again, record_stage
 from safesteer.tokens.selection import select_tokens
 
 
@@ -263,10 +264,20 @@ def _evaluate(run: Run, base: ChatModel) -> list[str]:
         shift = shift_along(base, direction, run.prompts.split("val"), student)
     write_text(run.path / SHIFT_FILE, shift.round(6).to_csv(index=False))
     sets = _score_sets(run, base, student)
-    write_card(run.path / "model", base, direction, run.settled.to_toml(), evaluation.scores, sets, run.judge)
+    robust = measured(run.path / "suite-robust", student)
+    write_card(
+        run.path / "model",
+        base,
+        direction,
+        run.settled.to_toml(),
+        evaluation.scores,
+        sets,
+        run.judge,
+        robust,
+    )
     for line in evaluation.lines():
         run.say(line)
-    return ["evaluation.json", "answers.jsonl", SHIFT_FILE, SETS_FILE, SET_ANSWERS_FILE, "model/README.md"]
+    return ["evaluation.json", "answers.jsonl", SHIFT_FILE, SETS_FILE, SET_ANSWERS_FILE, f"model/{CARD}"]
 
 
 def _score_sets(run: Run, base: ChatModel, student: ChatModel) -> pd.DataFrame:
@@ -282,6 +293,24 @@ def _score_sets(run: Run, base: ChatModel, student: ChatModel) -> pd.DataFrame:
     for line in set_lines(table):
         run.say(line)
     return table
+
+
+def renew_card(run: str | Path, robust: pd.DataFrame) -> None:
+    """Write what the suite "robust" has measured on a run's student into its model card, if it has one.
+
+    Args:
+        run: The run folder.
+        robust: What `run_suite(run, "robust")` returned.
+
+    Raises:
+        SafeSteerError: While another process is at work in the folder.
+    """
+    folder = Path(run) / "model"
+    if (folder / CARD).exists():
+        with locked(Path(run)):
+            before = digest(folder / CARD)
+            renew_robustness(folder, robust)
+            record_again(Path(run), f"model/{CARD}", before)
 
 
 def _explain(run: Run, base: ChatModel) -> list[str]:

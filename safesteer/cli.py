@@ -3,7 +3,7 @@
     safesteer align MODEL --out RUN [--preset quick|two-sided|paper] [--recipe my.toml] [--set NAME=VALUE ...]
     safesteer align MODEL --out RUN --profile        and where the time goes
     safesteer direction, tokens, distill, export     the same up to that stage
-    safesteer evaluate MODEL_OR_RUN                  a suite of benchmarks: quick, small or paper
+    safesteer evaluate MODEL_OR_RUN                  a suite: quick, small, paper or robust
     safesteer explore RUN_OR_MODEL                   the live lens, as a page of this machine
     safesteer report RUN                             the page again, from a run folder
     safesteer settings [PRESET]                      every setting with its value, unit and meaning
@@ -113,7 +113,7 @@ EVALUATE: dict[str, tuple[Any, Any]] = {
         Annotated[str, typer.Argument(help="A run folder (base and student), or a model.")],
         Parameter.empty,
     ),
-    "suite": (Annotated[str, typer.Option(help="'quick', 'small' or 'paper'.")], "quick"),
+    "suite": (Annotated[str, typer.Option(help="'quick', 'small', 'paper' or 'robust'.")], "quick"),
     "out": (Annotated[Path | None, typer.Option(help="Folder to write or continue.")], None),
     "data": (Annotated[Path | None, typer.Option(help="Folder of local benchmark rows.")], None),
     "allow_code": (
@@ -216,13 +216,19 @@ def _evaluate(**options: Any) -> None:
                 " leave them out."
             )
         target = load_model(target, **source)
-    table = run_suite(target, options.pop("suite"), options.pop("out"), console=console, **options)
+    suite = options.pop("suite")
+    table = run_suite(target, suite, options.pop("out"), console=console, **options)
+    if suite == "robust" and isinstance(target, str) and (Path(target) / "manifest.json").is_file():
+        from safesteer.alignment import renew_card
+
+        renew_card(target, table)
     console.print(table.to_string(index=False, float_format="{:.3f}".format), highlight=False)
 
 
 _add(
     "evaluate",
-    "Refusals, over-refusals, capability, drift and perplexity, as one table with intervals.",
+    "Refusals, over-refusals, capability, drift and perplexity, or how deep refusals go (--suite robust), as"
+    " one table with intervals.",
     EVALUATE,
     _evaluate,
 )

@@ -6,6 +6,7 @@ take every file of weights in a folder for a part of the model.
 """
 
 import json
+import re
 import subprocess
 import sys
 from importlib import resources
@@ -33,11 +34,12 @@ from safesteer.models.named import NAMED
 from safesteer.models.parts import hf_model, is_bridge, is_quantized
 from safesteer.models.precision import in_precision, weight_dtype
 from safesteer.models.quiet import quiet_transformers
+from safesteer.report.robust_table import STARTS, robustness_line
 from safesteer.report.set_table import set_summary
 from safesteer.steering.direction import Direction
 
 PROBE = ("What is the capital of France?", "Tell me how rainbows form.")
-PROBE_FILE = "probe.json"
+PROBE_FILE, CARD = "probe.json", "README.md"
 TOLERANCE = 1e-4  # of a logit, in float32
 _QUANTIZED = """
 - The weights in this folder are not quantized; those that were trained and measured were. An adapter was
@@ -204,6 +206,7 @@ def write_card(
     scores: dict[str, Scores],
     sets: pd.DataFrame | None = None,
     judge: Judge = declines,
+    robust: pd.DataFrame | None = None,
 ) -> None:
     """Write the model card: metadata for the Hub, how it was made, what was measured, what was not.
 
@@ -215,6 +218,7 @@ def write_card(
         scores: Scores by model; not empty.
         sets: What `score_sets` says of other prompts; None: nothing.
         judge: The judge that they were made with.
+        robust: The table of the suite "robust" on these very weights; None: it was not measured.
     """
     rows = [
         f"| {name} | {s.refusal_rate_harmful:.1%} ({s.refusal_rate_harmful_ci[0]:.1%} to"
@@ -253,6 +257,18 @@ def write_card(
         judged=by_wording if judge is declines else f"Answers are judged by `{judge_name(judge)}`.",
         rows="\n".join(rows),
         sets=_set_table(sets),
+        robustness=robustness_line(robust),
         recipe=recipe.rstrip(),
     )
-    write_text(folder / "README.md", filled)
+    write_text(folder / CARD, filled)
+
+
+def renew_robustness(folder: Path, robust: pd.DataFrame) -> None:
+    """Put what the suite "robust" has measured into the card that `write_card` wrote.
+
+    Args:
+        folder: The exported model.
+        robust: The suite's table.
+    """
+    card, line = (folder / CARD).read_text(encoding="utf-8"), robustness_line(robust)
+    write_text(folder / CARD, re.sub(rf"^{STARTS}\b.*$", lambda _: line, card, count=1, flags=re.M))

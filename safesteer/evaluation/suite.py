@@ -7,16 +7,18 @@ It measures one model, or base and student of a run:
             XSTest's safe prompts and everyday instructions, where they can be had; 200 rows each of ARC-Easy,
             PIQA and LAMBADA
     paper   the paper's benchmarks and tasks, whole
+    robust  how deep refusals go: answers opened for the model, wrapped requests, changed weights (`robust`)
 
-Beside every rate stands the text quality of those answers, of 128 tokens at most. Base and student answer
-the same prompts, so changes between them come with a paired interval and McNemar's test.
+Beside every rate of the first three stands the text quality of those answers, of 128 tokens at most. Base and
+student answer the same prompts, so changes between them come with a paired interval and McNemar's test.
 
 Drift is KL(base || student) along the base's answers to harmless prompts, and the shift of the final hidden
 state at the last prompt position in units of the base's spread (paper, Figure 3).
 
 The folder holds `suite.json` (what is measured on which models; a folder of another suite is refused),
 `parts/` (a file per model and measurement, written when it is done, so that an interrupted suite continues),
-`results.json`, `results.csv`, `results.html` and `suite_answers.jsonl`.
+`results.json`, `results.csv`, `results.html` and `suite_answers.jsonl`. Of the answers that "robust" draws
+out of a model only verdicts are written.
 """
 
 import json
@@ -36,6 +38,7 @@ from safesteer.directions.shifts import representation_shift
 from safesteer.evaluation.capability import measure_capability
 from safesteer.evaluation.humaneval import problems, run_humaneval
 from safesteer.evaluation.ledger import log_look
+from safesteer.evaluation.robust import MAY_FAIL, Robustness, Subject, parts_of
 from safesteer.evaluation.rows import change_row, rate, row
 from safesteer.evaluation.sets import COLUMNS, OWN, PAIRS, PUBLIC, score_set, set_prompts
 from safesteer.judges.judge import Judge, judge_name
@@ -43,6 +46,7 @@ from safesteer.judges.sentences import declines
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.drift import kl_on_answers
 from safesteer.models.generation import generate
+from safesteer.models.hashing import weights_hash
 from safesteer.models.loading import load_model
 from safesteer.models.text_loss import WIKITEXT, general_text, perplexity, wikitext
 from safesteer.prompts.prompt_set import load_prompts
@@ -63,6 +67,12 @@ class Suite:
     n_rows: int | None = None
     max_new_tokens: int = 128
     perplexity_tokens: int = 16384
+    robust: Robustness | None = None
+
+    def described(self) -> dict[str, Any]:
+        """Return what is measured, as a folder holds it."""
+        values = json.loads(json.dumps(asdict(self)))
+        return {name: value for name, value in values.items() if name != "robust" or value}
 
 
 SUITES = {
@@ -87,6 +97,7 @@ SUITES = {
         ("mmlu_stem", "gsm8k", "minerva_math500", HUMANEVAL, "ifeval", "arc_easy", "piqa", "lambada_openai"),
         max_new_tokens=256,
     ),
+    "robust": Suite((), n_prompts=24, perplexity_tokens=4096, robust=Robustness()),
 }
 
 
@@ -118,7 +129,7 @@ def run_suite(
 
     Args:
         target: A run folder, a model's Hub id or folder, or an open model.
-        suite: "quick", "small", "paper", or one of your own.
+        suite: "quick", "small", "paper", "robust", or one of your own.
         out: The folder to write or to continue; None: `suite-NAME`, in the run folder if there is one.
         data: A folder of local benchmark rows; None: the Hub's.
         judge: Says which answers refuse, or are harmful.
@@ -180,16 +191,18 @@ def _load(target: str | Path | ModelLike, run: Path | None) -> dict[str, ChatMod
 def _check_folder(job: _Job) -> None:
     """Write what is measured into a new folder, or compare it with what the folder holds."""
     ours = {
-        "suite": json.loads(json.dumps(asdict(job.suite))),
+        "suite": job.suite.described(),
         "judge": judge_name(job.judge),
         "data": None if job.data is None else str(job.data.resolve()),
         "models": {label: chat.fingerprint for label, chat in job.models.items()},
+        "weights": {label: weights_hash(chat.model) for label, chat in job.models.items()},
     }
     path = job.folder / "suite.json"
     if not path.exists():
         write_json(path, ours)
         return
-    different = [k for k, v in ours.items() if read_json(path).get(k) != v]
+    theirs = {"weights": ours["weights"], **read_json(path)}  # earlier versions held no weights
+    different = [k for k, v in ours.items() if theirs.get(k) != v]
     if different:
         raise SafeSteerError(
             f"{job.folder} holds an evaluation with another {', '.join(different)}: choose another folder,"
@@ -208,7 +221,7 @@ def _measure(job: _Job, console: Console) -> list[dict[str, Any]]:
                 try:
                     write_json(part, measure(chat))
                 except SafeSteerError as error:
-                    if item not in job.suite.where_there:
+                    if item not in (*job.suite.where_there, *MAY_FAIL):
                         raise
                     console.print(f"  left out: {error}", highlight=False, markup=False)
                     continue
@@ -219,7 +232,7 @@ def _measure(job: _Job, console: Console) -> list[dict[str, Any]]:
 def _write(job: _Job, rows: list[dict[str, Any]], title: str) -> pd.DataFrame:
     """Write the results in every form; return the table."""
     table, parts = pd.DataFrame(rows, columns=COLUMNS), sorted((job.folder / "parts").glob("*.json"))
-    write_json(job.folder / "results.json", {"suite": asdict(job.suite), "rows": rows})
+    write_json(job.folder / "results.json", {"suite": job.suite.described(), "rows": rows})
     write_text(job.folder / "results.csv", table.to_csv(index=False))
     write_text(job.folder / "results.html", suite_page(table, title))
     answers = [answer for part in parts for answer in read_json(part).get("answers", [])]
@@ -237,6 +250,11 @@ def _measurements(job: _Job, label: str) -> Iterator[tuple[str, Measure]]:
             yield task, partial(_humaneval, data, suite.n_rows)
         else:
             yield task, partial(_capability, task, job.folder / "tasks", data, suite.n_rows)
+    if suite.robust is not None:
+        base = job.models["base"] if label == "student" else None
+        subject = Subject(job.models[label], base, suite.robust, job.judge)
+        for name, part in parts_of(subject):
+            yield name, partial(_robust, job, f"robust: {name} of {label}", part, suite.robust.n_harmful)
     yield "perplexity", partial(_perplexity, suite, data)
     if label == "student":
         prompts = load_prompts().split("test").first(suite.n_prompts).harmless
@@ -244,16 +262,31 @@ def _measurements(job: _Job, label: str) -> Iterator[tuple[str, Measure]]:
 
 
 def _changes(job: _Job) -> list[dict[str, Any]]:
-    """Make a row per set of prompts and task that base and student have answered: how the rate changed."""
+    """Make a row per set of prompts, task and cell that both models have answered: how the rate changed."""
+    if "student" not in job.models:
+        return []
     rows = []
-    for name in (*job.suite.sets, *job.suite.where_there, *job.suite.tasks):
+    for name, _ in _measurements(job, "student"):
         parts = [job.folder / "parts" / f"{label}--{name}.json" for label in ("base", "student")]
-        if "student" in job.models and all(part.exists() for part in parts):
-            before, after = (read_json(part) for part in parts)
-            key = "correct" if name in job.suite.tasks else "answers"
-            if before.get(key) and after.get(key):
-                rows.append({"model": "student", **change_row(name, before[key], after[key])})
+        if all(part.exists() for part in parts):
+            before, after = (_judged(read_json(part)) for part in parts)
+            if before and after:
+                rows.append({"model": "student", **change_row(name, before, after)})
     return rows
+
+
+def _judged(part: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what a part holds per prompt or task: verdicts with what they count."""
+    return next((part[key] for key in ("answers", "correct", "verdicts") if part.get(key)), [])
+
+
+def _robust(
+    job: _Job, why: str, part: Callable[[], dict[str, Any]], n: int, chat: ChatModel
+) -> dict[str, Any]:
+    """Measure a part of the robustness, and write the look into the ledger."""
+    made = part()
+    log_look(job.folder, chat, "test", n, why)
+    return made
 
 
 def _refusals(job: _Job, label: str, name: str, chat: ChatModel) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from safesteer._errors import SafeSteerError
 from safesteer._files import whole_folder
 from safesteer.models.chat_model import ChatModel
-from safesteer.models.parts import blocks, hf_model
+from safesteer.models.parts import blocks, hf_model, is_bridge
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -59,6 +59,18 @@ def shares_weights(base: ChatModel, student: ChatModel) -> bool:
 def as_base(base: ChatModel, student: ChatModel) -> Iterator[None]:
     """Let `base` be the base inside: an adapter that `student` has on the same weights is off."""
     with _adapted(student).disable_adapter() if shares_weights(base, student) else nullcontext():
+        yield
+
+
+def has_adapter(chat: ChatModel) -> bool:
+    """Return whether the model carries an adapter."""
+    return not is_bridge(chat.model) and hf_model(chat.model) is not chat.model
+
+
+@contextmanager
+def adapter_off(student: ChatModel) -> Iterator[None]:
+    """Take the adapter of a model off inside the block."""
+    with _adapted(student).disable_adapter():
         yield
 
 

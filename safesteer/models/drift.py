@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from safesteer.models.adapter import as_base
 from safesteer.models.chat_model import ChatModel
@@ -11,7 +13,6 @@ from safesteer.models.head import output_head
 from safesteer.models.logits import kl_divergence, logits_of
 
 
-@torch.no_grad()
 def kl_on_answers(
     base: ChatModel,
     chat: ChatModel,
@@ -31,15 +32,44 @@ def kl_on_answers(
         n_tokens: Tokens of each answer that are read.
         batch_size: Prompts per forward pass.
     """
-    kls = [0.0] * len(prompts)
-    continuations = [chat.encode(answer)[:n_tokens] for answer in answers]
-    for rows, batch in chat.batched(prompts, batch_size, continuations=continuations):
+    ids = [chat.encode(answer)[:n_tokens] for answer in answers]
+    return [float(kl.mean()) for kl in kl_at_positions(base, chat, prompts, ids, batch_size=batch_size)]
+
+
+@torch.no_grad()
+def kl_at_positions(
+    base: ChatModel,
+    chat: ChatModel,
+    prompts: Sequence[str],
+    answers: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 50,
+) -> list[Float[Tensor, " pos"]]:
+    """Measure KL(base || chat) at every position along answers, in nats.
+
+    Args:
+        base: The frozen base, which may carry the adapter of `chat`.
+        chat: The model that is compared with it.
+        prompts: The prompts.
+        answers: The ids of an answer to each, without the token that ends it.
+        batch_size: Prompts per forward pass.
+
+    Returns:
+        For each prompt one value more than its answer has tokens: before the first one, and after each.
+
+    Example:
+        >>> from safesteer.models.drift import kl_at_positions
+        >>> kl_at_positions(chat, chat, ["Hello"], [[20, 21]])[0].tolist()
+        [0.0, 0.0, 0.0]
+    """
+    kls = [torch.zeros(0)] * len(prompts)
+    for rows, batch in chat.batched(prompts, batch_size, continuations=answers):
         with as_base(base, chat):
             h_base = final_hidden(base.model, batch)
         h_chat = final_hidden(chat.model, batch)
         for row, i in enumerate(rows):
-            steps = slice(-len(continuations[i]) - 1, None)  # the prompt's last position predicts the first
+            steps = slice(-len(answers[i]) - 1, None)  # the prompt's last position predicts the first
             at_base = logits_of(h_base[row, steps], *output_head(base.model))
             at_chat = logits_of(h_chat[row, steps], *output_head(chat.model))
-            kls[i] = float(kl_divergence(at_base, at_chat).mean())
+            kls[i] = kl_divergence(at_base, at_chat)
     return kls

@@ -25,6 +25,8 @@ from safesteer._files import write_text
 from safesteer._version import __version__
 from safesteer.report.figures import suite_figure
 from safesteer.report.page_data import load_page_data
+from safesteer.report.robust_figures import robust_figure
+from safesteer.report.robust_table import KL_HARMFUL, KL_HARMLESS, is_robust
 
 NAME = "report.html"
 
@@ -83,7 +85,13 @@ def suite_page(table: pd.DataFrame, title: str) -> str:
         table: The table of `suite.run_suite`.
         title: The page's heading.
     """
-    return figure_page(suite_figure(table), table, title, "low and high are 95 % intervals.")
+    note = "low and high are 95 % intervals."
+    if not is_robust(table):
+        return figure_page(suite_figure(table), table, title, note)
+    shown = pd.DataFrame(table[~table.kind.isin((KL_HARMFUL, KL_HARMLESS))])
+    return figure_page(
+        robust_figure(table), shown, title, f"{note} results.csv has the KL of every position."
+    )
 
 
 def figure_page(figure: go.Figure, table: pd.DataFrame, title: str, note: str) -> str:
