@@ -1,12 +1,15 @@
 """The position x layer sweep against a naive one-candidate-at-a-time reference, in one run.
 
-    python performance/sweep.py [--pairs 32] [--every 6] [--timed 8] [--only-ours]
+    python performance/sweep.py [--pairs 32] [--every 6] [--timed 8] [--dtype float32] [--only-ours]
 
 The reference is what a script with hooks does: for each candidate three whole passes of all prompts,
 padded to the longest, logits at every position, all layers run and the last fifth dropped
 afterwards. Both sweep all positions of every `every`-th layer (1: all layers); the reference is timed
 on `timed` of those candidates, spread evenly, and its time multiplied. Half of them are timed before
 and half after ours, because a shared machine's speed drifts. Scores that both computed are compared.
+
+Ours is timed twice: every candidate on every pair, and by successive halving (8 pairs first), as `sweep` does
+by default; `same_best` says whether both rank the same candidate first by ablation.
 """
 
 import argparse
@@ -20,10 +23,13 @@ from measure import extra_mb, machine, start_memory
 import safesteer as ss
 from safesteer.directions.extraction import mean_difference
 from safesteer.directions.refusal_tokens import refusal_token_ids
+from safesteer.directions.halving import Scored, score_by_halving
 from safesteer.directions.scoring import SCORES, score
 from safesteer.models.batch import PromptBatch
 from safesteer.models.generation import generate_ids
 from safesteer.models.logits import kl_divergence, refusal_score
+
+N_FIRST = 8  # pairs that every candidate is scored on by halving
 
 
 def padded(chat, texts):
@@ -93,6 +99,20 @@ class Task:
         scores = score(self.chat, vectors, [layer for _, layer in self.run], self.prompts, self.refusal_ids)
         return scores, time.perf_counter() - started
 
+    def halved(self) -> tuple[Scored, float]:
+        started, layers = time.perf_counter(), [layer for _, layer in self.run]
+        vectors = torch.stack([self.vectors[at] for at in self.run])
+
+        def score_some(at, prompts, progress):
+            return score(self.chat, vectors[at], [layers[i] for i in at], prompts, self.refusal_ids)
+
+        scored = score_by_halving(score_some, len(layers), self.prompts, N_FIRST, best_first)
+        return scored, time.perf_counter() - started
+
+
+def best_first(scores: dict[str, torch.Tensor]) -> torch.Tensor:
+    return scores["ablation_refusal"].mean(1).argsort()
+
 
 @torch.no_grad()
 def compare(task: Task, n_timed: int) -> tuple[dict, list[float]]:
@@ -114,16 +134,23 @@ def compare(task: Task, n_timed: int) -> tuple[dict, list[float]]:
     time_naive(timed[:1])  # to warm up: it is timed again
     time_naive(timed[::2])
     measured, ours = task.ours()
+    scored, halved = task.halved()
     time_naive(timed[1::2])
     worst = 0.0
     for at, want in wanted.items():
         if at in task.run and task.vectors[at].norm() > 1e-3:
             scores = [float(measured[name][task.run.index(at)].mean()) for name in SCORES]
             worst = max(worst, *(abs(a - b) for a, b in zip(scores, want, strict=True)))
+    went_through = (scored.n_pairs == scored.n_pairs.max()).nonzero()[:, 0]
+    last = {name: values[went_through] for name, values in scored.scores.items()}
+    best = int(went_through[best_first(last)[0]])
     naive = sum(seconds.values()) / len(timed) * len(cells)
     result = {
         "ratio": round(naive / ours, 2),
+        "ratio_halved": round(naive / halved, 2),
         "ours_s": round(ours, 1),
+        "halved_s": round(halved, 1),
+        "same_best": best == int(best_first(measured)[0]),
         "naive_s": round(naive, 1),
         "naive_timed": len(timed),
         "candidates": len(cells),
@@ -138,15 +165,17 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--every", type=int, default=6)
     parser.add_argument("--timed", type=int, default=8)
+    parser.add_argument("--dtype", default="float32", help="of both: the reference has the same")
     parser.add_argument("--only-ours", action="store_true", help="peak memory, without the reference")
     options = parser.parse_args()
-    task = Task.of(ss.load_model("smollm2-135m"), options.pairs, options.every)
+    chat = ss.load_model("smollm2-135m", dtype=options.dtype)
+    task = Task.of(chat, options.pairs, options.every)
     if options.only_ours:
         before = start_memory()
         _, ours = task.ours()
         print(f"ours: {ours:.1f} s, {extra_mb(before):.0f} MB above the model with {options.pairs} pairs")
         return
-    print(json.dumps({**compare(task, options.timed)[0], **machine()}))
+    print(json.dumps({**compare(task, options.timed)[0], "dtype": options.dtype, **machine()}))
 
 
 if __name__ == "__main__":
