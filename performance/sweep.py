@@ -22,8 +22,8 @@ from measure import extra_mb, machine, start_memory
 
 import safesteer as ss
 from safesteer.directions.extraction import mean_difference
-from safesteer.directions.refusal_tokens import refusal_token_ids
 from safesteer.directions.halving import Scored, score_by_halving
+from safesteer.directions.refusal_tokens import refusal_token_ids
 from safesteer.directions.scoring import SCORES, score
 from safesteer.models.batch import PromptBatch
 from safesteer.models.generation import generate_ids
