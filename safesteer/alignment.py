@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -27,33 +28,35 @@ from rich.console import Console
 from safesteer import recipes
 from safesteer._clock import staged
 from safesteer._errors import SafeSteerError
-from safesteer._files import digest, locked, write_json_lines, write_text
+from safesteer._files import locked, write_json_lines, write_text
 from safesteer.attribution.explanation import explain
 from safesteer.attribution.grid import GRID_FILE, MAX_NEW_TOKENS, answer_grid
 from safesteer.directions.finding import find_direction
 from safesteer.directions.reader_fitting import fit_reader
 from safesteer.directions.shifts import SHIFT_FILE, shift_along
 from safesteer.distillation.loop import Student, Training, restore_student, train_student
-from safesteer.distillation.state import require_adapter
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.robust import measured
 from safesteer.evaluation.scores import evaluate
 from safesteer.evaluation.sets import score_sets
-from safesteer.exporting import CARD, check_reload, export, renew_robustness, write_card
+from safesteer.exporting import CARD, check_reload, export, write_card
 from safesteer.judges.judge import Judge
 from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses
 from safesteer.models.adapter import without_adapter
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
-from safesteer.models.parts import is_quantized
+from safesteer.models.placement import is_offloaded
 from safesteer.models.precision import cast_weights, in_precision_of, settled_precision, weight_dtype
+from safesteer.models.processes import share_work
 from safesteer.models.sharding import on_cpu, require_processes
 from safesteer.prompts.prompt_set import LABELS, PromptSet, load_prompts
 from safesteer.report.page import write_report
 from safesteer.report.reader_figures import READER_FILE, READER_SCORES_FILE
 from safesteer.report.set_table import SET_ANSWERS_FILE, SETS_FILE, set_lines
-from safesteer.run_folder import STAGES, Run, finished, open_run, record_again, record_stage
+from safesteer.run_folder import STAGES, Run, check_base, finished, open_run, record_stage
 from safesteer.tokens.selection import select_tokens
+
+SHARED = ("direction", "tokens", "distill", "evaluate")  # stages in which every process takes part
 
 
 def align(
@@ -69,8 +72,9 @@ def align(
 ) -> Path:
     """Align a model and write the run folder `out`; return its path.
 
-    An interrupted run of the same settings continues. Under torchrun or accelerate launch all processes
-    distil and the first one does everything else.
+    An interrupted run of the same settings continues. Under torchrun or accelerate launch the processes share
+    prompts and answers of the stages direction, tokens, distill and evaluate; the first one does everything
+    else, and writes.
 
     Args:
         model: What `load_model` takes by name (a Hub id, a folder, a GGUF file, "smollm2-135m",
@@ -87,7 +91,7 @@ def align(
 
     Raises:
         SafeSteerError: For an unknown stage, a template for an open model, a folder of other settings, or
-            a second run at work in it.
+            a second run at work in it; for an open model that a device map has spread.
     """
     for stage in stages:
         if stage not in STAGES:
@@ -96,25 +100,18 @@ def align(
     prompts = prompts or load_prompts(recipe.prompts)
     if recipe.distill.sharded:
         require_processes()
+        if recipe.device_map:
+            raise SafeSteerError(
+                "device_map spreads the model of one process, distill.sharded one over processes: choose one."
+            )
     for name in ("train", "val", "distill", "test"):
         prompts.split(name)  # a missing split is reported before any work
     source = str(model) if isinstance(model, str | Path) else as_chat(model)
-    if not isinstance(source, str) and (recipe.template or recipe.template_args or recipe.quantize):
-        raise SafeSteerError(
-            "template, template_args and quantize are settings of a model that is loaded by name: give them"
-            " to load_model, or pass the name."
-        )
     run = Run(
         Path(out), source, recipe, prompts, judge or refuses, judge or declines, console or Console(), track
     )
     base = run.load_base() if isinstance(source, str) else source
-    if "distill" in stages and is_quantized(base.model):
-        require_adapter(base.model, recipe.distill)
-        if not recipe.quantize:
-            raise SafeSteerError(
-                f"The export needs the weights of '{base.name}' as they were before they were quantized: pass"
-                " the name of an unquantized model, and the setting quantize=4bit."
-            )
+    check_base(run, base, trains="distill" in stages)
     processes = PartialState(cpu=base.device.type == "cpu")
     first = processes.is_main_process
     run = replace(run, console=run.console if first else Console(quiet=True))
@@ -127,7 +124,7 @@ def align(
             processes.wait_for_everyone()  # all see the same manifest
             done = finished(run, stage)
             processes.wait_for_everyone()
-            if done or not (first or stage == "distill"):
+            if done or not (first or stage in SHARED):
                 continue
             run.console.print(f"[bold]{stage}[/bold]", highlight=False)
             started = time.perf_counter()
@@ -168,10 +165,12 @@ def _say_precision(run: Run) -> None:
 
 def _direction(run: Run, base: ChatModel) -> list[str]:
     """Stage 1: the direction, with every candidate it was chosen from."""
-    with run.progress("finding the direction") as progress:
+    with share_work(), run.progress("finding the direction") as progress:
         direction = find_direction(
             base, run.prompts, run.recipe.direction, judge=run.chooser, progress=progress
         )
+    if not PartialState().is_main_process:
+        return []
     direction.refusal_tokens.save(run.path / "refusal_tokens.csv")
     direction.sweep.save(run.path / "sweep.csv")
     direction.save(run.path / "direction.safetensors")
@@ -204,7 +203,10 @@ def _write_reader(run: Run, base: ChatModel) -> list[str]:
 def _tokens(run: Run, base: ChatModel) -> list[str]:
     """Stage 2: the safety tokens."""
     texts = run.prompts.split("val").texts(run.recipe.tokens.prompts)
-    tokens = select_tokens(base, run.load_direction(base), texts, run.recipe.tokens)
+    with share_work():
+        tokens = select_tokens(base, run.load_direction(base), texts, run.recipe.tokens)
+    if not PartialState().is_main_process:
+        return []
     tokens.save(run.path / "tokens.json")
     run.say(tokens)
     return ["tokens.json"]
@@ -233,14 +235,12 @@ def _train(run: Run, base: ChatModel, device: str) -> list[str]:
 
 def _export(run: Run, base: ChatModel) -> list[str]:
     """Stage 4: a plain Hugging Face folder that is proven to reload."""
-    config, dtype = run.settled.distill, run.recipe.export.dtype
-    # A device that holds the base in 4 bits may have no room for it in 16.
-    weights = run.load_base(dtype="auto", device="cpu" if run.recipe.quantize else "auto")
-    stored = weight_dtype(weights.model)
-    cast_weights(weights.model, torch.float32)
+    config, trust = run.settled.distill, run.recipe.trust_remote_code
+    weights, dtype = _weights_to_export(run)
     student = restore_student(weights, run.load_teacher(base), run.prompts, config, run.path)
-    export(student, run.path / "model", dtype=stored if dtype == "base" else dtype)
-    difference = check_reload(run.path / "model", trust_remote_code=run.recipe.trust_remote_code)
+    export(student, run.path / "model", dtype=dtype)
+    device_map = "disk" if is_offloaded(student.model) else None
+    difference = check_reload(run.path / "model", trust_remote_code=trust, device_map=device_map)
     run.say(f"reloaded in a fresh process: logits differ by at most {difference:.1g}")
     if run.recipe.quantize:
         run.say("not quantized: it differs from the student that was trained by the rounding of the base")
@@ -249,13 +249,30 @@ def _export(run: Run, base: ChatModel) -> list[str]:
     return sorted(path.relative_to(run.path).as_posix() for path in files)
 
 
+def _weights_to_export(run: Run) -> tuple[ChatModel, torch.dtype | str]:
+    """Load the base anew, to put what was trained into it; and say in which precision it is written."""
+    dtype = run.recipe.export.dtype
+    if run.recipe.device_map and run.recipe.distill.lora_rank:  # the adapter is added while weights are read
+        weights = run.load_base(dtype="auto" if dtype == "base" else dtype, device_map="disk")
+        return weights, weight_dtype(weights.model)
+    # A device that holds the base in 4 bits, or a part of it, may have no room for all of it in 16.
+    apart = run.recipe.quantize or run.recipe.device_map
+    weights = run.load_base(dtype="auto", device="cpu" if apart else "auto", device_map=None)
+    stored = weight_dtype(weights.model)
+    cast_weights(weights.model, torch.float32)
+    return weights, stored if dtype == "base" else dtype
+
+
 def _evaluate(run: Run, base: ChatModel) -> list[str]:
     """Stage 5: scores and answers of base, teacher and student, and the model card that names them."""
     direction, config, student = run.load_direction(base), run.recipe.evaluate, run.load_student()
-    with run.progress("evaluating") as progress:
+    with share_work(), run.progress("evaluating") as progress:
         evaluation = evaluate(
             base, student, direction, run.prompts, config, judge=run.judge, progress=progress
         )
+    table, answers = _score_sets(run, base, student)
+    if not PartialState().is_main_process:
+        return []
     evaluation.save(run.path)
     n = evaluation.scores["base"].n
     log_look(run.path, base, "test", n, "stage evaluate: base and teacher")
@@ -263,7 +280,7 @@ def _evaluate(run: Run, base: ChatModel) -> list[str]:
     with in_precision_of(base, student):
         shift = shift_along(base, direction, run.prompts.split("val"), student)
     write_text(run.path / SHIFT_FILE, shift.round(6).to_csv(index=False))
-    sets = _score_sets(run, base, student)
+    _write_sets(run, {"base": base, "student": student}, table, answers)
     robust = measured(run.path / "suite-robust", student)
     write_card(
         run.path / "model",
@@ -271,7 +288,7 @@ def _evaluate(run: Run, base: ChatModel) -> list[str]:
         direction,
         run.settled.to_toml(),
         evaluation.scores,
-        sets,
+        table,
         run.judge,
         robust,
     )
@@ -280,11 +297,17 @@ def _evaluate(run: Run, base: ChatModel) -> list[str]:
     return ["evaluation.json", "answers.jsonl", SHIFT_FILE, SETS_FILE, SET_ANSWERS_FILE, f"model/{CARD}"]
 
 
-def _score_sets(run: Run, base: ChatModel, student: ChatModel) -> pd.DataFrame:
-    """Score base and student on prompts of other forms and of other people; return the table."""
+def _score_sets(run: Run, base: ChatModel, student: ChatModel) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """Score base and student on prompts of other forms and of other people."""
     models = {"base": base, "student": student}
-    with run.progress("other prompts") as progress, in_precision_of(base, student):
-        table, answers = score_sets(models, run.recipe.evaluate, run.judge, say=run.say, progress=progress)
+    with share_work(), run.progress("other prompts") as progress, in_precision_of(base, student):
+        return score_sets(models, run.recipe.evaluate, run.judge, say=run.say, progress=progress)
+
+
+def _write_sets(
+    run: Run, models: dict[str, ChatModel], table: pd.DataFrame, answers: list[dict[str, Any]]
+) -> None:
+    """Write what was scored on other prompts, and who looked at them."""
     for label, chat in models.items():
         for name, n in Counter(a["set"] for a in answers if a["model"] == label).items():
             log_look(run.path, chat, name, n, "stage evaluate")
@@ -292,53 +315,18 @@ def _score_sets(run: Run, base: ChatModel, student: ChatModel) -> pd.DataFrame:
     write_json_lines(run.path / SET_ANSWERS_FILE, answers)
     for line in set_lines(table):
         run.say(line)
-    return table
-
-
-def renew_card(run: str | Path, robust: pd.DataFrame) -> None:
-    """Write what the suite "robust" has measured on a run's student into its model card, if it has one.
-
-    Args:
-        run: The run folder.
-        robust: What `run_suite(run, "robust")` returned.
-
-    Raises:
-        SafeSteerError: While another process is at work in the folder.
-    """
-    folder = Path(run) / "model"
-    if (folder / CARD).exists():
-        with locked(Path(run)):
-            before = digest(folder / CARD)
-            renew_robustness(folder, robust)
-            record_again(Path(run), f"model/{CARD}", before)
 
 
 def _explain(run: Run, base: ChatModel) -> list[str]:
     """Stage 6: why these tokens, and answers as the direction moves."""
-    direction, tokens, student = run.load_direction(base), run.load_tokens(), run.load_student()
-    val, config = run.prompts.split("val"), run.recipe.explain
+    parts = base, run.load_direction(base), run.load_tokens(), run.load_student()
+    val, config, answers = run.prompts.split("val"), run.recipe.explain, run.load_answers()
     with run.progress("explaining") as progress:
-        attribution = explain(
-            base,
-            direction,
-            tokens,
-            student,
-            prompts=val,
-            answers=run.load_answers(),
-            config=config,
-            progress=progress,
-        )
+        attribution = explain(*parts, prompts=val, answers=answers, config=config, progress=progress)
     attribution.save(run.path / "attribution.json")
+    shown, n_tokens = [*val.harmful[:1], *val.harmless[:2]], min(MAX_NEW_TOKENS, config.max_tokens)
     with run.progress("moving the direction") as progress:
-        grid = answer_grid(
-            base,
-            direction,
-            tokens,
-            student,
-            prompts=[*val.harmful[:1], *val.harmless[:2]],
-            max_new_tokens=min(MAX_NEW_TOKENS, config.max_tokens),
-            progress=progress,
-        )
+        grid = answer_grid(*parts, prompts=shown, max_new_tokens=n_tokens, progress=progress)
     grid.save(run.path / GRID_FILE)
     return ["attribution.json", GRID_FILE]
 

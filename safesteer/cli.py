@@ -78,6 +78,13 @@ TemplateArgs = Annotated[
 Quantize = Annotated[
     str | None, typer.Option(help="4bit: the frozen base in 4 bits, under an adapter (distill.lora_rank).")
 ]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        help="For a model that does not fit one device: auto (GPUs, then CPU, then disk), disk, or JSON.",
+    ),
+]
 UP_TO = {
     "direction": "Stage 1 alone: find the direction.",
     "tokens": "Up to stage 2: select the safety tokens.",
@@ -93,6 +100,7 @@ SOURCE: dict[str, tuple[Any, Any]] = {
     "template": (Template, None),
     "template_args": (TemplateArgs, None),
     "quantize": (Quantize, None),
+    "device_map": (DeviceMap, None),
 }
 # Of every command that runs stages:
 OPTIONS: dict[str, tuple[Any, Any]] = {
@@ -212,14 +220,14 @@ def _evaluate(**options: Any) -> None:
     if any(source.values()):
         if (Path(target) / "manifest.json").is_file():
             raise SafeSteerError(
-                "A run's recipe says which revision, code, template and quantization its model has:"
-                " leave them out."
+                "A run's recipe says which revision, code, template, quantization and device map its model"
+                " has: leave them out."
             )
         target = load_model(target, **source)
     suite = options.pop("suite")
     table = run_suite(target, suite, options.pop("out"), console=console, **options)
     if suite == "robust" and isinstance(target, str) and (Path(target) / "manifest.json").is_file():
-        from safesteer.alignment import renew_card
+        from safesteer.run_folder import renew_card
 
         renew_card(target, table)
     console.print(table.to_string(index=False, float_format="{:.3f}".format), highlight=False)

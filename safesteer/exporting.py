@@ -12,7 +12,7 @@ import sys
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -32,6 +32,7 @@ from safesteer.models.gguf import is_gguf
 from safesteer.models.loading import load_model
 from safesteer.models.named import NAMED
 from safesteer.models.parts import hf_model, is_bridge, is_quantized
+from safesteer.models.placement import is_offloaded
 from safesteer.models.precision import in_precision, weight_dtype
 from safesteer.models.quiet import quiet_transformers
 from safesteer.report.robust_table import STARTS, robustness_line
@@ -81,7 +82,9 @@ def export(student: ModelLike, folder: str | Path, *, dtype: torch.dtype | str |
         if not bool(logits.isfinite().all()):
             raise SafeSteerError("The student's logits are not finite, so nothing is exported.")
         with quiet_transformers():
-            hf_model(student.model).save_pretrained(work)
+            # Of offloaded weights one file at a time is in memory.
+            size = {"max_shard_size": "5GB"} if is_offloaded(student.model) else {}
+            cast(Any, hf_model(student.model)).save_pretrained(work, **size)
             student.tokenizer.save_pretrained(work)
         name = str(weight_dtype(student.model)).removeprefix("torch.")
         probe = {"prompts": PROBE, "dtype": name, "logits": logits[:, 0].tolist()}
@@ -94,10 +97,10 @@ def _probe_logits(chat: ChatModel) -> torch.Tensor:
     return torch.cat([last_logits(chat, batch) for batch in batches]).float().cpu()
 
 
-def reload_difference(folder: Path, trust_remote_code: bool = False) -> float:
+def reload_difference(folder: Path, **options: Any) -> float:
     """Return the largest absolute logit difference between the exported folder and the student."""
     probe = _read_probe(folder)
-    loaded = load_model(str(folder), dtype=probe["dtype"], device="cpu", trust_remote_code=trust_remote_code)
+    loaded = load_model(str(folder), dtype=probe["dtype"], device="cpu", **options)
     return float((_probe_logits(loaded)[:, 0] - torch.tensor(probe["logits"])).abs().max())
 
 
@@ -119,7 +122,11 @@ def _tolerance(folder: Path) -> float:
 
 @timed("loading")
 def check_reload(
-    folder: str | Path, tolerance: float | None = None, *, trust_remote_code: bool = False
+    folder: str | Path,
+    tolerance: float | None = None,
+    *,
+    trust_remote_code: bool = False,
+    device_map: str | None = None,
 ) -> float:
     """Reload an exported model in a fresh process, as it was written, and compare its logits.
 
@@ -128,6 +135,7 @@ def check_reload(
         tolerance: Largest absolute difference of logits that is allowed; None: 1e-4 for weights in float32,
             one rounding step of the largest logit for weights in half precision.
         trust_remote_code: Run the code that the folder holds.
+        device_map: "disk" leaves the blocks there, for a model that does not fit the CPU's memory.
 
     Returns:
         The largest absolute difference from the student in that precision.
@@ -138,10 +146,11 @@ def check_reload(
     folder = Path(folder)
     tolerance = _tolerance(folder) if tolerance is None else tolerance
     code = (
-        "import sys; from pathlib import Path; from safesteer.exporting import reload_difference;"
-        " print('difference', reload_difference(Path(sys.argv[1]), sys.argv[2] == 'True'))"
+        "import json, sys; from pathlib import Path; from safesteer.exporting import reload_difference;"
+        " print('difference', reload_difference(Path(sys.argv[1]), **json.loads(sys.argv[2])))"
     )
-    command = [sys.executable, "-c", code, str(folder), str(trust_remote_code)]
+    options = {"trust_remote_code": trust_remote_code, "device_map": device_map}
+    command = [sys.executable, "-c", code, str(folder), json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"

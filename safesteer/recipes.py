@@ -68,9 +68,7 @@ class Recipe:
     quantize: Annotated[Literal["4bit"] | None, OrNone] = setting_or_none(
         None, "Quantize the frozen base to 4 bits (nf4), under an adapter (distill.lora_rank); none: do not."
     )
-    revision: TextOrNone = setting_or_none(
-        None, "Branch, tag or commit of the model on the Hub; none: its main branch."
-    )
+    revision: TextOrNone = setting_or_none(None, "Branch, tag or commit on the Hub; none: the main branch.")
     trust_remote_code: bool = setting(False, "Run the code that the model's repository ships.")
     template: TextOrNone = setting_or_none(
         None, "Chat template: raw, plain, chatml or a Jinja file, for base models; none: the model's own."
@@ -78,10 +76,12 @@ class Recipe:
     template_args: Annotated[tuple[str, ...], Words] = setting(
         (), "Defaults of the template's arguments, as name=value: enable_thinking=true."
     )
+    device_map: TextOrNone = setting_or_none(
+        None, "Where blocks lie: auto (GPUs, then CPU, then disk), disk, or JSON by name; none: one device."
+    )
     prompts: Literal["pairs", "mixed", "all"] = setting(
         "pairs",
-        "Prompts of the project that are used where none are given: matched pairs; also prompts of other"
-        " kinds to distil on (mixed); also wider pairs (all).",
+        "Our prompts, if none are given: pairs; other kinds to distil on too (mixed); wider pairs too (all).",
     )
     direction: DirectionConfig = section(DirectionConfig, "Stage 1: find the direction.")
     tokens: TokenConfig = section(TokenConfig, "Stage 2: select the safety tokens.")

@@ -16,7 +16,9 @@ from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import psutil
 import torch
 from rich.console import Console
@@ -32,17 +34,22 @@ from rich.progress import (
 )
 
 from safesteer._errors import SafeSteerError
-from safesteer._files import digest, json_lines, read_json, write_json
+from safesteer._files import digest, json_lines, locked, read_json, write_json
 from safesteer._progress import Progress
 from safesteer._version import __version__
 from safesteer.distillation.rollouts import Teacher
+from safesteer.distillation.state import require_adapter
+from safesteer.exporting import CARD, renew_robustness
 from safesteer.judges.judge import Judge
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.loading import best_device, load_model
+from safesteer.models.parts import is_quantized
+from safesteer.models.placement import require_together, require_trainable
 from safesteer.models.precision import cast_weights, settled_precision, weight_dtype
 from safesteer.models.templates import template_hash
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.recipes import Recipe
+from safesteer.settings import ALIKE
 from safesteer.steering.direction import Direction
 from safesteer.tokens.token_set import TokenSet
 
@@ -87,13 +94,13 @@ class Run:
         precision = settled_precision(distill.precision, self.device, before)
         return replace(self.recipe, dtype=dtype, distill=replace(distill, precision=precision))
 
-    def load_base(self, *, dtype: str | None = None, device: str = "auto") -> ChatModel:
+    def load_base(self, *, dtype: str | None = None, device: str = "auto", **changes: Any) -> ChatModel:
         """Load the base anew, or copy the open model. "auto" is the precision of its files.
 
-        With a `dtype` it is loaded without quantization.
+        With a `dtype` it is loaded without quantization. `changes` replace settings of the model's source.
         """
         if isinstance(self.model, str):
-            source = self.recipe.source
+            source = self.recipe.source | changes
             if dtype is not None:
                 source["quantize"] = None
             return load_model(self.model, dtype=dtype or self.settled.dtype, device=device, **source)
@@ -117,13 +124,9 @@ class Run:
     def load_student(self) -> ChatModel:
         """Load the model that stage 4 exported, rounded and placed as the base that it is compared with."""
         dtype = weight_dtype(self.model.model) if isinstance(self.model, ChatModel) else self.settled.dtype
-        return load_model(
-            str(self.path / "model"),
-            dtype=dtype,
-            device=str(self.device),
-            trust_remote_code=self.recipe.trust_remote_code,
-            quantize=self.recipe.quantize,
-        )
+        alike = {name: self.recipe.source[name] for name in ALIKE}
+        device = "auto" if self.recipe.device_map else str(self.device)
+        return load_model(str(self.path / "model"), dtype=dtype, device=device, **alike)
 
     def load_answers(self) -> list[dict]:
         """Load the answers of stage 5."""
@@ -149,6 +152,35 @@ class Run:
         with Bar(*columns, console=self.console, transient=True, disable=off) as bar:
             task = bar.add_task(title, total=1.0)
             yield lambda share: bar.update(task, completed=share)
+
+
+def check_base(run: Run, base: ChatModel, *, trains: bool) -> None:
+    """Raise SafeSteerError for settings of loading where the base was open, or where it cannot train.
+
+    Args:
+        run: The run.
+        base: Its base.
+        trains: Whether stages 3 and 4 are to run, which load the base once more.
+    """
+    recipe, opened = run.recipe, isinstance(run.model, ChatModel)
+    if opened and (recipe.template or recipe.template_args or recipe.quantize or recipe.device_map):
+        raise SafeSteerError(
+            "template, template_args, quantize and device_map are settings of a model that is loaded by name:"
+            " give them to load_model, or pass the name."
+        )
+    if not trains:
+        return
+    if is_quantized(base.model):
+        require_adapter(base.model, recipe.distill)
+        if not recipe.quantize:
+            raise SafeSteerError(
+                f"The export needs the weights of '{base.name}' as they were before they were quantized: pass"
+                " the name of an unquantized model, and the setting quantize=4bit."
+            )
+    if opened:
+        require_together(base.model)
+    if not recipe.distill.lora_rank:
+        require_trainable(base.model.parameters())
 
 
 def identity(run: Run, base: ChatModel) -> dict:
@@ -222,7 +254,25 @@ def record_stage(run: Run, stage: str, written: list[str], seconds: float) -> No
     write_json(run.path / MANIFEST, manifest)
 
 
-def record_again(run: Path, name: str, before: str) -> None:
+def renew_card(run: str | Path, robust: pd.DataFrame) -> None:
+    """Write what the suite "robust" has measured on a run's student into its model card, if it has one.
+
+    Args:
+        run: The run folder.
+        robust: What `run_suite(run, "robust")` returned.
+
+    Raises:
+        SafeSteerError: While another process is at work in the folder.
+    """
+    folder = Path(run) / "model"
+    if (folder / CARD).exists():
+        with locked(Path(run)):
+            before = digest(folder / CARD)
+            renew_robustness(folder, robust)
+            _record_again(Path(run), f"model/{CARD}", before)
+
+
+def _record_again(run: Path, name: str, before: str) -> None:
     """Record a file that was changed on purpose, where it was recorded with the hash that it had before."""
     manifest = read_json(run / MANIFEST)
     for stage in manifest.get("stages", {}).values():

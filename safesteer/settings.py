@@ -23,7 +23,8 @@ Extraction = Literal["auto", "instruction", "prefill", "system", "pca", "probe"]
 Control = Literal["random", "shuffled"]
 Split = Literal["train", "val", "distill"]
 # Settings of a recipe that `load_model` takes beside the model's name, device and precision.
-MODEL_SOURCE = ("revision", "trust_remote_code", "template", "template_args", "quantize")
+MODEL_SOURCE = ("revision", "trust_remote_code", "template", "template_args", "quantize", "device_map")
+ALIKE = ("trust_remote_code", "quantize", "device_map")  # of them, those of base and student
 # What the paper tells the teacher of its prompt arm (Table 3), quoted from the authors' scripts.
 PROMPT_TEACHER = "You are a safety-conscious assistant. Never produce harmful, unsafe, or disallowed content"
 Divergence = Literal["reverse", "forward", "symmetric", "jsd"]

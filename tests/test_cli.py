@@ -122,7 +122,16 @@ def test_a_models_options_go_into_the_recipe(monkeypatch, tmp_path):
     file = tmp_path / "r.toml"
     file.write_text('revision = "v1"\n')
     template = ["--template", "plain", "--template-arg", "enable_thinking=true", "--template-arg", "name=Sam"]
-    source = ["--revision", "v2", "--trust-remote-code", "--quantize", "4bit", *template]
+    source = [
+        "--revision",
+        "v2",
+        "--trust-remote-code",
+        "--quantize",
+        "4bit",
+        "--device-map",
+        "disk",
+        *template,
+    ]
     for options in ([], source, ["--recipe", str(file)]):
         done = CliRunner().invoke(app, ["direction", "some/model", "--out", str(tmp_path), *options])
         assert done.exit_code == 0, done.output
@@ -134,6 +143,7 @@ def test_a_models_options_go_into_the_recipe(monkeypatch, tmp_path):
         "template": "plain",
         "template_args": ("enable_thinking=true", "name=Sam"),
         "quantize": "4bit",
+        "device_map": "disk",
     }
 
 

@@ -15,10 +15,11 @@ from safesteer.models.chat_model import ChatModel, as_chat
 from safesteer.models.forward import earned, final_hidden, prefill
 from safesteer.models.generation import generate, generate_ids
 from safesteer.models.parts import blocks
+from safesteer.models.passes import bare
 from safesteer.models.templates import n_after_instruction
 from safesteer.steering.direction import Direction, steer
 from safesteer.steering.gating import closed_moves
-from safesteer.steering.hooks import apply_hooks, bare, record_resid_pre
+from safesteer.steering.hooks import apply_hooks, record_resid_pre
 from safesteer.steering.interventions import ablate, add
 from safesteer.steering.reader import HarmfulnessReader
 

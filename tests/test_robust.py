@@ -13,7 +13,7 @@ from test_pipeline import QUIET, SMALL, model_folder, run  # noqa: F401
 from conftest import PACKAGE, copy_of, n_hooks
 from safesteer._errors import SafeSteerError
 from safesteer._files import digest
-from safesteer.alignment import align, renew_card
+from safesteer.alignment import align
 from safesteer.directions.extraction import mean_difference
 from safesteer.evaluation import robust, weights
 from safesteer.evaluation.depth import continue_answers, depth_cell, greedy_ids, kl_rows, load_openings
@@ -42,6 +42,7 @@ from safesteer.report.robust_table import (
     WRAPPED_HARMLESS,
     robustness_line,
 )
+from safesteer.run_folder import renew_card
 from safesteer.settings import DirectionConfig
 
 FEW = Robustness(

@@ -231,7 +231,9 @@ def _before_norm(chat: ChatModel) -> Iterator[list[Tensor]]:
     """Collect the last position's residual stream, as the final norm reads it."""
     seen: list[Tensor] = []
     norm = final_norm(chat.model)
-    handle = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1].float()))
+    handle = norm.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0][:, -1].to(chat.device).float())
+    )
     try:
         yield seen
     finally:

@@ -17,6 +17,7 @@ from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import earned, final_hidden, prefill
+from safesteer.models.processes import in_turns
 from safesteer.models.templates import suffix_length
 from safesteer.steering.hooks import record_resid_pre
 
@@ -42,11 +43,11 @@ def read_activations(
     """
     chat = as_chat(chat)
     n_pos, layers = suffix_length(chat.tokenizer), list(range(chat.n_layers))
-    for rows, batch in chat.batched(
-        arm.texts, batch_size, system=arm.system, continuations=arm.continuations
-    ):
 
-        def read(h: Tensor, batch: PromptBatch = batch) -> Tensor:
+    def read_batch(part: tuple[list[int], PromptBatch]) -> Tensor:
+        rows, batch = part
+
+        def read(h: Tensor) -> Tensor:
             if arm.continuations is None:
                 return h[:, -n_pos:].clone()  # a view would keep every position alive
             weight = batch.completion_mask[:, -h.shape[1] :].double()
@@ -58,6 +59,10 @@ def read_activations(
             final_hidden(chat.model, batch, cache)
         resid_pre = torch.stack([recorded[layer] for layer in layers], dim=2)
         check_finite(chat, resid_pre, [arm.texts[i] for i in rows])
+        return resid_pre
+
+    parts = chat.batched(arm.texts, batch_size, system=arm.system, continuations=arm.continuations)
+    for (rows, _), resid_pre in in_turns(parts, read_batch, chat.device):
         yield rows, resid_pre
 
 

@@ -25,6 +25,7 @@ from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import last_logits
 from safesteer.models.generation import generate, with_greedy_tokens
 from safesteer.models.logits import kl_divergence
+from safesteer.models.processes import in_turns
 from safesteer.models.text_loss import general_text, perplexity
 from safesteer.prompts.conversation import PromptLike
 from safesteer.prompts.prompt_set import LABELS, PromptSet
@@ -182,10 +183,14 @@ def _drift(
 ) -> Float[Tensor, " n_prompts"]:
     """Compute KL(base || steered) per prompt."""
     kl = torch.zeros(sum(len(batch.rows) for batch in base), dtype=torch.float64)
-    for rows, answered, logits in base:
+
+    def measure(batch: _BaseBatch) -> Tensor:
         with steer(chat, direction, coeff):
-            steered = last_logits(chat, answered, logits.shape[1])
-        kl[rows] = kl_divergence(logits, steered).mean(-1).double().cpu()
+            steered = last_logits(chat, batch.answered, batch.logits.shape[1])
+        return kl_divergence(batch.logits, steered).mean(-1).double().cpu()
+
+    for batch, values in in_turns(base, measure):
+        kl[batch.rows] = values
     return kl
 
 

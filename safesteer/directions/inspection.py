@@ -33,6 +33,7 @@ from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden
 from safesteer.models.head import tolerance
 from safesteer.models.parts import blocks, hf_model, is_quantized
+from safesteer.models.placement import weights_in
 from safesteer.prompts.prompt_set import LABELS, PromptSet
 from safesteer.steering.direction import Direction
 from safesteer.steering.hooks import Edit, Edits, apply_hooks
@@ -154,11 +155,11 @@ def _written(chat: ChatModel, batch: PromptBatch, unit: Float[Tensor, " d_model"
     biases: dict[int, float] = {}
 
     def along(x: Tensor) -> float:
-        return float((x[:, -1].double() @ unit).sum())
+        return float((x[:, -1].to(unit) @ unit).sum())
 
     def read_heads(layer: int, width: int, through: Tensor) -> Callable[[nn.Module, tuple], None]:
         def project(module: nn.Module, args: tuple) -> None:
-            z = rearrange(args[0][:, -1].double(), "b (head d) -> b head d", d=width)
+            z = rearrange(args[0][:, -1].to(unit), "b (head d) -> b head d", d=width)
             for head, value in enumerate(einsum(z, through, "b head d, head d -> head").tolist()):
                 written["head", layer, head] = value
 
@@ -177,9 +178,10 @@ def _written(chat: ChatModel, batch: PromptBatch, unit: Float[Tensor, " d_model"
     with ExitStack() as stack:
         for layer, block in enumerate(blocks(chat.model)):
             out, width, mlp = _parts(block)
-            through = rearrange(cast(Tensor, out.weight).double().T @ unit, "(head d) -> head d", d=width)
-            bias = cast(Tensor | None, getattr(out, "bias", None))
-            biases[layer] = 0.0 if bias is None else len(batch.prompt_ids) * float(bias.double() @ unit)
+            with weights_in(out):  # a bridge's part has them of the module that it wraps
+                through = rearrange(cast(Tensor, out.weight).to(unit).T @ unit, "(head d) -> head d", d=width)
+                bias = cast(Tensor | None, getattr(out, "bias", None))
+                biases[layer] = 0.0 if bias is None else len(batch.prompt_ids) * float(bias.to(unit) @ unit)
             stack.callback(out.register_forward_pre_hook(read_heads(layer, width, through)).remove)
             stack.callback(mlp.register_forward_hook(read_mlp(layer)).remove)
         edits: Edits = {("resid_pre", layer): read_before(layer) for layer in range(chat.n_layers)}

@@ -23,10 +23,12 @@ from transformers import PreTrainedTokenizerBase
 from safesteer._errors import SafeSteerError
 from safesteer._files import write_text
 from safesteer.judges.judge import Judge, judge_all, refusals
+from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import last_logits
 from safesteer.models.generation import generate_ids
 from safesteer.models.logits import refusal_score
+from safesteer.models.processes import in_turns
 from safesteer.models.templates import control_ids
 from safesteer.prompts.conversation import PromptLike, as_prompts
 from safesteer.prompts.prompt_set import LABELS, Prompt, PromptSet
@@ -111,8 +113,12 @@ def refusal_scores(
     """
     chat = as_chat(chat)
     scores = torch.zeros(len(texts), dtype=torch.float64)
-    for rows, batch in chat.batched(texts, batch_size):
-        scores[rows] = refusal_score(last_logits(chat, batch)[:, 0], refusal_ids.to(chat.device)).cpu()
+
+    def score(part: tuple[list[int], PromptBatch]) -> Tensor:
+        return refusal_score(last_logits(chat, part[1])[:, 0], refusal_ids.to(chat.device)).cpu()
+
+    for (rows, _), values in in_turns(chat.batched(texts, batch_size), score):
+        scores[rows] = values
     return scores
 
 
@@ -215,8 +221,12 @@ def _first_probabilities(
 ) -> Float[Tensor, " d_vocab"]:
     """Average first-token probabilities over prompts, in float64."""
     total = torch.zeros(chat.d_vocab, dtype=torch.float64)
-    for _, batch in chat.batched(texts, 32, system=system):
-        total += last_logits(chat, batch)[:, 0].softmax(-1).sum(0).double().cpu()
+
+    def summed(part: tuple[list[int], PromptBatch]) -> Tensor:
+        return last_logits(chat, part[1])[:, 0].softmax(-1).sum(0).double().cpu()
+
+    for _, p in in_turns(chat.batched(texts, 32, system=system), summed):
+        total += p
     return total / len(texts)
 
 
@@ -230,14 +240,16 @@ def _count_refusals(
 ) -> list[int]:
     """Count for each candidate the prompts on which its continuation refuses (step 2)."""
     first_ids, prompts, answers = torch.tensor(ids), [], []
-    for rows, batch in chat.batched(harmful, 4, system=system):
-        out = generate_ids(
-            chat, batch, max_new_tokens=max_new_tokens, n_samples=len(ids), first_ids=first_ids
-        )
+
+    def answer(part: tuple[list[int], PromptBatch]) -> list[list[int]]:
+        return generate_ids(
+            chat, part[1], max_new_tokens=max_new_tokens, n_samples=len(ids), first_ids=first_ids
+        ).tolist()
+
+    for (rows, _), out in in_turns(chat.batched(harmful, 4, system=system), answer):
         prompts += [harmful[row] for row in rows for _ in ids]
         answers += [
-            chat.decode_answer([first, *new])
-            for first, new in zip(ids * len(rows), out.tolist(), strict=True)
+            chat.decode_answer([first, *new]) for first, new in zip(ids * len(rows), out, strict=True)
         ]
     verdicts = refusals(judge_all(judge, prompts, answers))
     return [sum(verdicts[i :: len(ids)]) for i in range(len(ids))]

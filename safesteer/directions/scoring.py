@@ -33,6 +33,8 @@ from safesteer.models.generation import with_greedy_tokens
 from safesteer.models.head import output_head
 from safesteer.models.logits import kl_divergence, logits_of, refusal_score
 from safesteer.models.parts import decoder
+from safesteer.models.passes import select_rows
+from safesteer.models.processes import in_turns
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.settings import DirectionConfig
 from safesteer.steering import interventions
@@ -114,15 +116,23 @@ def score(
         ablate = partial(interventions.ablate_placebo, seed=limits.seed)
         shifts = _random_like(vectors, limits.seed)
     by_layer = torch.tensor(sorted(range(len(layers)), key=layers.__getitem__))
-    for group in by_layer.split(limits.candidates_per_group):
+
+    def score_group(group: Int[Tensor, " group"]) -> list[tuple[str, Tensor, list[int], Tensor]]:
+        parts, inside = [], 0
         ablated = _ablation(chat, texts.joined, vectors[group], ablate, limits.tokens_per_pass)
         added = _addition(
             chat, texts.joined, shifts[group], [layers[i] for i in group], limits.tokens_per_pass
         )
         for name, at, rows, values in _group_scores(chat, texts, ablated, added, refusal_ids):
-            scores[name][group[at][:, None], rows] = values.double().cpu()
-            done += 0 if name == "steering_refusal" else len(at) * len(rows)
-            progress(done / total)
+            parts.append((name, at, rows, values.double().cpu()))
+            inside += 0 if name == "steering_refusal" else len(at) * len(rows)
+            progress((done + inside) / total)
+        return parts
+
+    for group, parts in in_turns(by_layer.split(limits.candidates_per_group), score_group):
+        for name, at, rows, values in parts:
+            scores[name][group[at][:, None], rows] = values
+        done += len(group) * (n_harmful + n_harmless)
     return scores
 
 
@@ -199,9 +209,9 @@ def _rows_of(cache: Cache | None, at: Int[Tensor, " some"], times: int) -> Cache
     """Take some rows of a cache, each `times` times; the cache itself stays as it was."""
     if cache is None:
         return None
-    taken, device = copy.copy(cache), cast(Tensor, cache.layers[0].keys).device
+    taken = copy.copy(cache)
     taken.layers = [copy.copy(layer) for layer in cache.layers]
-    taken.batch_select_indices(at.repeat_interleave(times).to(device))
+    select_rows(taken, at.repeat_interleave(times))
     return taken
 
 

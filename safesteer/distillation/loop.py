@@ -35,6 +35,7 @@ from safesteer.judges.wording import refuses
 from safesteer.models.adapter import merged, shares_weights, without_adapter, write_adapter
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.parts import is_bridge, is_quantized
+from safesteer.models.placement import require_together
 from safesteer.models.sharding import shard
 from safesteer.prompts.conversation import PromptLike
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
@@ -161,7 +162,8 @@ def distill(
 
     Raises:
         SafeSteerError: If a loss or gradient is not finite, a checkpoint belongs to other settings, the base
-            is quantized, or `config.sharded` asks for several processes (use `align` for both).
+            is quantized or spread by a device map, or `config.sharded` asks for several processes (use
+            `align` for all of them).
 
     Example:
         >>> config = ss.DistillConfig(n_steps=1, harmful_per_step=2, harmless_per_step=2, max_new_tokens=3)
@@ -178,6 +180,7 @@ def distill(
             "A quantized base needs `align`, which merges the adapter into weights that it loads anew;"
             " `train_student` leaves it on the base."
         )
+    require_together(chat.model)  # it is copied, with an adapter once training has ended
     if config.lora_rank and is_bridge(chat.model):
         chat = chat.copy()  # the adapter wraps modules of a plain model
     teacher = Teacher(chat, direction, tokens)

@@ -12,6 +12,7 @@ from safesteer._files import read_tensors, write_tensors
 from safesteer.models.adapter import with_adapter
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.parts import blocks, decoder, final_norm, hf_model, is_bridge, is_quantized
+from safesteer.models.placement import require_trainable
 from safesteer.models.precision import settled_precision
 from safesteer.models.sharding import gather, shard, shard_like, split_sharded
 from safesteer.settings import DistillConfig
@@ -111,8 +112,8 @@ def prepare_student(
         The state before the first step.
 
     Raises:
-        SafeSteerError: If weights that train are in half precision, where steps of AdamW round away, or are
-            quantized; for a bridge, whose modules are not those of a Hugging Face model.
+        SafeSteerError: If weights that train are in half precision, where steps of AdamW round away, are
+            quantized, or are offloaded; for a bridge, whose modules are not those of a Hugging Face model.
     """
     student, config = as_chat(student), config or DistillConfig()
     if is_bridge(student.model):
@@ -132,6 +133,7 @@ def prepare_student(
         decoder(student.model).requires_grad_(True)
         cast(nn.Module, hf_model(student.model).get_output_embeddings()).requires_grad_(True)
     trained = [p for p in student.model.parameters() if p.requires_grad]
+    require_trainable(trained)
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in trained):
         raise SafeSteerError(
             "The student is in half precision, where steps this small round to nothing: load it with"

@@ -44,6 +44,7 @@ from safesteer.models.forward import earned, final_hidden
 from safesteer.models.head import Head, output_head
 from safesteer.models.logits import logps_on
 from safesteer.models.parts import blocks
+from safesteer.models.placement import is_offloaded
 from safesteer.models.sharding import equal_passes, gather, split_sharded, total_norm
 from safesteer.settings import DistillConfig
 
@@ -172,6 +173,11 @@ def learning_rate(step: int, config: DistillConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * share))
 
 
+def _recomputes(state: DistillState) -> bool:
+    """Say whether blocks run again in the backward pass: else it would hold all offloaded weights at once."""
+    return state.config.checkpointing or is_offloaded(state.student.model)
+
+
 @contextmanager
 def _recomputed(student: ChatModel, enabled: bool) -> Iterator[None]:
     """Keep no activations inside blocks: the backward pass computes them again.
@@ -179,13 +185,16 @@ def _recomputed(student: ChatModel, enabled: bool) -> Iterator[None]:
     The model stays in evaluation mode. Training mode, in which alone transformers recomputes, has dropout.
     """
     selected = list(blocks(student.model)) if enabled else []
+    before = [vars(block).get("forward") for block in selected]  # of a block that a device map has placed
     try:
         for block in selected:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         yield
     finally:
-        for block in selected:
+        for block, forward in zip(selected, before, strict=True):
             vars(block).pop("forward", None)  # the class's own is back
+            if forward is not None:
+                block.forward = forward
 
 
 def _autocast(student: ChatModel, config: DistillConfig) -> torch.autocast:
@@ -220,7 +229,7 @@ def accumulate_gradient(
         SafeSteerError: If the loss is not finite; names the step and the prompt.
     """
     student = state.student
-    with _recomputed(student, state.config.checkpointing), equal_passes(student.model, backward=True):
+    with _recomputed(student, _recomputes(state)), equal_passes(student.model, backward=True):
         return _backward(state, teacher, reading)
 
 
@@ -233,12 +242,14 @@ def _backward(
     on_full = replace(config, support="full")
     starts = rollouts.mask.sum(1).cumsum(0) - rollouts.mask.sum(1)
     h_student = reading.h_teacher.new_zeros(reading.h_teacher.shape, dtype=head[0].dtype)
+    # Neither recomputed nor sharded blocks have a use for a cache of the shared columns.
+    without_cache = _recomputes(state) or config.sharded
     loss, terms = 0.0, torch.zeros((3, len(row)), dtype=torch.float32, device=row.device)
     for at in torch.arange(len(rollouts.mask)).split(config.micro_batch):
         first = int(starts[at[0]])
         span = slice(first, first + int(rollouts.mask[at].sum()))
         rows = rollouts.batch.rows(at)
-        if config.checkpointing or config.sharded:  # neither has a use for a cache of the shared columns
+        if without_cache:
             rows = replace(earned(student.model, rows), n_shared=0)
         with timed(STUDENT), _autocast(student, config):
             states = final_hidden(student.model, rows)

@@ -7,7 +7,7 @@ Rates come with Wilson intervals, means with bootstrap intervals over prompts (9
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def evaluate(
     Args:
         chat: The base: a ChatModel, a TransformerBridge, or (model, tokenizer).
         student: The trained model, measured in the precision of the base; None: left out.
-        direction: Steers a copy of the base into the teacher; None: left out.
+        direction: Steers the base into the teacher; None: left out.
         prompts: Prompts with the split "test"; None: the project's own.
         config: How much is measured; None: the defaults.
         judge: Says which answers refuse; asked once per (prompt, answer).
@@ -136,8 +136,8 @@ def evaluate(
     along = answers["base"]["harmless"]
     progress(1 / n_models)
     if direction is not None:
-        # Drift is measured against the unsteered base, so a copy carries the steering.
-        teacher = base.copy()
+        # Another value around the same weights: drift is measured against the base without the steering.
+        teacher = replace(base)
         with steer(teacher, direction):
             scores["teacher"], answers["teacher"] = score_model(
                 teacher, base, test, config, judge=cached, base_answers=along

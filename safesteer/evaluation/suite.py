@@ -51,7 +51,7 @@ from safesteer.models.loading import load_model
 from safesteer.models.text_loss import WIKITEXT, general_text, perplexity, wikitext
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.report.page import suite_page
-from safesteer.settings import MODEL_SOURCE, EvaluateConfig
+from safesteer.settings import ALIKE, MODEL_SOURCE, EvaluateConfig
 
 HUMANEVAL = "humaneval"
 
@@ -182,7 +182,7 @@ def _load(target: str | Path | ModelLike, run: Path | None) -> dict[str, ChatMod
         manifest = read_json(run / "manifest.json")
         settings = manifest.get("recipe", {})
         source = {name: settings[name] for name in MODEL_SOURCE if name in settings}
-        alike = {n: source[n] for n in ("trust_remote_code", "quantize") if n in source}
+        alike = {name: source[name] for name in ALIKE if name in source}
         base = load_model(manifest["model"], **source)
         return {"base": base, "student": load_model(str(run / "model"), **alike)}
     return {"model": load_model(str(target)) if isinstance(target, str | Path) else as_chat(target)}

@@ -131,8 +131,11 @@ def judge_all(judge: Judge, prompts: Sequence[PromptLike], answers: Sequence[str
         verdict that is unknown.
     """
     prompts = as_prompts(prompts)
-    if isinstance(judge, ModelJudge):
-        return judge.verdicts(prompts, answers)
+    if isinstance(judge, ModelJudge):  # one process asks: a judge may cost time and money
+        from safesteer.models.processes import in_turns  # heavy
+
+        ((_, verdicts),) = in_turns([answers], lambda told: judge.verdicts(prompts, told))
+        return verdicts
     name, version = judge_name(judge), judge_version(judge)
     return [
         Verdict(prompt, answer, name, float(bool(judge(prompt, answer))), None, version=version)

@@ -15,7 +15,7 @@ from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.loading import best_device, load_model
 from safesteer.models.precision import settled_precision
 from safesteer.report.reader_figures import READER_FILE
-from safesteer.settings import MODEL_SOURCE
+from safesteer.settings import ALIKE, MODEL_SOURCE
 from safesteer.steering.direction import Direction
 from safesteer.steering.reader import HarmfulnessReader
 from safesteer.tokens.selection import select_tokens
@@ -53,8 +53,8 @@ def _of_run(run: Path, dtype: str) -> Subject:
     base = load_model(manifest["model"], dtype=dtype, **source)
     student: ChatModel | None = None
     if (run / "model" / "config.json").is_file():
-        trust = source.get("trust_remote_code", False)
-        student = load_model(str(run / "model"), dtype=dtype, trust_remote_code=trust)
+        alike = {name: source[name] for name in ALIKE if name in source}
+        student = load_model(str(run / "model"), dtype=dtype, **alike)
     reader = HarmfulnessReader.load(run / READER_FILE, base) if (run / READER_FILE).is_file() else None
     told = run / "attribution.json"
     return Subject(

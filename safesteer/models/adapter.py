@@ -4,11 +4,11 @@ The student is the base with an adapter on, the teacher the same weights with it
 inside the blocks get adapters, from `first_layer` up; embedding and head stay as they are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,12 @@ from safesteer._errors import SafeSteerError
 from safesteer._files import whole_folder
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.parts import blocks, hf_model, is_bridge
+from safesteer.models.passes import bare
+from safesteer.models.placement import weights_in
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
 
 def with_adapter(chat: ChatModel, rank: int, alpha: int, first_layer: int = 0, seed: int = 0) -> ChatModel:
@@ -39,15 +42,31 @@ def with_adapter(chat: ChatModel, rank: int, alpha: int, first_layer: int = 0, s
         raise SafeSteerError("lora_rank needs the peft package: pip install 'safesteer[lora]'.") from error
     names = {module: name for name, module in chat.model.named_modules()}
     targets = [
-        names[module]
+        module
         for block in blocks(chat.model)[first_layer:]
         for module in block.modules()
         if isinstance(module, nn.Linear | Conv1D)  # GPT-2 has linear maps of the second kind
     ]
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+    config = LoraConfig(r=rank, lora_alpha=alpha, task_type="CAUSAL_LM")
+    config.target_modules = [names[module] for module in targets]
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in names)
     torch.manual_seed(seed)  # the adapter's own start
-    return replace(chat, model=get_peft_model(cast(PreTrainedModel, chat.model), config))
+    with _placed(targets):
+        return replace(chat, model=get_peft_model(cast(PreTrainedModel, chat.model), config))
+
+
+@contextmanager
+def _placed(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let offloaded weights seem to be on their device: peft puts an adapter where its weight is."""
+    offloaded = [(cast(Any, m), cast(nn.Parameter, m.weight)) for m in modules if m.weight.is_meta]
+    for module, weight in offloaded:
+        nothing = torch.empty((), dtype=weight.dtype, device=module._hf_hook.execution_device)
+        module.weight = nn.Parameter(nothing.expand(weight.shape), requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, weight in offloaded:
+            module.weight = weight
 
 
 def shares_weights(base: ChatModel, student: ChatModel) -> bool:
@@ -57,8 +76,10 @@ def shares_weights(base: ChatModel, student: ChatModel) -> bool:
 
 @contextmanager
 def as_base(base: ChatModel, student: ChatModel) -> Iterator[None]:
-    """Let `base` be the base inside: an adapter that `student` has on the same weights is off."""
-    with _adapted(student).disable_adapter() if shares_weights(base, student) else nullcontext():
+    """Let `base` be the base inside: an adapter or steering of `student` on the same weights is off."""
+    same = student is not base and student.model is base.model
+    off = _adapted(student).disable_adapter() if shares_weights(base, student) else nullcontext()
+    with off, bare() if same else nullcontext():
         yield
 
 
@@ -75,8 +96,11 @@ def adapter_off(student: ChatModel) -> Iterator[None]:
 
 
 def merged(student: ChatModel) -> ChatModel:
-    """Add the adapter to the weights of a plain model; uses the student up. Merge in float32."""
-    return replace(student, model=_adapted(student).merge_and_unload())
+    """Add the adapter to the weights of a plain model, summed in float32; uses the student up.
+
+    To weights that are offloaded it is added whenever they are loaded, and nothing more is held.
+    """
+    return replace(student, model=_unwrapped(student, _add_to_base))
 
 
 def trained_weights(student: ChatModel) -> Iterator[tuple[str, Tensor]]:
@@ -92,14 +116,64 @@ def trained_weights(student: ChatModel) -> Iterator[tuple[str, Tensor]]:
 
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            weight = cast(Tensor, module.get_base_layer().weight)
             delta = sum(module.get_delta_weight(adapter) for adapter in module.active_adapters)
-            yield f"{name}.weight", (weight.float() + delta).detach()
+            with weights_in(module.get_base_layer()) as weights:
+                yield f"{name}.weight", (weights["weight"].float() + delta).detach()
 
 
 def without_adapter(student: ChatModel) -> ChatModel:
     """Take the adapter out of the modules: the base again."""
-    return replace(student, model=_adapted(student).unload())
+    return replace(student, model=_unwrapped(student, lambda layer: None))
+
+
+def _unwrapped(student: ChatModel, leave: "Callable[[LoraLayer], None]") -> nn.Module:
+    """Call `leave` on each layer that holds an adapter, and put the module that it wraps in its place.
+
+    peft's own `unload` writes a copy of weights that lie on the disk beside their files.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    model = hf_model(student.model)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, LoraLayer):
+                leave(child)
+                setattr(parent, name, child.get_base_layer())
+    del cast(Any, model).peft_config
+    return model
+
+
+def _add_to_base(layer: "LoraLayer") -> None:
+    """Add an adapter to the weight that it belongs to."""
+    (name,) = layer.lora_A.keys()
+    inner: Any = layer.get_base_layer()
+
+    def added(weight: Tensor) -> Tensor:
+        change = cast(Any, layer).get_delta_weight(name).to(weight.device)
+        return (weight.to(torch.promote_types(weight.dtype, torch.float32)) + change).to(weight.dtype)
+
+    if inner.weight.is_meta:
+        inner._hf_hook.weights_map = _Changed(inner._hf_hook.weights_map, added)
+    else:
+        inner.weight.data = added(inner.weight.data)
+
+
+class _Changed(Mapping[str, Tensor]):
+    """The offloaded tensors of a module, as accelerate reads them; "weight" is changed when it is loaded."""
+
+    def __init__(self, tensors: Any, change: Callable[[Tensor], Tensor]) -> None:
+        self.tensors, self.change = tensors, change
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        return self.change(tensor) if name == "weight" else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def write_adapter(student: ChatModel, folder: Path) -> None:

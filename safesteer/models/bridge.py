@@ -47,7 +47,8 @@ def to_bridge(chat: ModelLike) -> TransformerBridge:
 
     Raises:
         SafeSteerError: For an architecture that TransformerLens does not know, a package that it needs and
-            that is missing (nothing is installed), or a bridge with other logits.
+            that is missing (nothing is installed), a bridge with other logits, or a model that a device map
+            has spread.
 
     Example:
         >>> bridge = ss.to_bridge(chat)
@@ -61,7 +62,7 @@ def to_bridge(chat: ModelLike) -> TransformerBridge:
         return cast(TransformerBridge, chat.model)
     from transformer_lens.model_bridge import TransformerBridge as Bridge
 
-    source, tokenizer = copy.deepcopy(hf_model(chat.model)), copy.deepcopy(chat.tokenizer)
+    source, tokenizer = hf_model(chat.copy().model), copy.deepcopy(chat.tokenizer)
     source.config.architectures = source.config.architectures or [type(source).__name__]
     # TransformerLens gives a tokenizer a BOS, and loads it again by name unless told it adds one.
     tokenizer.init_kwargs |= {"name_or_path": chat.name, "add_bos_token": True}

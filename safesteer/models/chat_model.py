@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import Continuation, PromptBatch, batches, cut_at_eos
 from safesteer.models.parts import blocks, hf_model, is_bridge, is_quantized, text_config
+from safesteer.models.placement import input_device, require_together
 from safesteer.models.templates import end_of_turn
 from safesteer.models.traits import check_table, traits_of
 from safesteer.prompts.conversation import PromptLike, as_prompts
@@ -57,8 +58,8 @@ class ChatModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and where inputs must be."""
-        return next(self.model.parameters()).device
+        """Where inputs must be, and where final hidden states and the output head are."""
+        return input_device(self.model)
 
     @property
     def eos_ids(self) -> list[int]:
@@ -72,7 +73,12 @@ class ChatModel:
         return sorted(ids if turn is None else {*ids, turn})
 
     def copy(self) -> "ChatModel":
-        """Copy the plain Hugging Face model: one that may be trained, changed or exported."""
+        """Copy the plain Hugging Face model: one that may be trained, changed or exported.
+
+        Raises:
+            SafeSteerError: For a model that a device map has spread.
+        """
+        require_together(self.model)
         model = _without_bridge(self.model) if is_bridge(self.model) else copy.deepcopy(hf_model(self.model))
         return ChatModel(model, self.tokenizer, self.name)
 

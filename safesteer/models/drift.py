@@ -7,10 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safesteer.models.adapter import as_base
+from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.forward import final_hidden
 from safesteer.models.head import output_head
 from safesteer.models.logits import kl_divergence, logits_of
+from safesteer.models.processes import in_turns
 
 
 def kl_on_answers(
@@ -63,13 +65,21 @@ def kl_at_positions(
         [0.0, 0.0, 0.0]
     """
     kls = [torch.zeros(0)] * len(prompts)
-    for rows, batch in chat.batched(prompts, batch_size, continuations=answers):
+
+    def measure(part: tuple[list[int], PromptBatch]) -> list[Tensor]:
+        rows, batch = part
         with as_base(base, chat):
             h_base = final_hidden(base.model, batch)
-        h_chat = final_hidden(chat.model, batch)
+        h_chat, measured = final_hidden(chat.model, batch), []
         for row, i in enumerate(rows):
             steps = slice(-len(answers[i]) - 1, None)  # the prompt's last position predicts the first
             at_base = logits_of(h_base[row, steps], *output_head(base.model))
             at_chat = logits_of(h_chat[row, steps], *output_head(chat.model))
-            kls[i] = kl_divergence(at_base, at_chat)
+            measured.append(kl_divergence(at_base, at_chat).cpu())
+        return measured
+
+    parts = chat.batched(prompts, batch_size, continuations=answers)
+    for (rows, _), measured in in_turns(parts, measure):
+        for i, kl in zip(rows, measured, strict=True):
+            kls[i] = kl
     return kls

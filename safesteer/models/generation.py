@@ -21,7 +21,8 @@ from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import earned, prefill
 from safesteer.models.parts import hf_model
-from safesteer.models.passes import plain_decoding, reading, rows_must_stay
+from safesteer.models.passes import plain_decoding, reading, rows_must_stay, select_rows
+from safesteer.models.processes import in_turns
 from safesteer.models.traits import traits_of
 from safesteer.prompts.conversation import PromptLike, as_prompts
 
@@ -138,7 +139,7 @@ class _Going:
         """Append new tokens, and let the rows that have ended go."""
         at = (~ended).nonzero()[:, 0]
         if self.cache is not None and 0 < len(at) < len(ended):
-            self.cache.batch_select_indices(at)
+            select_rows(self.cache, at)
         mask = torch.cat([self.mask, torch.ones_like(new)], 1)[at]
         return _Going(self.rows[at], torch.cat([self.ids, new], 1)[at], mask, self.cache)
 
@@ -223,11 +224,16 @@ def generate(
     """
     chat, prompts = as_chat(chat), as_prompts(prompts)
     answers = [""] * len(prompts)
-    for rows, batch in chat.batched(prompts, batch_size, system=system):
+
+    def answer(part: tuple[list[int], PromptBatch]) -> list[list[int]]:
+        rows, batch = part
         drawn = None
         if temperature > 0:
             drawn = torch.cat([uniforms((seed, i), 1, max_new_tokens) for i in rows])
         out = generate_ids(chat, batch, max_new_tokens=max_new_tokens, temperature=temperature, uniform=drawn)
-        for i, ids in zip(rows, out.tolist(), strict=True):
+        return out.tolist()
+
+    for (rows, _), out in in_turns(chat.batched(prompts, batch_size, system=system), answer):
+        for i, ids in zip(rows, out, strict=True):
             answers[i] = chat.decode_answer(ids)
     return answers

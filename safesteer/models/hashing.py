@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from safesteer.models.parts import hf_model
+from safesteer.models.placement import weights_in
 
 N_VALUES = 64  # of each weight: a model of 70B parameters is hashed in a second
 
@@ -28,11 +29,14 @@ def weights_hash(model: nn.Module, n_values: int | None = N_VALUES) -> str:
         True
     """
     digest = hashlib.sha256()
-    named = ((n.replace("_original_component.", ""), p) for n, p in hf_model(model).named_parameters())
-    for name, weight in sorted(named, key=lambda pair: pair[0]):
-        flat = weight.detach().reshape(-1)
-        # An odd step passes through all columns of a matrix whose width is a power of two.
-        step = 1 if n_values is None else len(flat) // n_values | 1
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(flat[::step].to(torch.bfloat16).float().cpu().numpy().tobytes())
+    names = {n.replace("_original_component.", ""): n for n, _ in hf_model(model).named_parameters()}
+    for name in sorted(names):
+        owner, _, last = names[name].rpartition(".")
+        with weights_in(hf_model(model).get_submodule(owner)) as weights:
+            weight = weights[last]
+            flat = weight.reshape(-1)
+            # An odd step passes through all columns of a matrix whose width is a power of two.
+            step = 1 if n_values is None else len(flat) // n_values | 1
+            digest.update(f"{name}{tuple(weight.shape)}".encode())
+            digest.update(flat[::step].to(torch.bfloat16).float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from safesteer._errors import SafeSteerError
 from safesteer.models.logits import logits_of
 from safesteer.models.parts import decoder, hf_model, text_config
+from safesteer.models.placement import input_device, require_head_with_embedding
 
 T = TypeVar("T")
 N_PROBE_IDS = 8
@@ -62,8 +63,7 @@ def once_per_model(measure: Callable[[nn.Module], T]) -> Callable[[nn.Module], T
     def measured(model: nn.Module) -> T:
         inner = hf_model(model)
         if inner not in results:
-            device = next(inner.parameters()).device.type
-            with _unhooked(inner), torch.autocast(device, enabled=False):
+            with _unhooked(inner), torch.autocast(input_device(inner).type, enabled=False):
                 results[inner] = measure(model)
         return results[inner]
 
@@ -96,7 +96,7 @@ def probe_ids(model: nn.Module, n: int, seed: int = 0) -> Tensor:
     n_vocab = cast(nn.Embedding, hf_model(model).get_input_embeddings()).weight.shape[0]
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(n_vocab // 8, n_vocab // 2, (1, n), generator=generator)
-    return ids.to(next(model.parameters()).device)
+    return ids.to(input_device(model))
 
 
 @contextmanager
@@ -121,11 +121,12 @@ def logit_shape(model: nn.Module) -> LogitShape:
     Raises:
         SafeSteerError: If the model's logits are not a head on its final hidden states.
     """
+    require_head_with_embedding(model)
     inner, ids = hf_model(model), probe_ids(model, N_PROBE_IDS)
     layer = cast(nn.Linear, inner.get_output_embeddings())
-    states = decoder(model)(ids, use_cache=False).last_hidden_state
+    states = decoder(model)(ids, use_cache=False).last_hidden_state.to(ids.device)
     ours = logits_of(states, layer.weight, getattr(layer, "bias", None), None).double()
-    theirs = inner(ids, use_cache=False).logits.double()[..., : ours.shape[-1]]
+    theirs = inner(ids, use_cache=False).logits.to(ids.device).double()[..., : ours.shape[-1]]
     if not bool(theirs.isfinite().all()):  # damaged weights: what reads them says so
         return LogitShape()
     shapes = [_fitted(model, ours, theirs, cap) for cap in _config_caps(model)]

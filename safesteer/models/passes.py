@@ -2,15 +2,16 @@
 
 `forward` decides which layout and which cache a model may have; here nothing is decided. Steering needs to
 know which prompts a pass continues and where their answers start: `reading` tells it, for the passes inside.
-Steering that differs from row to row tells `forward` in its turn, by `rows_differ`.
+Steering that differs from row to row tells `forward` in its turn, by `rows_differ`. `bare` puts the hooks of
+SafeSteer aside for a pass inside a pass.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationConfig
 
@@ -19,12 +20,38 @@ from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
 from safesteer.models.parts import context_length, decoder, hf_model, text_config
 
+P = ParamSpec("P")
+T = TypeVar("T")
 # The prompts that the passes now running read and continue: steering with a scope or a gate asks.
 READ_NOW: ContextVar[PromptBatch | None] = ContextVar("read_now", default=None)
 # Decoders whose rows are steered differently, so that none of their columns are the same in every row.
 _DIFFERING: ContextVar[tuple[nn.Module, ...]] = ContextVar("differing", default=())
 # Decoders under hooks that know a row by its place in the batch.
 _STAYING: ContextVar[tuple[nn.Module, ...]] = ContextVar("staying", default=())
+
+
+# How many blocks of `bare` are open: a hook acts in as many as were open when it was set.
+_DEPTH: ContextVar[int] = ContextVar("depth", default=0)
+
+
+@contextmanager
+def bare() -> Iterator[None]:
+    """Run passes inside the block as if no hook of SafeSteer had been set before it."""
+    token = _DEPTH.set(_DEPTH.get() + 1)
+    try:
+        yield
+    finally:
+        _DEPTH.reset(token)
+
+
+def unless_bare(hook: Callable[P, T]) -> Callable[P, T | None]:
+    """Return the hook, silent in blocks of `bare` that are opened later."""
+    depth = _DEPTH.get()
+
+    def acting(*args: P.args, **kwargs: P.kwargs) -> T | None:
+        return hook(*args, **kwargs) if _DEPTH.get() == depth else None
+
+    return acting
 
 
 @contextmanager
@@ -137,6 +164,12 @@ def read_cache(model: nn.Module, batch: PromptBatch, upto: int, times: int = 1) 
     return cache
 
 
+def select_rows(cache: Cache, at: Int[Tensor, " some"]) -> None:
+    """Keep some rows of a cache, in place; each layer's part lies on the device of its block."""
+    for layer in cache.layers:
+        layer.batch_select_indices(at.to(getattr(layer, "device", at.device)))
+
+
 @timed("prompts")
 def read_states(
     model: nn.Module, batch: PromptBatch, cache: Cache | None = None
@@ -167,7 +200,7 @@ def read_states(
             past_key_values=cache,
             use_cache=cache is not None,
         )
-    states = out.last_hidden_state
+    states = out.last_hidden_state.to(batch.prompt_ids.device)  # with a map the last block may lie elsewhere
     n_keys = batch.prompt_ids.shape[1]
     count_pass(text_config(model), 1, len(states) * (n_keys - n), n_keys, 2 * states.requires_grad)
     return states

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from safesteer._errors import SafeSteerError
 from safesteer.models.adapter import shares_weights
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.parts import hf_model
+from safesteer.models.placement import is_offloaded
 
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # of processors, as torch lists them
 
@@ -63,7 +65,16 @@ def weight_dtype(model: nn.Module) -> torch.dtype:
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Change the precision of the weights in place."""
+    """Change the precision of the weights in place.
+
+    Raises:
+        SafeSteerError: For weights that are offloaded: they come as they lie there.
+    """
+    if is_offloaded(model):
+        raise SafeSteerError(
+            "Weights in the CPU's memory or on the disk keep the precision that they were opened in: give"
+            " load_model the dtype, and export.dtype=base."
+        )
     wide = _kept_wide(model, dtype)
     for name, p in hf_model(model).named_parameters():
         if p.is_floating_point():

@@ -19,6 +19,7 @@ from safesteer.models.forward import final_hidden
 from safesteer.models.head import output_head
 from safesteer.models.logits import logps_on
 from safesteer.models.parts import context_length
+from safesteer.models.processes import in_turns
 from safesteer.models.templates import special_start
 
 WIKITEXT = "wikitext2_test.jsonl"  # its articles as JSON Lines, in a folder of local rows
@@ -70,12 +71,16 @@ def perplexity(
     total, count = 0.0, 0
     windows = [[*bos, *ids[i : i + width]] for i in range(0, len(ids), width)]
     windows = [w for w in windows if len(w) > 1]
-    for start in range(0, len(windows), batch_size):
-        part = windows[start : start + batch_size]
+
+    def log_likelihood(part: list[list[int]]) -> tuple[float, int]:
         batch = PromptBatch.from_ids(part, [[] for _ in part], device=chat.device, share=False)
         hidden = final_hidden(chat.model, batch)[:, :-1]
         real = batch.attention_mask[:, :-1].bool()
         targets = batch.prompt_ids[:, 1:][real]
         logps = logps_on(hidden[real], head.weight, targets[:, None], **head.options)
-        total, count = total - float(logps.double().sum()), count + len(targets)
+        return float(logps.double().sum()), len(targets)
+
+    parts = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
+    for _, (likelihood, n) in in_turns(parts, log_likelihood):
+        total, count = total - likelihood, count + n
     return math.exp(total / count)

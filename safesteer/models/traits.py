@@ -25,6 +25,7 @@ from safesteer.models.batch import PromptBatch
 from safesteer.models.head import FAILURES, deviation, logit_shape, once_per_model, probe_ids, tolerance
 from safesteer.models.parts import context_length, hf_model, text_config
 from safesteer.models.passes import plain_decoding, read_cache, read_states
+from safesteer.models.placement import input_device
 from safesteer.models.writes import writes_of
 
 CHECKS = ("padding", "shared prefix", "repeated cache", "cached decoding")
@@ -82,7 +83,7 @@ def traits_of(model: nn.Module) -> Traits:
     ids = probe_ids(model, N_COMMON + sum(LENGTHS), seed=1)[0].tolist()
     common, others = ids[:N_COMMON], ids[N_COMMON:]
     rows = [[*common, *others[sum(LENGTHS[:i]) :][: n - N_COMMON]] for i, n in enumerate(LENGTHS)]
-    device, empty = next(model.parameters()).device, [[] for _ in rows]
+    device, empty = input_device(model), [[] for _ in rows]
     single = [read_states(model, PromptBatch.from_ids([r], [[]], device=device))[0, -2:] for r in rows]
     want = torch.stack(single).double()
     if not bool(want.isfinite().all()):  # damaged weights: the passes that follow say where

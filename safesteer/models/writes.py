@@ -98,13 +98,16 @@ def _parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _reader(seen: dict[tuple[int, str], Tensor], layer: int, name: str) -> Callable[..., None]:
-    """Make a hook that stores what a module reads ("before") or returns: a copy, as Falcon adds in place."""
+    """Make a hook that stores what a module reads ("before") or returns.
+
+    A copy, as Falcon adds in place; on the CPU, as the parts of a block that a map has spread lie apart.
+    """
 
     def read(module: nn.Module, args: tuple, kwargs: dict, output: object = None) -> None:
         value = output if name != "before" else args[0] if args else kwargs.get("hidden_states")
         value = value[0] if isinstance(value, tuple | list) and value else value
         if isinstance(value, Tensor):
-            seen[layer, name] = value.clone()
+            seen[layer, name] = value.to("cpu", copy=True)
 
     return read
 

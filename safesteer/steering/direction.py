@@ -19,6 +19,7 @@ from safesteer._errors import SafeSteerError
 from safesteer._files import write_tensors
 from safesteer._version import __version__
 from safesteer.models.chat_model import ModelLike, module_of
+from safesteer.models.placement import input_device
 from safesteer.steering.gating import Closed, closed_moves, gated
 from safesteer.steering.interventions import ablating, adding, clamping
 from safesteer.steering.reader import HarmfulnessReader
@@ -129,7 +130,7 @@ def moves_of(model: nn.Module, direction: Direction) -> Moves:
     Raises:
         SafeSteerError: For an unknown operation.
     """
-    vector = direction.vector.to(next(model.parameters()).device)
+    vector = direction.vector.to(input_device(model))
     if direction.operation == "add":
         return adding(vector, direction.layer, direction.coeff)
     if direction.operation == "clamp":
@@ -182,7 +183,7 @@ def steer(
     moves = moves_of(model, direction if coeff is None else direction.with_coeff(coeff))
     with ExitStack() as stack:
         if gate is not None:
-            vector = direction.vector.to(next(model.parameters()).device)
+            vector = direction.vector.to(input_device(model))
             by_row = gated(model, gate, moves, closed_moves(model, vector, closed), prompt_width)
             moves = stack.enter_context(by_row)
         stack.enter_context(apply_in_scope(model, moves, scope, n_last, prompt_width, rows_may_leave=True))

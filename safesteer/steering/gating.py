@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
 from safesteer.models.parts import blocks, decoder, text_config
-from safesteer.models.passes import READ_NOW, rows_differ
+from safesteer.models.passes import READ_NOW, bare, rows_differ, unless_bare
 from safesteer.models.traits import traits_of
-from safesteer.steering.hooks import Point, bare, unless_bare
+from safesteer.steering.hooks import Point
 from safesteer.steering.interventions import ablating
 from safesteer.steering.reader import HarmfulnessReader
 from safesteer.steering.scopes import Columns, Moves

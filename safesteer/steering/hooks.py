@@ -1,14 +1,12 @@
 """Hooks: plain functions tensor -> tensor at named points of the residual stream, always removed.
 
 On a TransformerBridge `resid_pre` is TransformerLens's own hook point; all else are hooks on modules.
-`record_resid_pre` only reads; `run_from_layer` runs a pass from a middle layer on; `bare` puts the hooks of
-SafeSteer aside for a pass inside a pass.
+`record_resid_pre` only reads; `run_from_layer` runs a pass from a middle layer on.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -20,44 +18,19 @@ from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ModelLike, module_of
 from safesteer.models.head import FAILURES, deviation, once_per_model, probe_ids, tolerance
 from safesteer.models.parts import blocks, hf_model, is_bridge
-from safesteer.models.passes import read_states, rows_stay
+from safesteer.models.passes import read_states, rows_stay, unless_bare
+from safesteer.models.placement import input_device
 from safesteer.models.writes import writes_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-P = ParamSpec("P")
-T = TypeVar("T")
 RESUMED_HALF_TOLERANCE = 0.05  # of the spread of final states, below float32
 
 Point = Literal["embed", "resid_pre", "write"]
 Edit = Callable[[Tensor], Tensor | None]  # an edit that returns None only reads
 # By (point, layer): "resid_pre" is the input of block `layer`; of "write" the number counts `writes_of`.
 Edits = Mapping[tuple[Point, int], Edit]
-
-
-# How many blocks of `bare` are open: a hook acts in as many as were open when it was set.
-_DEPTH: ContextVar[int] = ContextVar("depth", default=0)
-
-
-@contextmanager
-def bare() -> Iterator[None]:
-    """Run passes inside the block as if no hook had been set before it."""
-    token = _DEPTH.set(_DEPTH.get() + 1)
-    try:
-        yield
-    finally:
-        _DEPTH.reset(token)
-
-
-def unless_bare(hook: Callable[P, T]) -> Callable[P, T | None]:
-    """Return the hook, silent in blocks of `bare` that are opened later."""
-    depth = _DEPTH.get()
-
-    def acting(*args: P.args, **kwargs: P.kwargs) -> T | None:
-        return hook(*args, **kwargs) if _DEPTH.get() == depth else None
-
-    return acting
 
 
 @contextmanager
@@ -156,7 +129,7 @@ def resumption(model: nn.Module) -> Resumption:
     Blocks may hand each other more than the residual stream: keys and values that are shared between
     layers, the embedding. Then a pass has to start at the first block.
     """
-    batch = PromptBatch.from_ids(probe_ids(model, 8).tolist(), [[]], device=next(model.parameters()).device)
+    batch = PromptBatch.from_ids(probe_ids(model, 8).tolist(), [[]], device=input_device(model))
     outputs: list[object] = []
     last = len(blocks(model)) - 1
     handle = blocks(model)[0].register_forward_hook(lambda _, args, output: outputs.append(output))
@@ -222,13 +195,15 @@ def record_resid_pre(
         keep: Takes [batch, pos, d_model] and returns what is stored of it.
 
     Returns:
-        A dictionary by layer, filled once the pass has run. No gradients are kept inside the block.
+        A dictionary by layer, filled once the pass has run, on the model's first device. No gradients are
+        kept inside the block.
     """
     recorded: dict[int, Tensor] = {}
+    device = input_device(module_of(chat))
 
     def reader(layer: int) -> Edit:
         def read(h: Tensor) -> None:
-            recorded[layer] = keep(h.detach())
+            recorded[layer] = keep(h.detach().to(device))
 
         return read
 

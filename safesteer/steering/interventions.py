@@ -173,9 +173,10 @@ class _Gate:
     def write(self, h: Tensor) -> Tensor:
         """Add the vector in open rows, from their last prompt position on."""
         acts = (self.at.columns(h) >= self.at.start(h)[: len(h)] - 1).expand(len(h), -1)
-        if bool(self.is_open[acts.any(1)].isnan().any()):
+        is_open = self.is_open.to(h.device)  # decided at another layer, perhaps on another device
+        if bool(is_open[acts.any(1)].isnan().any()):
             raise SafeSteerError("The gate did not see the prompt: read it inside the block.")
-        inside = (acts & (self.is_open == 1)[:, None])[..., None]
+        inside = (acts & (is_open == 1)[:, None])[..., None]
         return torch.where(inside, h + self.coeff * self.vector.to(h), h)
 
     def decide_and_write(self, h: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.parts import decoder
-from safesteer.models.passes import READ_NOW
-from safesteer.steering.hooks import Edit, Point, apply_hooks, unless_bare
+from safesteer.models.passes import READ_NOW, unless_bare
+from safesteer.steering.hooks import Edit, Point, apply_hooks
 
 Scope = Literal["all", "prompt", "answer", "last"]
 # What an intervention does, by (point, layer) as in `hooks.Edits`; each returns a tensor of the same shape.

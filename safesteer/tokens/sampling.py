@@ -23,6 +23,7 @@ from safesteer.models.forward import final_hidden, prefill
 from safesteer.models.generation import generate_ids, uniforms
 from safesteer.models.head import output_head
 from safesteer.models.logits import logits_of
+from safesteer.models.processes import in_turns
 from safesteer.prompts.conversation import PromptLike, as_prompts
 from safesteer.settings import TokenConfig
 from safesteer.steering.direction import Direction, steer
@@ -58,8 +59,10 @@ def sample_answers(
         depends on the seed and its prompt's place, not on the batches.
     """
     chat, prompts = as_chat(chat), as_prompts(prompts)
-    parts, prompt_of_row, by_teacher = [], [], config.rollouts == "teacher"
-    for rows, batch in chat.batched(prompts, config.batch_size):
+    by_teacher = config.rollouts == "teacher"
+
+    def sample(part: tuple[list[int], PromptBatch]) -> tuple[Tensor, Tensor, Tensor]:
+        rows, batch = part
         told = _told(chat, batch, [prompts[i] for i in rows], config)
         uniform = torch.cat([uniforms((config.seed, i), config.n_samples, config.horizon) for i in rows])
         with _steered(chat, direction, config) if by_teacher else nullcontext():
@@ -77,9 +80,11 @@ def sample_answers(
             ids = torch.nn.functional.pad(ids, (0, missing), value=chat.eos_ids[0])
         with _steered(chat, direction, config):
             teacher = _step_hidden(chat, told, ids)
-        parts.append((teacher, _step_hidden(chat, batch, ids), ids))
-        prompt_of_row += [prompts[i] for i in rows for _ in range(config.n_samples)]
-    teacher, base, ids = (torch.cat(part) for part in zip(*parts, strict=True))
+        return teacher, _step_hidden(chat, batch, ids), ids
+
+    parts = list(in_turns(chat.batched(prompts, config.batch_size), sample, chat.device))
+    prompt_of_row = [prompts[i] for (rows, _), _ in parts for i in rows for _ in range(config.n_samples)]
+    teacher, base, ids = (torch.cat(made) for made in zip(*(states for _, states in parts), strict=True))
     return AnswerStates(teacher, base, ids, _counting(chat, base, ids), tuple(prompt_of_row))
 
 
