@@ -24,11 +24,11 @@ from .prompts.prompt_set import load_prompts as load_prompts
 from .recipes import Recipe as Recipe
 from .recipes import recipe as recipe
 from .report.page import write_report as write_report
+from .searching.study import search as search
 from .settings import DirectionConfig as DirectionConfig
 from .settings import DistillConfig as DistillConfig
 from .settings import EvaluateConfig as EvaluateConfig
 from .settings import ExplainConfig as ExplainConfig
-from .settings import ExportConfig as ExportConfig
 from .settings import TokenConfig as TokenConfig
 from .steering.direction import Direction as Direction
 from .steering.direction import steer as steer

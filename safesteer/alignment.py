@@ -44,7 +44,7 @@ from safesteer.judges.judge import Judge
 from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses
 from safesteer.models.adapter import without_adapter
-from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.chat_model import ChatModel, ModelLike
 from safesteer.models.placement import is_offloaded
 from safesteer.models.precision import cast_weights, in_precision_of, settled_precision, weight_dtype
 from safesteer.models.processes import share_work
@@ -53,7 +53,7 @@ from safesteer.prompts.prompt_set import LABELS, PromptSet, load_prompts
 from safesteer.report.page import write_report
 from safesteer.report.reader_figures import READER_FILE, READER_SCORES_FILE
 from safesteer.report.set_table import SET_ANSWERS_FILE, SETS_FILE, set_lines
-from safesteer.run_folder import STAGES, Run, check_base, finished, open_run, record_stage
+from safesteer.run_folder import STAGES, Run, check_base, finished, model_source, open_run, record_stage
 from safesteer.tokens.selection import select_tokens
 
 SHARED = ("direction", "tokens", "distill", "evaluate")  # stages in which every process takes part
@@ -106,7 +106,7 @@ def align(
             )
     for name in ("train", "val", "distill", "test"):
         prompts.split(name)  # a missing split is reported before any work
-    source = str(model) if isinstance(model, str | Path) else as_chat(model)
+    source = model_source(model, recipe)
     run = Run(
         Path(out), source, recipe, prompts, judge or refuses, judge or declines, console or Console(), track
     )

@@ -3,7 +3,10 @@
     safesteer align MODEL --out RUN [--preset quick|two-sided|paper] [--recipe my.toml] [--set NAME=VALUE ...]
     safesteer align MODEL --out RUN --profile        and where the time goes
     safesteer direction, tokens, distill, export     the same up to that stage
+    safesteer export RUN --strength 0.7              the model between base and student
     safesteer evaluate MODEL_OR_RUN                  a suite: quick, small, paper or robust
+    safesteer evaluate RUN --dial                    strengths between base and student
+    safesteer search MODEL --out DIR                 many short trainings on val, and the best one's recipe
     safesteer explore RUN_OR_MODEL                   the live lens, as a page of this machine
     safesteer report RUN                             the page again, from a run folder
     safesteer settings [PRESET]                      every setting with its value, unit and meaning
@@ -25,6 +28,7 @@ import typer
 from rich.console import Console
 
 from safesteer._errors import SafeSteerError
+from safesteer._options import EVALUATE, EXPORT, OPTIONS, SEARCH, SOURCE
 
 app = typer.Typer(
     add_completion=False,
@@ -34,103 +38,11 @@ app = typer.Typer(
     " those tokens alone.",
 )
 
-Model = Annotated[
-    str,
-    typer.Argument(help="Hub id, local folder, GGUF file, 'smollm2-135m' or 'qwen2.5-coder-0.5b'."),
-]
-Out = Annotated[Path, typer.Option("--out", help="The run folder to write or to continue.")]
-Preset = Annotated[
-    str,
-    typer.Option(
-        help="'quick' (small machine), 'two-sided' (a model that refuses) or 'paper' (as published)."
-    ),
-]
-RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", help="A recipe file (TOML), such as a run folder's recipe.toml.")
-]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
-Prompts = Annotated[
-    Path | None, typer.Option(help="Your own prompts, JSON Lines (default: the project's pairs).")
-]
-Changes = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="One setting, e.g. distill.divergence=reverse. May be repeated."),
-]
-Track = Annotated[
-    str | None, typer.Option(help="Follow the distillation in a tracker: tensorboard, wandb, ...")
-]
-Profile = Annotated[
-    bool, typer.Option("--profile", help="Measure where the time goes: profile.csv and profile.html.")
-]
-Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a Hub model (default: its main branch).")
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the code that the model's repository ships.")
-]
-Template = Annotated[
-    str | None, typer.Option(help="For a base model: raw, plain, chatml or a Jinja file (default: its own).")
-]
-TemplateArgs = Annotated[
-    list[str] | None,
-    typer.Option("--template-arg", help="Of the chat template, e.g. enable_thinking=true. May be repeated."),
-]
-Quantize = Annotated[
-    str | None, typer.Option(help="4bit: the frozen base in 4 bits, under an adapter (distill.lora_rank).")
-]
-DeviceMap = Annotated[
-    str | None,
-    typer.Option(
-        "--device-map",
-        help="For a model that does not fit one device: auto (GPUs, then CPU, then disk), disk, or JSON.",
-    ),
-]
 UP_TO = {
     "direction": "Stage 1 alone: find the direction.",
     "tokens": "Up to stage 2: select the safety tokens.",
     "distill": "Up to stage 3: teach the student.",
     "export": "Up to stage 4: write the trained model.",
-}
-
-
-# Options of commands: name in Python, what it is, default. Where a model comes from:
-SOURCE: dict[str, tuple[Any, Any]] = {
-    "revision": (Revision, None),
-    "trust_remote_code": (TrustRemoteCode, False),
-    "template": (Template, None),
-    "template_args": (TemplateArgs, None),
-    "quantize": (Quantize, None),
-    "device_map": (DeviceMap, None),
-}
-# Of every command that runs stages:
-OPTIONS: dict[str, tuple[Any, Any]] = {
-    "model": (Model, "smollm2-135m"),
-    "out": (Out, Path("run")),
-    "preset": (Preset, "quick"),
-    "recipe": (RecipeFile, None),
-    "seed": (Seed, None),
-    **SOURCE,
-    "prompts": (Prompts, None),
-    "changes": (Changes, None),
-    "track": (Track, None),
-    "profile": (Profile, False),
-}
-# Of the benchmarks:
-EVALUATE: dict[str, tuple[Any, Any]] = {
-    "target": (
-        Annotated[str, typer.Argument(help="A run folder (base and student), or a model.")],
-        Parameter.empty,
-    ),
-    "suite": (Annotated[str, typer.Option(help="'quick', 'small', 'paper' or 'robust'.")], "quick"),
-    "out": (Annotated[Path | None, typer.Option(help="Folder to write or continue.")], None),
-    "data": (Annotated[Path | None, typer.Option(help="Folder of local benchmark rows.")], None),
-    "allow_code": (
-        Annotated[
-            bool, typer.Option("--allow-code", help="Run what the model writes, confined (HumanEval).")
-        ],
-        False,
-    ),
-    **SOURCE,
 }
 
 
@@ -171,7 +83,17 @@ def _command(name: str, last: str | None, help_text: str) -> None:
         if last is None and (path / "report.html").exists():
             console.print(f"Report: {path / 'report.html'}   Model: {path / 'model'}", highlight=False)
 
-    _add(name, help_text, OPTIONS, command)
+    def export(**options: Any) -> None:
+        strength = options.pop("strength")
+        if strength is None:
+            command(**options | {"out": options["out"] or Path("run")})
+            return
+        from safesteer.exporting import export_strength  # heavy
+
+        folder = export_strength(options["model"], strength, options["out"])
+        Console().print(f"Model: {folder}", highlight=False, soft_wrap=True)
+
+    _add(name, help_text, *((EXPORT, export) if last == "export" else (OPTIONS, command)))
 
 
 def _add(
@@ -217,19 +139,24 @@ def _evaluate(**options: Any) -> None:
 
     target, console = options.pop("target"), Console()
     source = {name: options.pop(name) for name in SOURCE}
-    if any(source.values()):
-        if (Path(target) / "manifest.json").is_file():
-            raise SafeSteerError(
-                "A run's recipe says which revision, code, template, quantization and device map its model"
-                " has: leave them out."
-            )
-        target = load_model(target, **source)
+    is_run = (Path(target) / "manifest.json").is_file()
+    if any(source.values()) and is_run:
+        raise SafeSteerError(
+            "A run's recipe says which revision, code, template, quantization and device map its model has:"
+            " leave them out."
+        )
     suite = options.pop("suite")
-    table = run_suite(target, suite, options.pop("out"), console=console, **options)
-    if suite == "robust" and isinstance(target, str) and (Path(target) / "manifest.json").is_file():
-        from safesteer.run_folder import renew_card
+    if options.pop("dial"):
+        from safesteer.evaluation.dial import dial_run
 
-        renew_card(target, table)
+        table = dial_run(target, console=console).drop(columns=["weights", "prompts", "judge"])
+    else:
+        chat = load_model(target, **source) if any(source.values()) else target
+        table = run_suite(chat, suite, options.pop("out"), console=console, **options)
+        if suite == "robust" and is_run:
+            from safesteer.run_folder import renew_card
+
+            renew_card(target, table)
     console.print(table.to_string(index=False, float_format="{:.3f}".format), highlight=False)
 
 
@@ -240,6 +167,27 @@ _add(
     EVALUATE,
     _evaluate,
 )
+
+
+def _search(**options: Any) -> None:
+    if options["pick"] is not None:
+        from safesteer.searching import choosing  # heavy
+
+        path = choosing.pick_trial(options["out"], options["pick"])
+    else:
+        chosen, fixed = _recipe(options), [change.partition("=")[0] for change in options["changes"] or []]
+        from safesteer.prompts.prompt_set import PromptSet
+        from safesteer.searching import study
+
+        space = [entry for entry in study.SPACE if entry.name not in fixed]
+        pairs = PromptSet.from_jsonl(options["prompts"]) if options["prompts"] else None
+        where, n_trials = options["out"], options["trials"]
+        path = study.search(options["model"], where, chosen, n_trials=n_trials, space=space, prompts=pairs)
+    line = f"Page: {path.with_name('search.html')}   Next: safesteer align MODEL --recipe {path}"
+    Console().print(line, highlight=False, soft_wrap=True)
+
+
+_add("search", "Vary settings in short trainings on val; write the best one's recipe.", SEARCH, _search)
 
 
 @app.command()

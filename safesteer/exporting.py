@@ -23,6 +23,7 @@ from safesteer._errors import SafeSteerError
 from safesteer._files import read_json, whole_folder, write_text
 from safesteer._version import __version__
 from safesteer.evaluation.scores import Scores
+from safesteer.evaluation.targets import load_target, require_run
 from safesteer.judges.judge import Judge, judge_name
 from safesteer.judges.sentences import declines
 from safesteer.models.batch import PromptBatch
@@ -30,11 +31,13 @@ from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import last_logits
 from safesteer.models.gguf import is_gguf
 from safesteer.models.loading import load_model
+from safesteer.models.mixing import between
 from safesteer.models.named import NAMED
 from safesteer.models.parts import hf_model, is_bridge, is_quantized
 from safesteer.models.placement import is_offloaded
 from safesteer.models.precision import in_precision, weight_dtype
 from safesteer.models.quiet import quiet_transformers
+from safesteer.report.dial_figure import DIAL_FILE
 from safesteer.report.robust_table import STARTS, robustness_line
 from safesteer.report.set_table import set_summary
 from safesteer.steering.direction import Direction
@@ -162,6 +165,57 @@ def check_reload(
             f" its logits (allowed: {tolerance:.2g})."
         )
     return difference
+
+
+def export_strength(run: str | Path, strength: float, folder: str | Path | None = None) -> Path:
+    """Write the model at a strength between the base and the student of a run, with a card that says so.
+
+    Args:
+        run: A finished run folder.
+        strength: 0 is the base, 1 the student; `evaluation.dial` measures what lies between.
+        folder: The folder to write; None: `model-STRENGTH` in the run folder.
+
+    Returns:
+        The folder, proven to reload.
+
+    Raises:
+        SafeSteerError: For a folder that is no finished run, or a strength that is not finite.
+    """
+    run = require_run(run)
+    card = run / "model" / "README.md"
+    if not card.is_file():
+        raise SafeSteerError(f"{run} has no model card yet: finish the run with safesteer align.")
+    folder = Path(folder) if folder else run / f"model-{strength:g}"
+    earlier = (folder / PROBE_FILE).is_file() and folder.resolve() != (run / "model").resolve()
+    if folder.exists() and not earlier:
+        raise SafeSteerError(f"{folder} exists and would be replaced: choose another folder.")
+    trust = bool(read_json(run / "manifest.json").get("recipe", {}).get("trust_remote_code", False))
+    models = load_target(run, run)
+    stored = _read_probe(run / "model")["dtype"]
+    with between(models["base"], models["student"], strength) as student:
+        export(student, folder, dtype=stored)
+    write_text(folder / "README.md", _card_at(card.read_text(encoding="utf-8"), run, strength))
+    check_reload(folder, trust_remote_code=trust)
+    return folder
+
+
+def _card_at(card: str, run: Path, strength: float) -> str:
+    """Add to the student's card which strength the weights have, and what was measured there."""
+    lines = [
+        "## Strength\n",
+        f"The weights of this folder are base + {strength:g} x (trained - base): strength {strength:g}, where"
+        " 0 is the base and 1 the trained model. **The numbers below are those of strength 1.**",
+    ]
+    table = pd.read_csv(run / DIAL_FILE) if (run / DIAL_FILE).is_file() else pd.DataFrame({"strength": []})
+    rows = table[(table.strength - strength).abs() < 1e-9]
+    if rows.empty:
+        lines.append("This strength was not measured (`safesteer evaluate RUN --dial` measures some).")
+    for row in rows.itertuples():
+        lines.append(
+            f"At strength {strength:g}, on {row.n} val pairs: {row.counts} {row.harmful:.1%} of harmful and"
+            f" {row.over_refusal:.1%} of harmless prompts, KL to base {row.kl:.3f} nats per token."
+        )
+    return card.replace("\n## ", "\n" + "\n".join(lines) + "\n\n## ", 1)
 
 
 def _commit(base: ChatModel) -> str | None:

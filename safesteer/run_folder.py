@@ -41,7 +41,7 @@ from safesteer.distillation.rollouts import Teacher
 from safesteer.distillation.state import require_adapter
 from safesteer.exporting import CARD, renew_robustness
 from safesteer.judges.judge import Judge
-from safesteer.models.chat_model import ChatModel
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.loading import best_device, load_model
 from safesteer.models.parts import is_quantized
 from safesteer.models.placement import require_together, require_trainable
@@ -154,8 +154,24 @@ class Run:
             yield lambda share: bar.update(task, completed=share)
 
 
+def model_source(model: str | Path | ModelLike, recipe: Recipe) -> str | ChatModel:
+    """Return the name of a model that is loaded, or the open model.
+
+    Raises:
+        SafeSteerError: For settings of loading and an open model.
+    """
+    if isinstance(model, str | Path):
+        return str(model)
+    if recipe.template or recipe.template_args or recipe.quantize or recipe.device_map:
+        raise SafeSteerError(
+            "template, template_args, quantize and device_map are settings of a model that is loaded by name:"
+            " give them to load_model, or pass the name."
+        )
+    return as_chat(model)
+
+
 def check_base(run: Run, base: ChatModel, *, trains: bool) -> None:
-    """Raise SafeSteerError for settings of loading where the base was open, or where it cannot train.
+    """Raise SafeSteerError for a base that cannot train, or not as the recipe says.
 
     Args:
         run: The run.
@@ -163,11 +179,6 @@ def check_base(run: Run, base: ChatModel, *, trains: bool) -> None:
         trains: Whether stages 3 and 4 are to run, which load the base once more.
     """
     recipe, opened = run.recipe, isinstance(run.model, ChatModel)
-    if opened and (recipe.template or recipe.template_args or recipe.quantize or recipe.device_map):
-        raise SafeSteerError(
-            "template, template_args, quantize and device_map are settings of a model that is loaded by name:"
-            " give them to load_model, or pass the name."
-        )
     if not trains:
         return
     if is_quantized(base.model):

@@ -15,7 +15,7 @@ VAGUE = {"found", "said", "asked", "mine", "these", "rest", "how", "few", "given
 # A module imports only rooms further down (or its own room). The docs draw this list.
 LAYERS = (
     "cli",
-    "alignment live",
+    "alignment live searching",
     "run_folder",
     "recipes exporting profiling",
     "evaluation",
@@ -29,7 +29,7 @@ LAYERS = (
     "settings",
     "_settings",
     "_files _endpoint _token_text _intervals",
-    "_errors _version _progress _clock",
+    "_errors _version _progress _clock _options",
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms.split()}
 MODULES = {

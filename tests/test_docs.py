@@ -27,6 +27,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RUNNABLE = (
     "README.md",
     "docs/quickstart.md",
+    "docs/how-to/dial.md",
     "docs/how-to/directions.md",
     "docs/how-to/fine-tuning.md",
     "docs/how-to/gated-steering.md",

@@ -16,8 +16,8 @@ from safesteer.alignment import align
 from safesteer.attribution.grid import AnswerGrid
 from safesteer.distillation import loop
 from safesteer.distillation import loop as _  # noqa: F401  (the import hook sees the package first)
-from safesteer.evaluation import suite
 from safesteer.evaluation.scores import Evaluation
+from safesteer.evaluation.targets import load_target
 from safesteer.judges.wording import refuses
 from safesteer.models.templates import render
 from safesteer.prompts.prompt_set import load_prompts
@@ -188,7 +188,7 @@ def test_a_base_model_is_aligned_with_a_template_that_stays(tiny_llama, tmp_path
     tiny_llama.tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").unlink()
     run = align(str(folder), tmp_path / "run", recipe(**SMALL, template="plain"), console=QUIET)
-    models = suite._load(run, run)
+    models = load_target(run, run)
     texts = {render(chat.tokenizer, "Name a river.") for chat in models.values()}
     assert texts == {"User: Name a river.\n\nAssistant:"}
     assert {"base", "student"} == models.keys()

@@ -20,7 +20,7 @@ from safesteer.distillation.loop import Training, distill
 from safesteer.distillation.rollouts import Rollouts, StepPrompts, Teacher, sample_rollouts, teacher_hidden
 from safesteer.distillation.state import prepare_student
 from safesteer.distillation.step import Reading, accumulate_gradient
-from safesteer.evaluation import suite
+from safesteer.evaluation.targets import load_target
 from safesteer.judges.wording import refuses
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.forward import final_hidden
@@ -141,7 +141,7 @@ def test_a_run_goes_on_elsewhere_in_the_precision_that_it_began_with(processor, 
     assert {weight_dtype(chat.model) for chat in (opened.load_base(), opened.load_student())} == {
         torch.bfloat16
     }
-    assert suite._load(run, run).keys() == {"base", "student"}
+    assert load_target(run, run).keys() == {"base", "student"}
     assert 'dtype = "bfloat16"' in (run / "model" / "README.md").read_text()
 
 

@@ -20,7 +20,7 @@ from safesteer.directions.inspection import component_contributions
 from safesteer.distillation.loop import Training, distill, training_steps
 from safesteer.distillation.rollouts import Teacher
 from safesteer.distillation.state import prepare_student
-from safesteer.evaluation import suite
+from safesteer.evaluation.targets import load_target
 from safesteer.exporting import check_reload, export
 from safesteer.models import loading
 from safesteer.models.adapter import shares_weights, without_adapter
@@ -260,7 +260,7 @@ def test_a_run_trains_in_4_bits_and_exports_whole_weights(tiny_llama, tmp_path):
 
     # What is measured is the export, rounded as its base was: next to the student that was trained.
     peft = pytest.importorskip("peft")
-    models = suite._load(run, run)
+    models = load_target(run, run)
     assert all(is_quantized(chat.model) for chat in models.values())
     base = naive_logits(models["base"], batch_of(tiny_llama))
     trained = type(tiny_llama)(

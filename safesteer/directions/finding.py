@@ -14,6 +14,7 @@ import pandas as pd
 from safesteer._errors import SafeSteerError
 from safesteer._progress import Progress, no_progress
 from safesteer.directions.calibration import ANSWER_TOKENS, choose_direction, refusal_rate
+from safesteer.directions.candidates import Candidates
 from safesteer.directions.extraction import (
     logistic_probe,
     mean_difference,
@@ -81,6 +82,21 @@ class ChosenDirection(Direction):
         return f"<p>{'<br>'.join(map(html.escape, self.story()))}</p>{self.sweep._repr_html_()}"
 
 
+@dataclass(frozen=True, eq=False)
+class CandidateReading:
+    """What stage 1 reads before it scores: nothing of it depends on a coefficient or on a range of layers.
+
+    `native_share` is the share of harmful val prompts that the model refuses by itself; the candidates come
+    from the prompts `read`, and may be scored on those in `suited`.
+    """
+
+    refusal: RefusalTokens
+    native_share: float
+    candidates: Candidates
+    read: PromptSet
+    suited: PromptSet
+
+
 def _bridged(chat: ChatModel) -> ModelLike:
     """Return the TransformerLens bridge of a model, or the model where there is none: both read alike."""
     try:
@@ -118,33 +134,55 @@ def find_direction(
         'prefill'
     """
     chat, prompts, config = as_chat(chat), prompts or load_prompts(), config or DirectionConfig()
-    train, val = prompts.split("train").first(config.n_train), prompts.split("val")
-    # 1. Refusals
-    refusal = learn_refusal_tokens(chat, val.harmful, val.harmless, judge)
-    native = refusal_rate(chat, val.harmful, judge, ANSWER_TOKENS)
-    # 2. Candidates
-    extraction, read, suited = _readable(chat, train, val, refusal, native, config)
-    candidates = EXTRACTIONS[extraction](_bridged(chat), read, seed=config.seed)
+    val = prompts.split("val")
+    # 1. and 2. Refusals and candidates
+    reading = read_candidates(chat, prompts, config, judge)
     # 3. Scores
-    scored = suited.first(config.n_val)
+    scored = reading.suited.first(config.n_val)
     by_answers = config.coeff is None and config.rank_by != "ablation"
-    share = 0.5 if by_answers and extraction == "prefill" else 1.0  # comparing answers costs about as much
+    prefilled = reading.candidates.extraction == "prefill"
+    share = 0.5 if by_answers and prefilled else 1.0  # comparing answers costs about as much
     result = sweep(
         chat,
-        candidates,
+        reading.candidates,
         scored,
-        refusal.ids,
+        reading.refusal.ids,
         config,
-        held_out=suited.after(config.n_val),
+        held_out=reading.suited.after(config.n_val),
         progress=lambda done: progress(share * done),
     )
     # 4. The direction and its coefficient
-    direction, rates = _choose(
-        chat, result, read, val, judge, config, lambda done: progress(share + (1 - share) * done)
+    direction, rates = choose_candidate(
+        chat, result, reading.read, val, judge, config, lambda done: progress(share + (1 - share) * done)
     )
-    sources = {"sweep": result, "refusal_tokens": refusal, "native_share": native, "rates": rates}
-    sources["n_harmful"] = len(read.harmful), len(scored.harmful)
-    return ChosenDirection(vector=direction.vector, **direction.metadata, **sources)
+    return ChosenDirection(
+        vector=direction.vector,
+        **direction.metadata,
+        sweep=result,
+        refusal_tokens=reading.refusal,
+        native_share=reading.native_share,
+        n_harmful=(len(reading.read.harmful), len(scored.harmful)),
+        rates=rates,
+    )
+
+
+def read_candidates(
+    chat: ChatModel, prompts: PromptSet, config: DirectionConfig, judge: Judge = refuses
+) -> CandidateReading:
+    """Take steps 1 and 2: learn the model's refusals, and read a candidate per position and layer.
+
+    Args:
+        chat: The model.
+        prompts: Prompts with the splits "train" and "val".
+        config: Settings of stage 1; those of scores and coefficients are not read.
+        judge: Says which answers refuse.
+    """
+    train, val = prompts.split("train").first(config.n_train), prompts.split("val")
+    refusal = learn_refusal_tokens(chat, val.harmful, val.harmless, judge)
+    native = refusal_rate(chat, val.harmful, judge, ANSWER_TOKENS)
+    extraction, read, suited = _readable(chat, train, val, refusal, native, config)
+    candidates = EXTRACTIONS[extraction](_bridged(chat), read, seed=config.seed)
+    return CandidateReading(refusal, native, candidates, read, suited)
 
 
 def _readable(
@@ -182,16 +220,29 @@ def _filtered(chat: ChatModel, split: PromptSet, refusal: RefusalTokens, strict:
     return passing if strict or enough else split
 
 
-def _choose(
+def choose_candidate(
     chat: ChatModel,
     result: Sweep,
     train: PromptSet,
     val: PromptSet,
     judge: Judge,
     config: DirectionConfig,
-    progress: Progress,
+    progress: Progress = no_progress,
 ) -> tuple[Direction, pd.DataFrame | None]:
-    """Take the best candidate; where they are ranked by steering, the one whose answers refuse."""
+    """Take step 4: the best candidate; where they are ranked by steering, the one whose answers refuse.
+
+    Args:
+        chat: The model.
+        result: The scores of all candidates.
+        train: The prompts that the candidates were read from.
+        val: Prompts of which harmful ones are answered.
+        judge: Says which answers refuse.
+        config: Settings of stage 1.
+        progress: Called with the share done.
+
+    Returns:
+        The direction with its coefficient, and the refusal rates where answers were compared.
+    """
     directions = result.directions(chat, train)
     if config.coeff is None and result.rank_by == "steering":
         prompts = val.harmful[: config.n_compare_prompts]

@@ -51,11 +51,15 @@ Pass: TypeAlias = Callable[
 ]
 
 
+def layer_limit(candidates: Candidates, max_layer_share: float) -> int:
+    """Return the first layer that cannot be selected."""
+    return math.ceil(max_layer_share * candidates.vectors.shape[1])
+
+
 def runnable(candidates: Candidates, max_layer_share: float) -> list[tuple[int, int]]:
     """Return (position, layer) of the candidates that can be selected, by layer."""
-    n_pos, n_layers, _ = candidates.vectors.shape
-    last = math.ceil(max_layer_share * n_layers)
-    return [(i, layer) for layer in range(last) for i in range(n_pos)]
+    last = layer_limit(candidates, max_layer_share)
+    return [(i, layer) for layer in range(last) for i in range(len(candidates.positions))]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from safesteer._intervals import bootstrap_means
 from safesteer._progress import Progress, no_progress
 from safesteer.directions.candidates import Candidates
 from safesteer.directions.halving import Scored, Scores, score_by_halving
-from safesteer.directions.scoring import SCORES, PassLimits, runnable, score
+from safesteer.directions.scoring import SCORES, PassLimits, layer_limit, runnable, score
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.settings import DirectionConfig
@@ -91,6 +91,17 @@ class Sweep:
     def best(self) -> pd.Series:
         """The first row of the ranking."""
         return self.ranking.iloc[0]
+
+    def up_to(self, max_layer_share: float) -> "Sweep":
+        """Return the sweep with fewer layers to choose from, as one that does not run the later ones.
+
+        Args:
+            max_layer_share: Layers from this share of the depth on are dropped.
+        """
+        late = self.table.layer >= layer_limit(self.candidates, max_layer_share)
+        table = self.table.assign(kept=self.table.kept & ~late)
+        table.loc[late, "reason"] = _too_late(max_layer_share)
+        return Sweep(self.candidates, table, self.rank_by)
 
     def directions(self, chat: ModelLike, prompts: PromptSet | None = None) -> list[Direction]:
         """Return the candidates of the ranking as directions, best first.
@@ -290,11 +301,15 @@ def _table(
     return pd.DataFrame(rows, columns=[*COLUMNS, *intervals])
 
 
+def _too_late(max_layer_share: float) -> str:
+    return f"layer in the last {1 - max_layer_share:.0%} of the model"
+
+
 def _reason(scores: dict[str, float], was_run: bool, rank_by: str, config: DirectionConfig) -> str:
     """Say which threshold drops a candidate, or that it passes."""
     kl, steered = scores["kl_harmless"], scores["steering_refusal"]
     if not was_run:
-        return f"layer in the last {1 - config.max_layer_share:.0%} of the model (not run)"
+        return f"{_too_late(config.max_layer_share)} (not run)"
     if not all(np.isfinite(scores[name]) for name in SCORES):
         return "a score is not finite"
     if rank_by == "ablation" and kl > config.max_kl:

@@ -205,19 +205,34 @@ def train_student(
     if config.sharded and student is not None:
         shard(teacher.base.model)
     try:
-        return state, _follow(state, teacher, prompts, training or Training())
+        return state, tuple(follow_steps(state, teacher, prompts, training))
     except BaseException:
         if config.lora_rank:
             without_adapter(state.student)  # the base is the caller's
         raise
 
 
-def _follow(
-    state: DistillState, teacher: Teacher, prompts: PromptSet, training: Training
-) -> tuple[StepRecord, ...]:
-    """Take the steps that remain, and write, log and check as `training` says; return the whole history."""
-    config, folder = state.config, None if training.folder is None else Path(training.folder)
+def follow_steps(
+    state: DistillState, teacher: Teacher, prompts: PromptSet, training: Training | None = None
+) -> Iterator[StepRecord]:
+    """Train as `training_steps` does, and write, log, watch and check as `training` says.
+
+    Stop whenever you like, as there.
+
+    Args:
+        state: The student, from `prepare_student`.
+        teacher: What the student learns from.
+        prompts: Prompts with the splits that `state.config.splits` names, and with "val" where that is
+            watched or checked.
+        training: Folder, tracker, judge, progress and sampler; None: nothing is written.
+
+    Yields:
+        The records of the whole history: those of a checkpoint in the folder, then each new one.
+    """
+    training, config = training or Training(), state.config
+    folder = None if training.folder is None else Path(training.folder)
     history, stamp = _resume(state, teacher, prompts, folder)
+    yield from tuple(history)
     sampler = None if training.sampler is None else training.sampler(state.student)
     steps = training_steps(state, teacher, _prompts_to_train_on(prompts, config), sampler=sampler)
     settings = {"model": teacher.base.name, **asdict(config)}
@@ -246,9 +261,9 @@ def _follow(
             last = stopped or record.step == config.n_steps
             if folder is not None and (last or record.step % config.checkpoint_every == 0):
                 _save(folder, state, stamp, history)
+            yield record
             if stopped:
                 break
-    return tuple(history)
 
 
 def _watched(prompts: PromptSet, config: DistillConfig) -> list[PromptLike]:

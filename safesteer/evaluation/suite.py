@@ -41,17 +41,17 @@ from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.robust import MAY_FAIL, Robustness, Subject, parts_of
 from safesteer.evaluation.rows import change_row, rate, row
 from safesteer.evaluation.sets import COLUMNS, OWN, PAIRS, PUBLIC, score_set, set_prompts
+from safesteer.evaluation.targets import load_target, run_of
 from safesteer.judges.judge import Judge, judge_name
 from safesteer.judges.sentences import declines
-from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.chat_model import ChatModel, ModelLike
 from safesteer.models.drift import kl_on_answers
 from safesteer.models.generation import generate
 from safesteer.models.hashing import weights_hash
-from safesteer.models.loading import load_model
 from safesteer.models.text_loss import WIKITEXT, general_text, perplexity, wikitext
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.report.page import suite_page
-from safesteer.settings import ALIKE, MODEL_SOURCE, EvaluateConfig
+from safesteer.settings import EvaluateConfig
 
 HUMANEVAL = "humaneval"
 
@@ -152,40 +152,19 @@ def run_suite(
     if isinstance(suite, str) and suite not in SUITES:
         raise SafeSteerError(f"Unknown suite '{suite}': use one of {', '.join(SUITES)}.")
     name, selected = (suite, SUITES[suite]) if isinstance(suite, str) else ("custom", suite)
-    run = _run_folder(target)
+    run = run_of(target)
     folder = Path(out) if out else (run or Path()) / f"suite-{name}"
     console = console or Console()
     if HUMANEVAL in selected.tasks and not allow_code:
         console.print("HumanEval runs what the model writes, and is left out unless you allow it.")
         selected = replace(selected, tasks=tuple(t for t in selected.tasks if t != HUMANEVAL))
-    models = _load(target, run)
+    models = load_target(target, run)
     job = _Job(selected, models, folder, None if data is None else Path(data), judge)
     with locked(folder):
         _check_folder(job)
         rows = [*_measure(job, console), *_changes(job)]
         title = target if isinstance(target, str | Path) else models["model"].name
         return _write(job, rows, f"{title}: suite {name}")
-
-
-def _run_folder(target: str | Path | ModelLike) -> Path | None:
-    """Return the target if it is a run folder with a trained model, None for a model."""
-    if not isinstance(target, str | Path) or not (Path(target) / "manifest.json").is_file():
-        return None
-    if not (Path(target) / "model" / "config.json").is_file():
-        raise SafeSteerError(f"{target} has no exported model yet: finish the run with safesteer align.")
-    return Path(target)
-
-
-def _load(target: str | Path | ModelLike, run: Path | None) -> dict[str, ChatModel]:
-    """Load the models that are measured, by the names of the table."""
-    if run is not None:
-        manifest = read_json(run / "manifest.json")
-        settings = manifest.get("recipe", {})
-        source = {name: settings[name] for name in MODEL_SOURCE if name in settings}
-        alike = {name: source[name] for name in ALIKE if name in source}
-        base = load_model(manifest["model"], **source)
-        return {"base": base, "student": load_model(str(run / "model"), **alike)}
-    return {"model": load_model(str(target)) if isinstance(target, str | Path) else as_chat(target)}
 
 
 def _check_folder(job: _Job) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import html
 import json
 import re
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -57,17 +58,33 @@ def write_report(run: str | Path) -> Path:
 
 def build_page(data: dict[str, Any]) -> str:
     """Return the whole page as text, from what `load_page_data` returns."""
-    script = "\n".join(map(asset, ("report.js", "lens.js", "report_lens.js", "report_tokens.js")))
+    facts = data["run"]
+    about = [facts["date"], *(f"{name} {facts[name]}" for name in ("preset", "seed") if facts[name])]
+    texts = {
+        "title": f"SafeSteer: {facts['model']}",
+        "model": facts["model"],
+        "about": " · ".join(filter(None, [*about, f"SafeSteer {__version__}"])),
+    }
+    return fill_page(
+        "report.html", ("report.js", "lens.js", "report_lens.js", "report_tokens.js"), data, texts
+    )
+
+
+def fill_page(shell: str, scripts: Sequence[str], data: Any, texts: Mapping[str, str]) -> str:
+    """Put a page together in the report's look and under its policy.
+
+    Args:
+        shell: The asset with the placeholders {{policy}}, {{style}}, {{data}}, {{plotly}} and {{script}}, and
+            those of `texts`.
+        scripts: Assets that run, one after the other.
+        data: What the script reads, as JSON.
+        texts: Texts by placeholder; they are escaped.
+    """
+    script = "\n".join(map(asset, scripts))
     plotly = _lines(get_plotlyjs())
     if "</script" in plotly.lower() or "<!--" in plotly:
         plotly = plotly.replace("</script", "<\\/script").replace("<!--", "<\\!--")
-    facts = data["run"]
-    about = [facts["date"], *(f"{name} {facts[name]}" for name in ("preset", "seed") if facts[name])]
-    about.append(f"SafeSteer {__version__}")
-    parts = {
-        "title": html.escape(f"SafeSteer: {facts['model']}"),
-        "model": html.escape(facts["model"]),
-        "about": html.escape(" · ".join(filter(None, about))),
+    parts = {name: html.escape(text) for name, text in texts.items()} | {
         "policy": html.escape(_policy(script, plotly)),
         "style": theme() + asset("report.css") + asset("lens.css"),
         "data": as_json(data),
@@ -75,7 +92,7 @@ def build_page(data: dict[str, Any]) -> str:
         "script": script,
     }
     # One pass, so that a placeholder inside the data stays what it is: text.
-    return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], asset("report.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], asset(shell))
 
 
 def suite_page(table: pd.DataFrame, title: str) -> str:

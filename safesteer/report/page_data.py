@@ -25,6 +25,7 @@ from safesteer.attribution.tracing import Alternative, Trace, TraceToken
 from safesteer.directions.shifts import SHIFT_FILE
 from safesteer.directions.sweeping import COLUMNS
 from safesteer.report import direction_figures, figures
+from safesteer.report.dial_figure import DIAL_FILE, strengths_figure
 from safesteer.report.lens_data import pack_grid
 from safesteer.report.reader_figures import READER_FILE, READER_SCORES_FILE, reader_figure
 from safesteer.report.set_table import SETS_FILE, set_summary
@@ -42,6 +43,10 @@ SECTIONS = {  # section -> its file, and what the page says without it
     "tokens": ("tokens.json", "This run has no safety tokens yet"),
     "history": ("history.jsonl", "This run has no training history yet"),
     "shift": (SHIFT_FILE, "This run has not measured yet how far the student follows the steering"),
+    "dial": (
+        DIAL_FILE,
+        "Strengths are not measured yet: safesteer evaluate RUN --dial",
+    ),
     "attribution": ("attribution.json", "This run has no token attribution yet"),
     "lens": (GRID_FILE, "This run has no answers at other layers and strengths"),
 }
@@ -60,6 +65,7 @@ def load_page_data(run: Path) -> dict[str, Any]:
         "tokens": TokenSet.load,
         "history": json_lines,
         "shift": pd.read_csv,
+        "dial": lambda path: strengths_figure(pd.read_csv(path)),
         "attribution": Attribution.load,
         "lens": AnswerGrid.load,
     }
@@ -89,17 +95,17 @@ def load_page_data(run: Path) -> dict[str, Any]:
         "templates": {theme: figures.template(theme).to_plotly_json() for theme in ("light", "dark")},
         "missing": missing,
     }
-    return _safe(shown)
+    return safe_values(shown)
 
 
-def _safe(value: Any) -> Any:
+def safe_values(value: Any) -> Any:
     """Make every string safe and every number short, at any depth."""
     if isinstance(value, str):
         return running(value)
     if isinstance(value, Mapping):
-        return {running(str(k)): _safe(v) for k, v in value.items()}
+        return {running(str(k)): safe_values(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_safe(v) for v in value]
+        return [safe_values(v) for v in value]
     if isinstance(value, float):
         # JSON knows no NaN; four digits are more than any number on the page shows.
         return float(f"{value:.5g}") if value == value and abs(value) != float("inf") else None
@@ -302,15 +308,18 @@ def _figures(values: Mapping[str, Any]) -> dict[str, Any]:
         made["training"] = figures.training_figure(values["history"])
     if values["shift"] is not None:
         made["shift"] = figures.along_figure(values["shift"])
+    if values["dial"] is not None:
+        made["dial"] = values["dial"]
     if attribution:
         for i, text in enumerate(attribution.coverage.texts):
             made[f"coverage-{i}"] = figures.coverage_figure(text)
         made["steps"] = figures.steps_figure(attribution.coverage)
         made["stability"] = figures.stability_figure(attribution.stability)
-    return {name: _plain(figure) for name, figure in made.items()}
+    return {name: plain_figure(figure) for name, figure in made.items()}
 
 
-def _plain(figure: go.Figure) -> dict[str, Any]:
+def plain_figure(figure: go.Figure) -> dict[str, Any]:
+    """Return a figure as JSON values, without its template."""
     raw = json.loads(str(figure.to_json()))
     raw["layout"].pop("template", None)
     return raw

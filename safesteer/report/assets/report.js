@@ -232,6 +232,7 @@ for (const part of [summary, answers, sweep, run, startTheme]) part();
 window.safesteer.finish = () => {
   if (!data.figures.training) byId("training").append(missing("history") || el("p", { class: "missing" }, "The training history is empty."));
   if (!data.figures.reader) byId("reader-missing").append(missing("reader") || "");
+  if (!data.figures.dial) byId("dial-missing").append(missing("dial") || "");
   if (!data.figures.shift) byId("shift-missing").append(missing("shift") || "");
   startCharts();
   document.documentElement.dataset.ready = "true";

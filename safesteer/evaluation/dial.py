@@ -1,0 +1,166 @@
+"""How careful should the student be? What it does at strengths between the base and beyond.
+
+The weights on the line from base to student (`models.mixing`) are measured on pairs that no preset trains on:
+harmful requests refused, harmless twins refused, drift. The table is a curve from which a user chooses; the
+model that is chosen is written by `exporting.export_strength`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+
+from safesteer._errors import SafeSteerError
+from safesteer._files import locked, write_text
+from safesteer._intervals import bootstrap, wilson
+from safesteer._progress import Progress, no_progress
+from safesteer.evaluation.ledger import log_look
+from safesteer.evaluation.measuring import Measured, measure
+from safesteer.evaluation.targets import load_target, require_run
+from safesteer.judges.judge import Judge, judge_name
+from safesteer.judges.sentences import declines
+from safesteer.models.adapter import as_base
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.hashing import weights_hash
+from safesteer.models.mixing import between
+from safesteer.prompts.prompt_set import PromptSet, load_prompts
+from safesteer.report.dial_figure import DIAL_FILE
+from safesteer.report.page import write_report
+from safesteer.settings import EvaluateConfig
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+
+
+def measure_strengths(
+    base: ModelLike,
+    student: ModelLike,
+    prompts: PromptSet | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+    config: EvaluateConfig | None = None,
+    *,
+    judge: Judge = declines,
+    progress: Progress = no_progress,
+) -> pd.DataFrame:
+    """Measure the models between base and student, and beyond.
+
+    Args:
+        base: The model that was trained.
+        student: What it became; it is itself again when this returns.
+        prompts: Harmful prompts and harmless ones; None: the val split of the project's wider pairs, on which
+            no preset trains. Choose by prompts that the student was not trained on.
+        strengths: Where on the line: 0 is the base, 1 the student.
+        config: Length of answers, batches; None: the defaults.
+        judge: Says which answers refuse.
+        progress: Called with the share done.
+
+    Returns:
+        A row per strength: strength, harmful and over_refusal (shares in 0..1), kl (nats per token, from the
+        base on harmless prompts), each with `_low` and `_high` (95 %), n (prompts of each kind) and counts
+        (what the shares count).
+
+    Example:
+        >>> from safesteer.evaluation.dial import measure_strengths
+        >>> prompts, config = ss.load_prompts().split("val").first(2), ss.EvaluateConfig(max_new_tokens=3)
+        >>> table = measure_strengths(chat, chat.copy(), prompts, (0.0, 1.0), config)
+        >>> table[["strength", "kl", "n"]].values.tolist()
+        [[0.0, 0.0, 2.0], [1.0, 0.0, 2.0]]
+    """
+    base, student, rows = as_chat(base), as_chat(student), []
+    prompts, config = prompts or dial_prompts(), config or EvaluateConfig()
+    with as_base(base, student):
+        origin = measure(base, base, prompts, config, judge)
+    for strength in strengths:
+        rows.append(_row(base, student, strength, prompts, config, judge, origin))
+        progress(len(rows) / len(strengths))
+    return pd.DataFrame(rows)
+
+
+def dial_prompts() -> PromptSet:
+    """Load the pairs that the dial is measured on: the val split of the wider ones."""
+    return load_prompts("wide").split("val")
+
+
+def dial_run(
+    run: str | Path,
+    strengths: Sequence[float] = STRENGTHS,
+    *,
+    judge: Judge = declines,
+    config: EvaluateConfig | None = None,
+    console: Console | None = None,
+) -> pd.DataFrame:
+    """Measure base and student of a run at some strengths; write dial.csv and the report with its curve.
+
+    Each strength is saved when it is measured, so an interrupted call continues.
+
+    Args:
+        run: A run folder with an exported model.
+        strengths: Where on the line.
+        judge: Says which answers refuse.
+        config: Length of answers, batches; None: the defaults.
+        console: Where to print; None: the terminal.
+
+    Returns:
+        The table of `measure_strengths`, with what was measured: weights, prompts (hashes) and judge.
+
+    Raises:
+        SafeSteerError: For a folder that is no run, or has no exported model.
+    """
+    run, console, config = require_run(run), console or Console(), config or EvaluateConfig()
+    models, prompts = load_target(run, run), dial_prompts()
+    base, student = models["base"], models["student"]
+    stamp = {"weights": weights_hash(student.model), "prompts": prompts.hash, "judge": judge_name(judge)}
+    with locked(run):
+        table, origin = _measured_before(run / DIAL_FILE, stamp), None
+        for strength in strengths:
+            if strength in table.strength.tolist():
+                continue
+            origin = origin or measure(base, base, prompts, config, judge)
+            row = _row(base, student, strength, prompts, config, judge, origin)
+            with between(base, student, strength):
+                log_look(run, student, prompts.name, len(prompts.harmful), f"dial: strength {strength:g}")
+            table = pd.DataFrame([*table.to_dict("records"), row | stamp]).sort_values("strength")
+            write_text(run / DIAL_FILE, table.to_csv(index=False))
+            rates = (
+                f"{row['counts']} {row['harmful']:.0%} of harmful and {row['over_refusal']:.0%} of harmless"
+            )
+            console.print(f"strength {strength:g}: {rates} prompts, KL {row['kl']:.3f}", highlight=False)
+        write_report(run)
+    return table
+
+
+def _measured_before(path: Path, stamp: dict[str, str]) -> pd.DataFrame:
+    """Read the rows of this student on these prompts, by this judge."""
+    if not path.is_file():
+        return pd.DataFrame({"strength": []})
+    try:
+        table = pd.read_csv(path, dtype=dict.fromkeys(stamp, str))
+        rows = [row for row in table.to_dict("records") if all(row[k] == v for k, v in stamp.items())]
+        return pd.DataFrame(rows, columns=table.columns)
+    except (ValueError, KeyError) as error:
+        raise SafeSteerError(f"{path} is not a table of the dial: delete it to measure again.") from error
+
+
+def _row(
+    base: ChatModel,
+    student: ChatModel,
+    strength: float,
+    prompts: PromptSet,
+    config: EvaluateConfig,
+    judge: Judge,
+    origin: Measured,
+) -> dict[str, float | int | str]:
+    """Measure one strength; 0 is the base, which is measured already."""
+    measured = origin
+    if strength:
+        with between(base, student, strength) as chat:
+            measured = measure(chat, base, prompts, config, judge, origin.harmless_answers)
+    row: dict[str, float | int | str] = {"strength": float(strength)}
+    shares = (("harmful", measured.harmful), ("over_refusal", measured.harmless))
+    for name, refused in shares:
+        low, high = wilson(sum(refused), len(refused))
+        row |= {name: float(np.mean(refused)), f"{name}_low": low, f"{name}_high": high}
+    low, high = bootstrap(measured.kls)
+    row |= {"kl": float(np.mean(measured.kls)), "kl_low": low, "kl_high": high}
+    return row | {"n": len(measured.harmful), "counts": measured.counts}

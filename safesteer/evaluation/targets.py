@@ -1,0 +1,42 @@
+"""What is measured: the base and the student of a run folder, or one model."""
+
+from pathlib import Path
+
+from safesteer._errors import SafeSteerError
+from safesteer._files import read_json
+from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.loading import load_model
+from safesteer.settings import ALIKE, MODEL_SOURCE
+
+
+def run_of(target: str | Path | ModelLike) -> Path | None:
+    """Return the target if it is a run folder with a trained model, None for a model.
+
+    Raises:
+        SafeSteerError: For a run folder without a trained model.
+    """
+    if not isinstance(target, str | Path) or not (Path(target) / "manifest.json").is_file():
+        return None
+    if not (Path(target) / "model" / "config.json").is_file():
+        raise SafeSteerError(f"{target} has no exported model yet: finish the run with safesteer align.")
+    return Path(target)
+
+
+def require_run(target: str | Path) -> Path:
+    """Return the run folder; raises SafeSteerError for anything else."""
+    run = run_of(target)
+    if run is None:
+        raise SafeSteerError(f"{target} is not a run folder: it has no manifest.json.")
+    return run
+
+
+def load_target(target: str | Path | ModelLike, run: Path | None) -> dict[str, ChatModel]:
+    """Load the models that are measured, by the names of the tables: base and student, or model."""
+    if run is not None:
+        manifest = read_json(run / "manifest.json")
+        settings = manifest.get("recipe", {})
+        source = {name: settings[name] for name in MODEL_SOURCE if name in settings}
+        alike = {name: source[name] for name in ALIKE if name in source}
+        base = load_model(manifest["model"], **source)
+        return {"base": base, "student": load_model(str(run / "model"), **alike)}
+    return {"model": load_model(str(target)) if isinstance(target, str | Path) else as_chat(target)}
