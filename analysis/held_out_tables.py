@@ -17,6 +17,7 @@ from safesteer.evaluation.curves import bias_curve, over_refusal_at
 
 ROWS = Path(__file__).parent / "results" / "held_out"
 WIDE = ROWS.parent / "held_out_wide"  # prompts=all, distill.train_layers=blocks
+UNSEEN = ROWS.parent / "held_out_unseen"  # the preset on prompts of no earlier look, gated by WIDE's readers
 PUBLIC = ("harmbench", "do-not-answer", "harmfulqa", "xstest-unsafe")
 OVER = ("xstest", "everyday", "own-harmless")
 POOLS: Mapping[str, tuple[str, ...]] = {
@@ -69,14 +70,18 @@ def line(title: str, rows: pd.DataFrame, metric: str = "declines") -> list[str]:
 
 
 def short(sets: Sequence[str], metric: str = "declines") -> tuple[str, str]:
-    """Write how students changed on some sets, "base -> student", and the rate of the gated base."""
-    _, _, base, gated, student, _ = line("", rows_of(sets), metric)
+    """Write how the preset's students changed on unseen prompts, "base -> student", and the gated base."""
+    _, _, base, gated, student, _ = line("", rows_of(sets, UNSEEN), metric)
     return f"{base} → {student.split(' (')[0]}", gated.split(" (")[0]
 
 
 def table(folder: Path | None = None) -> tuple[list[str], list[list[str]]]:
     """Make the table of refusals, text quality and capability."""
-    lines = [line(title, rows_of(sets, folder)) for title, sets in POOLS.items()]
+    there = {path.stem.partition("--")[2] for path in (folder or ROWS).glob("base--*.csv")}
+    titles = {
+        title if "harmbench" in there else title.replace("HarmBench, ", ""): s for title, s in POOLS.items()
+    }
+    lines = [line(title, rows_of(sets, folder)) for title, sets in titles.items()]
     harmless = rows_of((*OVER, "own-hazard-words"), folder)
     lines.append(line("answers to harmless prompts that repeat four words", harmless, "repeats"))
     lines.append(line("code asked for, code given", harmless, "code"))

@@ -179,8 +179,10 @@ def export_strength(run: str | Path, strength: float, folder: str | Path | None 
         The folder, proven to reload.
 
     Raises:
-        SafeSteerError: For a folder that is no finished run, or a strength that is not finite.
+        SafeSteerError: For a folder that is no finished run, or a strength that is negative or not finite.
     """
+    if strength < 0:
+        raise SafeSteerError("Below 0 lie models that refuse less than the base: they are not written.")
     run = require_run(run)
     card = run / "model" / "README.md"
     if not card.is_file():

@@ -547,7 +547,7 @@ def test_a_page_loads_nothing_and_states_what_is_missing(tmp_path):
     assert "https://" not in shell
     missing = load_page_data(tmp_path)["missing"]
     files = {"evaluation", "sets", "answers", "sweep", "tokens", "history", "attribution", "direction"}
-    files |= {"reader", "shift", "lens"}
+    files |= {"reader", "shift", "lens", "dial"}
     assert set(missing) == files
     assert all("is missing" in line for line in missing.values())
 
@@ -566,6 +566,7 @@ def test_a_damaged_file_costs_its_section_only(tmp_path, chosen, attribution):
         "reader",
         "shift",
         "lens",
+        "dial",
     }
     assert shown["tokens"]
     assert write_report(run).stat().st_size > 0

@@ -235,6 +235,8 @@ def test_the_chosen_strength_is_exported_with_its_card(finished, tmp_path, few_p
     plain = (run / "model" / "README.md").read_text()
     assert "## Strength" not in plain
     assert card.replace(card[card.index("## Strength") : card.index("## Measured")], "") == plain
+    with pytest.raises(SafeSteerError, match="refuse less than the base"):
+        export_strength(run, -0.5)
     again = export_strength(run, 0.7)  # replaces an earlier export
     assert again == folder
 
