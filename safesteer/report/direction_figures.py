@@ -113,8 +113,9 @@ def _sweep_heatmap(
 
 def _on_fewer_prompts(table: pd.DataFrame) -> list[go.Scatter]:
     """Mark the candidates that left the sweep early, whose numbers are rougher."""
-    n_pairs = table.get("n_pairs", pd.Series(0, index=table.index))
-    rough = table[(n_pairs > 0) & (n_pairs < n_pairs.max())]
+    if "n_pairs" not in table:  # a table of before
+        return []
+    rough = table[(table.n_pairs > 0) & (table.n_pairs < table.n_pairs.max())]
     if rough.empty:
         return []
     style = {"size": 5, "symbol": "line-ew-open", "color": "#5b6673"}
