@@ -464,7 +464,7 @@ def fill_run(path, tokens: TokenSet, attribution: Attribution | None, answers: l
         "preset": "quick",
         "seed": 0,
         "created": "2026-01-02T03:04:05Z",
-        "config": {"tokens": asdict(CONFIG), "note": model},
+        "recipe": {"tokens": asdict(CONFIG), "note": model},
         "versions": {"torch": "2"},
         "prompts_hash": "ab",
         "template_hash": "cd",

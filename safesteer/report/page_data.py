@@ -143,7 +143,7 @@ def _run_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
             for k, v in stages.items()
             if isinstance(v, Mapping)
         ],
-        "config": json.dumps(manifest.get("config", {}), indent=2, ensure_ascii=False),
+        "config": json.dumps(manifest.get("recipe", {}), indent=2, ensure_ascii=False),
     }
 
 
