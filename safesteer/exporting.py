@@ -184,7 +184,7 @@ def export_strength(run: str | Path, strength: float, folder: str | Path | None 
     if strength < 0:
         raise SafeSteerError("Below 0 lie models that refuse less than the base: they are not written.")
     run = require_run(run)
-    card = run / "model" / "README.md"
+    card = run / "model" / CARD
     if not card.is_file():
         raise SafeSteerError(f"{run} has no model card yet: finish the run with safesteer align.")
     folder = Path(folder) if folder else run / f"model-{strength:g}"
@@ -196,7 +196,7 @@ def export_strength(run: str | Path, strength: float, folder: str | Path | None 
     stored = _read_probe(run / "model")["dtype"]
     with between(models["base"], models["student"], strength) as student:
         export(student, folder, dtype=stored)
-    write_text(folder / "README.md", _card_at(card.read_text(encoding="utf-8"), run, strength))
+    write_text(folder / CARD, _card_at(card.read_text(encoding="utf-8"), run, strength))
     check_reload(folder, trust_remote_code=trust)
     return folder
 

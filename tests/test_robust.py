@@ -16,7 +16,7 @@ from safesteer._files import digest
 from safesteer.alignment import align
 from safesteer.directions.extraction import mean_difference
 from safesteer.evaluation import robust, weights
-from safesteer.evaluation.depth import continue_answers, depth_cell, greedy_ids, kl_rows, load_openings
+from safesteer.evaluation.depth import continue_answers, depth_cell, kl_rows, load_openings
 from safesteer.evaluation.ledger import looks
 from safesteer.evaluation.robust import Robustness, Subject, parts_of
 from safesteer.evaluation.suite import SUITES, Suite, run_suite
@@ -25,7 +25,7 @@ from safesteer.judges.judge import ModelJudge, Verdict
 from safesteer.judges.languages import refuses_abroad
 from safesteer.judges.sentences import declines
 from safesteer.models.drift import kl_on_answers
-from safesteer.models.generation import generate
+from safesteer.models.generation import generate, greedy_ids
 from safesteer.models.hashing import weights_hash
 from safesteer.models.logits import kl_divergence
 from safesteer.prompts.prompt_set import load_prompts

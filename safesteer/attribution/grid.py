@@ -15,9 +15,9 @@ import torch
 from safesteer._files import read_value, write_json
 from safesteer._progress import Progress, no_progress
 from safesteer.attribution.tracing import Trace, answer_logps, trace_tokens
-from safesteer.models.batch import PromptBatch, cut_at_eos
+from safesteer.models.batch import cut_at_eos
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
-from safesteer.models.generation import generate_ids
+from safesteer.models.generation import generate_ids, greedy_ids
 from safesteer.models.passes import rows_differ
 from safesteer.prompts.conversation import PromptLike, as_prompts
 from safesteer.steering.direction import Direction, steer
@@ -116,7 +116,7 @@ def answer_grid(
         texts += _steered_answers(chat, prompts, at_layer, max_new_tokens)
         progress(SHARE_OF_ANSWERS * len(texts) / len(moved))
     for model in filter(None, (chat, student)):
-        texts.append(_answers(model, prompts, max_new_tokens))
+        texts.append(greedy_ids(model, prompts, max_new_tokens, len(prompts), keep_eos=True))
     cells: list[GridCell] = []
     for p, prompt in enumerate(prompts):
         read = _read(chat, student, tokens, prompt, moved, [answers[p] for answers in texts])
@@ -134,14 +134,6 @@ def layers_around(layer: int, n_layers: int) -> tuple[int, ...]:
     return tuple(i for i in (layer - step, layer, layer + step) if 0 <= i < n_layers)
 
 
-def _answers(chat: ChatModel, prompts: Sequence[PromptLike], max_new_tokens: int) -> list[Ids]:
-    """Answer greedily (step 2)."""
-    answers: dict[int, Ids] = {}
-    for rows, batch in chat.batched(prompts, len(prompts)):
-        answers |= _generated(chat, rows, batch, max_new_tokens)
-    return [answers[i] for i in range(len(prompts))]
-
-
 def _steered_answers(
     chat: ChatModel, prompts: Sequence[PromptLike], moved: Sequence[Direction], max_new_tokens: int
 ) -> list[list[Ids]]:
@@ -151,15 +143,11 @@ def _steered_answers(
     answers: dict[int, Ids] = {}
     for rows, batch in chat.batched(texts, len(texts)):
         with rows_differ(chat.model), add(chat, vectors[rows], moved[0].layer):
-            answers |= _generated(chat, rows, batch, max_new_tokens)
+            ids = generate_ids(chat, batch, max_new_tokens=max_new_tokens).tolist()
+            for i, row in zip(rows, ids, strict=True):
+                answers[i] = cut_at_eos(row, chat.eos_ids, keep_eos=True)
     n = len(prompts)
     return [[answers[i * n + p] for p in range(n)] for i in range(len(moved))]
-
-
-def _generated(chat: ChatModel, rows: list[int], batch: PromptBatch, max_new_tokens: int) -> dict[int, Ids]:
-    """Generate a batch of answers, each up to and with its end token; by the numbers of their rows."""
-    ids = generate_ids(chat, batch, max_new_tokens=max_new_tokens).tolist()
-    return {i: cut_at_eos(row, chat.eos_ids, keep_eos=True) for i, row in zip(rows, ids, strict=True)}
 
 
 def _read(

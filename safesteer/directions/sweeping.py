@@ -14,12 +14,12 @@ random direction that moves the model as far, and "shuffled", what the extractio
 are shuffled. `scoring` says how a pass is shared, `halving` how most candidates see fewer prompts.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -224,14 +224,16 @@ def _with_intervals(scored: Scored, seed: int) -> dict[str, Float[Tensor, " n"]]
 
 def _order(scores: Scores, rank_by: str, config: DirectionConfig) -> Int[Tensor, " some"]:
     """Order candidates as the selection does: those within the thresholds first, then by rank."""
-    ablated, steered, kl = (scores[name].mean(1) for name in SCORES)
-    finite = ablated.isfinite() & steered.isfinite() & kl.isfinite()
-    if rank_by == "ablation":
-        within, rank = (kl <= config.max_kl) & (steered >= config.min_steering), ablated
-    else:
-        within, rank = torch.ones_like(finite), -steered
-    order = sorted(range(len(rank)), key=lambda i: (not finite[i], not within[i], float(rank[i])))
-    return torch.tensor(order)
+    columns = (scores[name].mean(1).tolist() for name in SCORES)
+    means = [dict(zip(SCORES, values, strict=True)) for values in zip(*columns, strict=True)]
+
+    def place(i: int) -> tuple[bool, bool, float]:
+        finite = all(map(math.isfinite, means[i].values()))
+        passes = _reason(means[i], True, rank_by, config) == PASSES
+        best_first = means[i]["ablation_refusal"] if rank_by == "ablation" else -means[i]["steering_refusal"]
+        return not finite, not passes, best_first
+
+    return torch.tensor(sorted(range(len(means)), key=place))
 
 
 def _add_controls(
@@ -310,7 +312,7 @@ def _reason(scores: dict[str, float], was_run: bool, rank_by: str, config: Direc
     kl, steered = scores["kl_harmless"], scores["steering_refusal"]
     if not was_run:
         return f"{_too_late(config.max_layer_share)} (not run)"
-    if not all(np.isfinite(scores[name]) for name in SCORES):
+    if not all(math.isfinite(scores[name]) for name in SCORES):
         return "a score is not finite"
     if rank_by == "ablation" and kl > config.max_kl:
         return f"KL {kl:.3f} > {config.max_kl:g}: ablation damages harmless prompts"

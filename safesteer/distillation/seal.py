@@ -41,10 +41,9 @@ from safesteer.distillation.divergence import localized_divergence
 from safesteer.distillation.rollouts import predicting_states, prompt_indices
 from safesteer.judges.judge import Judge
 from safesteer.judges.wording import refuses
-from safesteer.models.batch import cut_at_eos
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, module_of
 from safesteer.models.forward import final_hidden
-from safesteer.models.generation import generate_ids
+from safesteer.models.generation import greedy_ids
 from safesteer.models.head import output_head
 from safesteer.models.logits import logps_on
 from safesteer.models.parts import hf_model
@@ -94,19 +93,16 @@ def hold(chat: ChatModel, prompts: PromptSet, tokens: TokenSet) -> Held:
             f"S has the token {int(tokens.ids.max())}, and '{chat.name}' has {chat.d_vocab} tokens: select S"
             " on the model itself (select_tokens)."
         )
-    openings: list[tuple[int, ...]] = [()] * len(texts)
     logps: list[Tensor] = [torch.empty(0)] * len(texts)
     with evaluating(chat.model):
-        for rows, batch in chat.batched(texts, BATCH_SIZE):
-            for i, ids in zip(rows, generate_ids(chat, batch, max_new_tokens=N_TOKENS).tolist(), strict=True):
-                openings[i] = tuple(cut_at_eos(ids, chat.eos_ids, keep_eos=True))
+        openings = tuple(map(tuple, greedy_ids(chat, texts, N_TOKENS, BATCH_SIZE, keep_eos=True)))
         for rows, part in _logps_along(chat, texts, openings, tokens.ids):
             pieces = part.cpu().split([len(openings[i]) for i in rows])
             for i, piece in zip(rows, pieces, strict=True):
                 logps[i] = piece
     if any(bool(part.isnan().any()) for part in logps):
         raise SafeSteerError(f"The logits of '{chat.name}' are not finite: its weights are damaged.")
-    return Held(texts, tuple(map(len, kinds)), tuple(openings), tuple(logps), tokens.ids)
+    return Held(texts, tuple(map(len, kinds)), openings, tuple(logps), tokens.ids)
 
 
 def divergence_from(

@@ -19,7 +19,6 @@ from safesteer._intervals import bootstrap
 from safesteer.evaluation.rows import rate, row
 from safesteer.judges.judge import Judge, judge_all, outcomes
 from safesteer.judges.sentences import declines
-from safesteer.models.batch import cut_at_eos
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.drift import kl_at_positions
 from safesteer.models.generation import generate_ids
@@ -46,26 +45,6 @@ def load_openings() -> list[str]:
     """
     path = resources.files("safesteer.prompts") / "data" / "openings.txt"
     return path.read_text(encoding="utf-8").splitlines()
-
-
-def greedy_ids(
-    chat: ModelLike, prompts: Sequence[str], max_new_tokens: int, batch_size: int = BATCH
-) -> list[list[int]]:
-    """Return the ids of a model's greedy answers, without the token that ends them.
-
-    Args:
-        chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
-        prompts: The prompts.
-        max_new_tokens: Length limit of an answer.
-        batch_size: Prompts per batch.
-    """
-    chat = as_chat(chat)
-    answers: list[list[int]] = [[] for _ in prompts]
-    for rows, batch in chat.batched(prompts, batch_size):
-        out = generate_ids(chat, batch, max_new_tokens=max_new_tokens)
-        for i, ids in zip(rows, out.tolist(), strict=True):
-            answers[i] = cut_at_eos(ids, chat.eos_ids, keep_eos=False)
-    return answers
 
 
 def continue_answers(

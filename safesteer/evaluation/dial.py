@@ -72,7 +72,9 @@ def measure_strengths(
     with as_base(base, student):
         origin = measure(base, base, prompts, config, judge)
     for strength in strengths:
-        rows.append(_row(base, student, strength, prompts, config, judge, origin))
+        with between(base, student, strength) as chat:
+            measured = _at(strength, chat, base, prompts, config, judge, origin)
+        rows.append(_row(strength, measured))
         progress(len(rows) / len(strengths))
     return pd.DataFrame(rows)
 
@@ -117,9 +119,9 @@ def dial_run(
             if strength in table.strength.tolist():
                 continue
             origin = origin or measure(base, base, prompts, config, judge)
-            row = _row(base, student, strength, prompts, config, judge, origin)
-            with between(base, student, strength):
-                log_look(run, student, prompts.name, len(prompts.harmful), f"dial: strength {strength:g}")
+            with between(base, student, strength) as chat:
+                row = _row(strength, _at(strength, chat, base, prompts, config, judge, origin))
+                log_look(run, chat, prompts.name, len(prompts.harmful), f"dial: strength {strength:g}")
             table = pd.DataFrame([*table.to_dict("records"), row | stamp]).sort_values("strength")
             write_text(run / DIAL_FILE, table.to_csv(index=False))
             rates = (
@@ -142,20 +144,21 @@ def _measured_before(path: Path, stamp: dict[str, str]) -> pd.DataFrame:
         raise SafeSteerError(f"{path} is not a table of the dial: delete it to measure again.") from error
 
 
-def _row(
-    base: ChatModel,
-    student: ChatModel,
+def _at(
     strength: float,
+    chat: ChatModel,
+    base: ChatModel,
     prompts: PromptSet,
     config: EvaluateConfig,
     judge: Judge,
     origin: Measured,
-) -> dict[str, float | int | str]:
-    """Measure one strength; 0 is the base, which is measured already."""
-    measured = origin
-    if strength:
-        with between(base, student, strength) as chat:
-            measured = measure(chat, base, prompts, config, judge, origin.harmless_answers)
+) -> Measured:
+    """Measure the model at one strength; 0 is the base, which is measured already."""
+    return measure(chat, base, prompts, config, judge, origin.harmless_answers) if strength else origin
+
+
+def _row(strength: float, measured: Measured) -> dict[str, float | int | str]:
+    """Return the row of one strength."""
     row: dict[str, float | int | str] = {"strength": float(strength)}
     shares = (("harmful", measured.harmful), ("over_refusal", measured.harmless))
     for name, refused in shares:

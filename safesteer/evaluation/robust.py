@@ -26,7 +26,6 @@ from safesteer.evaluation.depth import (
     cell,
     depth_cell,
     either,
-    greedy_ids,
     kl_rows,
     load_openings,
 )
@@ -43,7 +42,7 @@ from safesteer.judges.languages import refuses_abroad
 from safesteer.judges.sentences import declines
 from safesteer.models.adapter import adapter_off, has_adapter
 from safesteer.models.chat_model import ChatModel
-from safesteer.models.generation import generate
+from safesteer.models.generation import generate, greedy_ids
 from safesteer.models.hashing import weights_hash
 from safesteer.prompts.prompt_set import Label, load_prompts
 from safesteer.prompts.wrappers import PLAIN, Wrapper, load_wrappers

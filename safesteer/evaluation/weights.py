@@ -21,16 +21,16 @@ from torch import Tensor
 
 from safesteer._errors import SafeSteerError
 from safesteer._intervals import bootstrap
-from safesteer.evaluation.depth import BATCH, Cell, cell, greedy_ids
+from safesteer.evaluation.depth import BATCH, Cell, cell
 from safesteer.evaluation.rows import row
 from safesteer.judges.judge import Judge, judge_all, outcomes
 from safesteer.judges.sentences import declines
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.forward import final_hidden
-from safesteer.models.generation import generate
+from safesteer.models.generation import generate, greedy_ids
 from safesteer.models.head import Head, output_head
 from safesteer.models.logits import kl_divergence, logits_of
-from safesteer.models.parts import hf_model, is_quantized
+from safesteer.models.parts import hf_model, is_quantized, tensors_put_back
 from safesteer.report.robust_table import CHANGED, COST
 from safesteer.settings import DirectionConfig
 from safesteer.steering.interventions import ablate
@@ -110,18 +110,13 @@ def update_of_rank(base: ChatModel, student: ChatModel, rank: int) -> Iterator[N
     after = dict(hf_model(student.model).named_parameters())
     if {n: p.shape for n, p in before.items()} != {n: p.shape for n, p in after.items()}:
         raise SafeSteerError("Base and student have weights of different names or shapes.")
-    changed: dict[str, Tensor] = {}
-    try:
+    with tensors_put_back(after.values()):
         for name, weight in after.items():
             start = before[name].detach().float().to(weight.device)
             delta = weight.detach().float() - start
             if bool(delta.any()) and (rank == 0 or weight.dim() > 1):
-                changed[name] = weight.data
                 weight.data = (start + _of_rank(delta, rank) if rank else start).to(weight.dtype, copy=True)
         yield
-    finally:
-        for name, data in changed.items():
-            after[name].data = data
 
 
 def _of_rank(matrix: Float[Tensor, "*batch rows cols"], rank: int) -> Float[Tensor, "*batch rows cols"]:

@@ -17,7 +17,7 @@ from transformers import Cache, GenerationConfig, LogitsProcessor
 
 from safesteer._clock import count_pass, timed
 from safesteer._errors import SafeSteerError
-from safesteer.models.batch import PromptBatch
+from safesteer.models.batch import PromptBatch, cut_at_eos
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import earned, prefill
 from safesteer.models.parts import hf_model
@@ -236,4 +236,37 @@ def generate(
     for (rows, _), out in in_turns(chat.batched(prompts, batch_size, system=system), answer):
         for i, ids in zip(rows, out, strict=True):
             answers[i] = chat.decode_answer(ids)
+    return answers
+
+
+def greedy_ids(
+    chat: ModelLike,
+    prompts: Sequence[PromptLike],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    *,
+    keep_eos: bool = False,
+) -> list[list[int]]:
+    """Return the ids of a model's greedy answers.
+
+    Args:
+        chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
+        prompts: The prompts.
+        max_new_tokens: Length limit of an answer.
+        batch_size: Prompts per batch.
+        keep_eos: Keep the token that ends an answer.
+
+    Example:
+        >>> from safesteer.models.generation import greedy_ids
+        >>> chat.decode_answer(greedy_ids(chat, ["Hello"], 4)[0]) == ss.generate(
+        ...     chat, ["Hello"], max_new_tokens=4
+        ... )[0]
+        True
+    """
+    chat = as_chat(chat)
+    answers: list[list[int]] = [[] for _ in prompts]
+    for rows, batch in chat.batched(prompts, batch_size):
+        out = generate_ids(chat, batch, max_new_tokens=max_new_tokens)
+        for i, ids in zip(rows, out.tolist(), strict=True):
+            answers[i] = cut_at_eos(ids, chat.eos_ids, keep_eos=keep_eos)
     return answers

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from safesteer._errors import SafeSteerError
 from safesteer.models.adapter import shares_weights
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
-from safesteer.models.parts import is_bridge, is_quantized
+from safesteer.models.parts import is_bridge, is_quantized, tensors_put_back
 
 
 @contextmanager
@@ -53,14 +53,10 @@ def between(base: ModelLike, student: ModelLike, strength: float) -> Iterator[Ch
             yield student
         return
     pairs = _differing(base, student)
-    before = [(weight, weight.data) for weight, _ in pairs]
-    try:
+    with tensors_put_back(weight for weight, _ in pairs):
         for weight, origin in pairs:
             weight.data = _on_the_line(origin, weight.data, strength)
         yield student
-    finally:
-        for weight, data in before:
-            weight.data = data
 
 
 def _differing(base: ChatModel, student: ChatModel) -> list[tuple[nn.Parameter, Tensor]]:

@@ -1,5 +1,7 @@
 """The parts of a model that the method needs, whatever wraps it: plain, PEFT or a TransformerBridge."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 from torch import nn
@@ -82,3 +84,14 @@ def is_quantized(model: nn.Module) -> bool:
 def context_length(model: nn.Module) -> int | None:
     """Return how many tokens the model reads at once, where its config says so."""
     return getattr(text_config(model), "max_position_embeddings", None)
+
+
+@contextmanager
+def tensors_put_back(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let parameters hold other tensors inside the block; then each has its own again."""
+    before = [(parameter, parameter.data) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from safesteer._errors import SafeSteerError
 from safesteer.models.adapter import shares_weights
 from safesteer.models.chat_model import ChatModel
-from safesteer.models.parts import hf_model
+from safesteer.models.parts import hf_model, tensors_put_back
 from safesteer.models.placement import is_offloaded
 
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # of processors, as torch lists them
@@ -119,13 +119,11 @@ def in_precision(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
         yield
         return
     inner = hf_model(model)
-    before = [(p, p.data) for p in inner.parameters()]
     configured = [(config, config.dtype) for config in _configs(inner)]
     try:
-        cast_weights(model, cast(torch.dtype, dtype))
-        yield
+        with tensors_put_back(inner.parameters()):
+            cast_weights(model, cast(torch.dtype, dtype))
+            yield
     finally:
-        for p, data in before:
-            p.data = data
         for config, name in configured:
             config.dtype = name

@@ -76,11 +76,11 @@ def fill_page(shell: str, scripts: Sequence[str], data: Any, texts: Mapping[str,
     Args:
         shell: The asset with the placeholders {{policy}}, {{style}}, {{data}}, {{plotly}} and {{script}}, and
             those of `texts`.
-        scripts: Assets that run, one after the other.
+        scripts: Assets that run, one after the other, after dom.js.
         data: What the script reads, as JSON.
         texts: Texts by placeholder; they are escaped.
     """
-    script = "\n".join(map(asset, scripts))
+    script = "\n".join(map(asset, ("dom.js", *scripts)))
     plotly = _lines(get_plotlyjs())
     if "</script" in plotly.lower() or "<!--" in plotly:
         plotly = plotly.replace("</script", "<\\/script").replace("<!--", "<\\!--")

@@ -1,24 +1,11 @@
 // Builds the page from the JSON in #data. Text only ever enters through textContent.
 "use strict";
 (() => {
-const data = JSON.parse(document.getElementById("data").textContent);
-const byId = id => document.getElementById(id);
-
-// el("p", {class: "note"}, "text", child): strings become text nodes, never markup.
-function el(tag, props = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [key, value] of Object.entries(props)) {
-    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false) node.setAttribute(key, value === true ? "" : value);
-  }
-  node.append(...children.flat(Infinity).filter(c => c !== null && c !== undefined));
-  return node;
-}
+const { data, byId, el, none, dark } = window.safesteerDom;
 const bdi = (text, props = {}) => el("bdi", { dir: "auto", ...props }, text);
 const style = (node, rules) => { Object.assign(node.style, rules); return node; };
 
 // Numbers -----------------------------------------------------------------------------------
-const none = x => x === null || x === undefined;
 const SUPERSCRIPT = { "-": "⁻", 0: "⁰", 1: "¹", 2: "²", 3: "³", 4: "⁴", 5: "⁵", 6: "⁶", 7: "⁷", 8: "⁸", 9: "⁹" };
 function tiny(x) {
   const [mantissa, exponent] = x.toExponential(1).split("e");
@@ -75,10 +62,6 @@ function choice(name, options, value, change) {
 const missing = key => data.missing[key] ? el("p", { class: "missing" }, data.missing[key]) : null;
 
 // Figures -----------------------------------------------------------------------------------
-const dark = () => {
-  const set = document.documentElement.dataset.theme;
-  return set ? set === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-};
 function plotly() { // 5 MB of script: started when the first figure comes into view
   if (!window.Plotly) document.head.append(el("script", {}, byId("plotly").textContent));
   return window.Plotly;

@@ -1,18 +1,7 @@
 // Builds the page of a search from the JSON in #data. Text only ever enters through textContent.
 "use strict";
 (() => {
-const data = JSON.parse(document.getElementById("data").textContent);
-const byId = id => document.getElementById(id);
-function el(tag, props = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [key, value] of Object.entries(props)) {
-    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false) node.setAttribute(key, value === true ? "" : value);
-  }
-  node.append(...children.flat(Infinity).filter(c => c !== null && c !== undefined));
-  return node;
-}
-const none = x => x === null || x === undefined;
+const { data, byId, el, none, dark } = window.safesteerDom;
 const share = x => none(x) ? "–" : `${(100 * x).toFixed(0)} %`;
 const nats = x => none(x) ? "–" : x.toFixed(3);
 const value = x => none(x) ? "–" : typeof x === "number" ? String(Number(x.toPrecision(4))) : String(x);
@@ -59,10 +48,6 @@ byId("luck-table").append(table([["rule", r => r.rule, true], ["trial", r => Str
 byId("space-table").append(table([["setting", r => setting(r.name), true], ["from", r => value(r.low)], ["to", r => value(r.high)], ["why", r => r.reason, true]], data.space));
 
 // Figure ------------------------------------------------------------------------------------
-const dark = () => {
-  const set = document.documentElement.dataset.theme;
-  return set ? set === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-};
 const node = byId("figure");
 function draw() {
   byId("theme").textContent = dark() ? "Light" : "Dark";
