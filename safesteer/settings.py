@@ -182,6 +182,21 @@ class DistillConfig:
     rollouts: Literal["student", "mixed"] = setting(
         "mixed", "Who answers: the student (on-policy), or the teacher every second prompt ('mixed')."
     )
+    wrapped_share: float = setting(
+        0.0,
+        "Share of the prompts that the student reads in a wrapper (families of 'val'); the teacher of harmful"
+        " ones reads them plain.",
+        ge=0,
+        le=1,
+    )
+    opened_share: float = setting(
+        0.0,
+        "Share of the answers that are opened for the student by a compliant text, which the teacher of"
+        " harmful ones does not see.",
+        ge=0,
+        le=1,
+    )
+    max_opening: int = setting(16, "Longest of those openings.", unit="tokens", ge=1)
     anchor_support: Literal["same", "full"] = setting(
         "same", "Tokens compared on harmless answers: as `support`, or the whole vocabulary."
     )
