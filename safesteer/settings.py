@@ -202,6 +202,21 @@ class DistillConfig:
     )
     anchor_weight: float = setting(2.0, "Weight of a harmless answer, in harmful ones.", ge=0, le=1e30)
     late_anchor_weight: float = setting(6.0, "The same in the last third of the steps.", ge=0, le=1e30)
+    margin_weight: float = setting(
+        0.0,
+        "Weight of softplus(best logit of S - best other logit) at the first token of harmless answers, where"
+        " greedy decoding decides; 0: none.",
+        ge=0,
+        le=1e30,
+    )
+    texts_per_step: int = setting(
+        0,
+        "Texts of the base per step on which the student is held to it over the whole vocabulary, so that"
+        " long answers and plain text stay as they were; 0: none.",
+        ge=0,
+    )
+    text_tokens: int = setting(64, "Length of those texts.", unit="tokens", ge=1)
+    text_weight: float = setting(1.0, "Weight of their mean divergence.", ge=0, le=1e30)
     decay: float = setting(
         0.8,
         "Weight of each position of an answer relative to the one before; 1: all alike, as published.",

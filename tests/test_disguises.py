@@ -107,7 +107,9 @@ def test_the_teacher_of_harmful_answers_reads_the_plain_prompt(tiny_llama, teach
         n, new = sum(counts), made.batch.prompt_ids[row, -len(counts) :].tolist()
         harmful = made.texts[row // 2] in few.harmful
         ids = [*rendered(tiny_llama, made.texts[row // 2]), *new] if harmful else read_ids(made.batch, row)
-        change = steer(tiny_llama, teacher.direction) if harmful else ablate(tiny_llama, teacher.direction.vector)
+        change = (
+            steer(tiny_llama, teacher.direction) if harmful else ablate(tiny_llama, teacher.direction.vector)
+        )
         with change, torch.no_grad():
             naive = tiny_llama.model(torch.tensor([ids]), use_cache=False).logits[0]
         first = len(ids) - len(new) - 1
