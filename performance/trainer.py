@@ -1,23 +1,24 @@
-"""One optimizer step (rollout, teacher, student) against a naive one, in one run.
+"""One optimizer step (rollout, teacher, student) against a naive one and TRL's, in one run.
 
-    python performance/trainer.py [--sequences 32] [--new-tokens 64] [--steps 1]
+    python performance/trainer.py [--sequences 32] [--new-tokens 64] [--steps 3]
 
-Each path runs in a process of its own: models are loaded, one warm-up step of two short answers is
-run (not for TRL), then the steps are timed and peak resident memory above the loaded models is read.
-Memory can be compared. Time can not: TRL's steps hold its warm-up, `narrow` and `adapter` are in bfloat16
-where `naive` and `trl` are in float32, and one run on a shared machine scatters by ratios of 1.0 to 1.9.
+Each path runs in a process of its own: models are loaded, a step of full size warms up, then each of the
+steps is timed. Peak resident memory is above the loaded models. Paths are compared with those of their own
+precision: median and range of the steps, and the ratio of the medians.
 
-    ours      distill as it is, blocks from the steered layer up, float32
-    narrow    the same with passes in bfloat16 and a bfloat16 teacher; the trained weights stay float32
-    adapter   a rank-16 adapter on one bfloat16 copy of the weights, passes in bfloat16
-    naive     a second whole model as teacher, prompts padded to the longest and read again for every
-              answer, logits of all answer positions, log-softmax over the vocabulary, autograd
-    trl       DistillationTrainer of TRL, if it is installed: the steered copy as its teacher, full
-              vocabulary, the same blocks trained, micro-batches of the same size, float32
-    trl-bf16  the same with its mixed precision
+    ours        distill as it is, blocks from the steered layer up, float32
+    narrow      the same with passes in bfloat16 and a bfloat16 teacher; the trained weights stay float32
+    adapter     a rank-16 adapter on one bfloat16 copy of the weights, passes in bfloat16
+    naive       a second whole model as teacher, prompts padded to the longest and read again for every
+                answer, logits of all answer positions, log-softmax over the vocabulary, autograd; float32
+    naive-bf16  the same with passes in bfloat16 and a bfloat16 teacher
+    trl         DistillationTrainer of TRL, if it is installed: the steered copy as its teacher, full
+                vocabulary, the same blocks trained, micro-batches of the same size, float32
+    trl-bf16    the same with its mixed precision
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import tempfile
@@ -25,9 +26,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
-from measure import extra_mb, in_process, machine, start_memory, synchronize
+from measure import between, by_clock, extra_mb, in_process, machine, start_memory, synchronize
 from torch import nn
 
 import safesteer as ss
@@ -48,34 +50,24 @@ def set_up() -> tuple[Teacher, ss.PromptSet]:
     return Teacher(chat, direction, tokens), prompts.split("distill")
 
 
-def ours(options, adapter: bool, dtype: str):
+def ours(options: argparse.Namespace, adapter: bool, dtype: str) -> dict:
     wide, prompts = set_up()
     teacher = replace(wide, base=ss.load_model("smollm2-135m", dtype=dtype))
-    settings = {
-        "harmless_per_step": 0,
-        "rollouts": "student",
-        "lora_rank": 16 if adapter else 0,
-        "precision": dtype,
-    }
-    warm_up = ss.DistillConfig(n_steps=1, harmful_per_step=2, max_new_tokens=4, **settings)
-    student = teacher.base if adapter else ss.load_model("smollm2-135m")
-    state = prepare_student(student, teacher.direction, warm_up)
-    for _ in training_steps(state, teacher, prompts):
-        pass
-    state.config = ss.DistillConfig(
+    config = ss.DistillConfig(
         n_steps=1 + options.steps,
         harmful_per_step=options.sequences,
+        harmless_per_step=0,
         max_new_tokens=options.new_tokens,
-        **settings,
+        rollouts="student",
+        lora_rank=16 if adapter else 0,
+        precision=dtype,
+        watch_every=0,
     )
-    before, started = start_memory(), time.perf_counter()
-    records = list(training_steps(state, teacher, prompts))
-    seconds = (time.perf_counter() - started) / options.steps
-    parts = {
-        f"{k}_s": round(sum(getattr(r, f"{k}_s") for r in records) / len(records), 1)
-        for k in ("rollout", "teacher", "student")
-    }
-    return seconds, extra_mb(before), parts
+    student = teacher.base if adapter else ss.load_model("smollm2-135m")
+    state = prepare_student(student, teacher.direction, config)
+    parts = ("rollout_s", "teacher_s", "student_s")
+    records = training_steps(state, teacher, prompts)
+    return by_clock(({part: getattr(r, part) for part in parts} for r in records), teacher.base.device)
 
 
 def naive_step(teacher: Teacher, student: nn.Module, precision: str) -> Callable[[Sequence[str], int], None]:
@@ -112,15 +104,21 @@ def naive_step(teacher: Teacher, student: nn.Module, precision: str) -> Callable
     return step
 
 
-def naive(options):
-    teacher, prompts = set_up()
-    harmful = prompts.harmful
-    step = naive_step(teacher, ss.load_model("smollm2-135m").model, "float32")
-    step(harmful[:2], 4)
-    before, started = start_memory(), time.perf_counter()
-    for _ in range(options.steps):
-        step(harmful[: options.sequences], options.new_tokens)
-    return (time.perf_counter() - started) / options.steps, extra_mb(before), {}
+def naive(options: argparse.Namespace, dtype: str) -> dict:
+    wide, prompts = set_up()
+    teacher = replace(wide, base=ss.load_model("smollm2-135m", dtype=dtype))
+    step = naive_step(teacher, ss.load_model("smollm2-135m").model, dtype)
+
+    def steps() -> Iterator[dict]:
+        for i in range(1 + options.steps):
+            at = i * options.sequences
+            step(
+                [prompts.harmful[j % len(prompts.harmful)] for j in range(at, at + options.sequences)],
+                options.new_tokens,
+            )
+            yield {}
+
+    return by_clock(steps(), teacher.base.device)
 
 
 @contextmanager
@@ -175,51 +173,57 @@ def trl_steps(
         yield train
 
 
-def trl(options, bf16: bool):
+def trl(options: argparse.Namespace, bf16: bool) -> dict:
     teacher, prompts = set_up()
-    student, texts = ss.load_model("smollm2-135m").model, prompts.harmful[: options.sequences]
-    with trl_steps(teacher, student, texts, options.steps, options.new_tokens, bf16) as train:
-        before, started = start_memory(), time.perf_counter()
-        train()
-        return (time.perf_counter() - started) / options.steps, extra_mb(before), {}
+    student, n_steps = ss.load_model("smollm2-135m").model, 1 + options.steps
+    texts = prompts.harmful[: options.sequences]
+    with trl_steps(teacher, student, texts, n_steps, options.new_tokens, bf16) as train:
+        before = start_memory()
+        return {**between(train()), "peak_mb": round(extra_mb(before))}
 
 
 OURS = {
-    "ours": lambda options: ours(options, adapter=False, dtype="float32"),
-    "narrow": lambda options: ours(options, adapter=False, dtype="bfloat16"),
-    "adapter": lambda options: ours(options, adapter=True, dtype="bfloat16"),
+    "ours": partial(ours, adapter=False, dtype="float32"),
+    "narrow": partial(ours, adapter=False, dtype="bfloat16"),
+    "adapter": partial(ours, adapter=True, dtype="bfloat16"),
 }
-PATHS = OURS | {
-    "naive": naive,
-    "trl": lambda options: trl(options, bf16=False),
-    "trl-bf16": lambda options: trl(options, bf16=True),
+PEERS = {
+    "naive": partial(naive, dtype="float32"),
+    "naive-bf16": partial(naive, dtype="bfloat16"),
+    "trl": partial(trl, bf16=False),
+    "trl-bf16": partial(trl, bf16=True),
 }
+ALIKE = (  # what is compared: the precision is the same
+    ("naive", "ours"),
+    ("trl", "ours"),
+    ("naive-bf16", "narrow"),
+    ("trl-bf16", "narrow"),
+    ("naive-bf16", "adapter"),
+    ("trl-bf16", "adapter"),
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--path", choices=["all", *PATHS], default="all")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--path", choices=["all", *OURS, *PEERS], default="all")
     options = parser.parse_args()
     if options.path != "all":
-        made = PATHS[options.path](options)
-        print(json.dumps({"seconds": round(made[0], 1), "extra_mb": round(made[1]), **made[2]}))
+        print(json.dumps((OURS | PEERS)[options.path](options)))
         return
-    results = {}
-    peers = ["naive", "trl", "trl-bf16"] if importlib.util.find_spec("trl") else ["naive"]
-    for path in (*OURS, *peers):
+    results, has_trl = {}, importlib.util.find_spec("trl") is not None
+    for path in (*OURS, *(peer for peer in PEERS if has_trl or not peer.startswith("trl"))):
         sizes = (options.sequences, "--new-tokens", options.new_tokens, "--steps", options.steps)
         results[path] = in_process(__file__, "--path", path, "--sequences", *sizes)
-        print(path, results[path], flush=True)
-    ratios = {
-        f"{what}_{peer}_over_{path}": round(results[peer][key] / max(1e-9, results[path][key]), 2)
-        for peer in peers
-        for path in OURS
-        for what, key in (("time", "seconds"), ("memory", "extra_mb"))
-    }
-    print(json.dumps({**ratios, "results": results, **machine()}))
+        print(path, {key: round(value, 1) for key, value in results[path].items()}, flush=True)
+    for peer, path in ALIKE:
+        if peer in results:
+            time, memory = (results[peer][key] / results[path][key] for key in ("median_s", "peak_mb"))
+            print(f"{peer} / {path}: time {time:.2f}, memory {memory:.2f}", flush=True)
+    versions = {name: importlib.metadata.version(name) for name in ("transformers", *["trl"] * has_trl)}
+    print(json.dumps({"results": results, **vars(options), **versions, **machine()}))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def test_the_margin_is_that_of_plain_logits(tiny_llama, teacher, moved):
     h, h_teacher = torch.randn((2, 40, 32), generator=torch.Generator().manual_seed(0)).unbind()
     ids = torch.arange(0, 400, 5)
     h = h.requires_grad_()
-    got = margin_loss(h, h_teacher, output_head(moved.model), output_head(tiny_llama.model), ids)
+    heads = output_head(moved.model), output_head(tiny_llama.model)
+    got = margin_loss(h, h_teacher, *heads, ids)
     counts = [int(row.argmax()) % 5 != 0 for row in h_teacher @ tiny_llama.model.lm_head.weight.T]
     z = h @ moved.model.lm_head.weight.T
     inside = torch.zeros(400, dtype=torch.bool).index_fill(0, ids, True)
@@ -97,6 +98,8 @@ def test_the_margin_is_that_of_plain_logits(tiny_llama, teacher, moved):
     assert 0 < sum(counts) < 40
     assert_near(got.detach(), want.detach())
     assert_near(torch.autograd.grad(got, h)[0], torch.autograd.grad(want, h)[0])
+    opening = h_teacher[~torch.tensor(counts)]  # answers that the teacher itself opens with S
+    assert float(margin_loss(h[: len(opening)], opening, *heads, ids)) == 0.0
 
 
 def drift(base, student, texts) -> float:

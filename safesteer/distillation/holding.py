@@ -150,6 +150,6 @@ def margin_loss(
     """
     with torch.no_grad():
         opens = torch.isin(logits_of(h_teacher, *teacher_head).argmax(-1), ids)
-    z = logits_of(hidden[~opens], *head)
+    z = logits_of(hidden, *head)
     others = z.index_fill(1, ids, -torch.inf).amax(-1)
-    return softplus(z[:, ids].amax(-1) - others).sum()
+    return (softplus(z[:, ids].amax(-1) - others) * ~opens).sum()
