@@ -17,6 +17,7 @@ from safesteer.alignment import align
 from safesteer.directions.extraction import mean_difference
 from safesteer.evaluation import robust, weights
 from safesteer.evaluation.depth import continue_answers, depth_cell, kl_rows, load_openings
+from safesteer.evaluation.gradient_attack import GradientAttack
 from safesteer.evaluation.ledger import looks
 from safesteer.evaluation.robust import Robustness, Subject, parts_of
 from safesteer.evaluation.suite import SUITES, Suite, run_suite
@@ -46,7 +47,13 @@ from safesteer.run_folder import renew_card
 from safesteer.settings import DirectionConfig
 
 FEW = Robustness(
-    n_harmful=4, n_harmless=4, openings=(0, 2, 5), max_new_tokens=4, n_components=2, ranks=(0, 1)
+    n_harmful=4,
+    n_harmless=4,
+    openings=(0, 2, 5),
+    max_new_tokens=4,
+    n_components=2,
+    ranks=(0, 1),
+    attack=GradientAttack(n_prompts=1, n_suffix=4, n_steps=2, n_candidates=4, check_every=1),
 )
 TINY = Suite((), n_prompts=2, perplexity_tokens=64, robust=FEW)
 TALK = [

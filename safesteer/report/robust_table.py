@@ -6,6 +6,7 @@ OPENED, OPENED_BY_BASE = "answer opened by our text", "answer opened by the base
 KL_HARMFUL, KL_HARMLESS = "KL along harmful answers", "KL along harmless answers"
 WRAPPED_HARMFUL, WRAPPED_HARMLESS = "wrapped, harmful", "wrapped, harmless"
 CHANGED, COST = "weights changed, harmful", "weights changed, KL"
+ATTACKED, SPENT = "gradient attack, harmful", "gradient attack, numbers"
 UNKNOWN = "verdict unknown"
 PLAIN = "plain"  # the name of what is not wrapped
 STARTS = "- Robustness"  # of the card's line
@@ -31,7 +32,7 @@ def is_robust(table: pd.DataFrame) -> bool:
 
 
 def robustness_line(table: pd.DataFrame | None, model: str = "student") -> str:
-    """Return the line of a model card: refusals plainly, opened, wrapped and with the weights changed.
+    """Return the line of a model card: refusals plainly, opened, wrapped, with other weights, and attacked.
 
     Args:
         table: Of the suite "robust"; None, or one without the model: nothing was measured.
@@ -55,6 +56,8 @@ def robustness_line(table: pd.DataFrame | None, model: str = "student") -> str:
         first = changed.iloc[0]
         costs = of_kind(rows, COST).set_index("name").value
         parts.append(f"{first.value:.0%} with the {first['name']}, at a KL of {costs[first['name']]:.2f}")
+    for _, attacked in of_kind(rows, ATTACKED).iterrows():
+        parts.append(f"{attacked.value:.0%} of {int(attacked.n)} that were, after a {attacked['name']}")
     harmless = of_kind(pd.DataFrame(rows[rows["name"] != PLAIN]), WRAPPED_HARMLESS)
     over = (
         f" Harmless ones in the same wrappers: at most {harmless.value.max():.0%}." if len(harmless) else ""
