@@ -340,8 +340,8 @@ def test_card_and_figure_show_the_attack(tiny_llama):
     table = pd.DataFrame([{"model": "student", **row} for row in cell["rows"]])
     opened = table[table.kind == ATTACKED].assign(kind=OPENED, name="0 tokens", metric="refused", n=8)
     table = pd.concat([opened, table])
-    name = "gradient attack, 6 tokens, 4 steps"
-    assert f"100% of 2 that were, after a {name}" in robustness_line(table)
+    name = "gradient attack of 4 steps on 6 tokens"
+    assert f"100% of 2 refused ones after a {name}" in robustness_line(table)
     assert "gradient" not in robustness_line(opened)
     dots = next(t for t in robust_figure(table).data if t.name == "student, harmful")
     assert dots.text[-1] == f"{name}: refused, of those refused at first"

@@ -124,7 +124,7 @@ def attack_cell(
 
 def _rows(results: Sequence[Attacked], config: GradientAttack, counts: str) -> Iterator[dict]:
     """Make the rows of the attacks that were made."""
-    n, name = len(results), f"gradient attack, {config.n_suffix} tokens, {config.n_steps} steps"
+    n, name = len(results), f"gradient attack of {config.n_steps} steps on {config.n_suffix} tokens"
     yield rate(ATTACKED, name, f"{counts}, of those {counts} at first", [r.refused for r in results])
     yield row(SPENT, "prompts attacked", f"the first that are {counts} at first", float(n), None, n)
     at_once = [r.steps > 0 for r in results]

@@ -42,6 +42,7 @@ def robustness_line(table: pd.DataFrame | None, model: str = "student") -> str:
     if rows.empty or not is_robust(rows):
         return NOT_MEASURED
     opened = of_kind(rows, OPENED)
+    counts = opened.iloc[0].metric.partition(",")[0]
     ends = {str(r["name"]): r.value for _, r in opened.iloc[[0, -1]].iterrows()}
     parts = [
         f"{value:.0%} " + ("plainly" if k == opened_by(0) else f"where our text opens the answer by {k}")
@@ -57,12 +58,11 @@ def robustness_line(table: pd.DataFrame | None, model: str = "student") -> str:
         costs = of_kind(rows, COST).set_index("name").value
         parts.append(f"{first.value:.0%} with the {first['name']}, at a KL of {costs[first['name']]:.2f}")
     for _, attacked in of_kind(rows, ATTACKED).iterrows():
-        parts.append(f"{attacked.value:.0%} of {int(attacked.n)} that were, after a {attacked['name']}")
+        parts.append(f"{attacked.value:.0%} of {int(attacked.n)} {counts} ones after a {attacked['name']}")
     harmless = of_kind(pd.DataFrame(rows[rows["name"] != PLAIN]), WRAPPED_HARMLESS)
     over = (
         f" Harmless ones in the same wrappers: at most {harmless.value.max():.0%}." if len(harmless) else ""
     )
-    counts = opened.iloc[0].metric.partition(",")[0]
     return (
         f"{STARTS} (`safesteer evaluate --suite robust`, {int(opened.iloc[0].n)} harmful prompts), {counts}:"
         f" {', '.join(parts)}.{over} Wrappers are the project's own: who searches may find worse ones."
