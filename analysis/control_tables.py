@@ -3,7 +3,7 @@
 Which tokens teach (which_tokens.py), and the two-sided teacher (two_sided.py).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -224,8 +224,8 @@ def two_sided_arms() -> tuple[list[str], list[list[str]]]:
     looks = [("base", "", base), ("gated steering, no training", "", _two_sided_rows("gated-band"))]
     looks.append(("the same, reader fitted on wider prompts too", "", _two_sided_rows("gated-wide")))
     for file, title in TWO_SIDED_ARMS.items():
-        for path in sorted(TWO_SIDED.glob(f"{file}--*.rows.csv")):
-            looks += [(title, str(step), rows) for step, rows in pd.read_csv(path).groupby("step")]
+        rows = _two_sided_rows(f"{file}--0.rows")  # the arms were compared with one seed
+        looks += [(title, str(step), look) for step, look in rows.groupby("step")]
     titles = ["harmful prompts steered, harmless ones ablated", "step", "harmful, % refused", "harmless"]
     return [*titles, "AUC of the margin"], [[title, step, *_cells(rows)] for title, step, rows in looks]
 
@@ -252,3 +252,48 @@ def _auc(rows: pd.DataFrame) -> dict[str, float]:
 
 def _aucs(rows: pd.DataFrame) -> str:
     return " / ".join(f"{area:.2f}" for area in _auc(rows).values())
+
+
+SETS_OF_TOKENS = {  # arms of two_sided.py that differ in one thing, and what that is
+    "first_tokens,_both_on_S": "S",
+    "both_over_all_tokens": "the whole vocabulary",
+    "both_on_matched_tokens": "fifty ids as frequent as those of S",
+    "both_on_random_tokens": "fifty random ids",
+    "both_on_S,_one-sided": "S, harmless answers held to the base (one-sided)",
+}
+STEP = 24
+
+
+def sets_of_tokens() -> tuple[list[str], list[list[str]]]:
+    """Make the table of what teaches a two-sided student: means and ranges of the seeds, after STEP steps."""
+    base = pd.concat([_two_sided_rows("base"), _two_sided_rows("base-wide")])
+    lines = [["base", "", *_measured([base])]]
+    for file, title in SETS_OF_TOKENS.items():
+        tables = [pd.read_csv(path) for path in sorted(TWO_SIDED.glob(f"{file}--*.rows.csv"))]
+        if tables:
+            looks = [_where(table, step=STEP) for table in tables]
+            lines.append([title, str(len(looks)), *_measured(looks)])
+    titles = ["taught on", "seeds", *(f"AUC, {kind}" for kind in KINDS), f"over-refusal at {percent(AT)}"]
+    return [*titles, "harmful refused", "harmless refused"], lines
+
+
+def _measured(looks: list[pd.DataFrame]) -> list[str]:
+    """Write AUCs by kind; over-refusal at equal harm and the rates are without the kind that came later."""
+    areas, others = {kind: [] for kind in KINDS}, []
+    for look in looks:
+        for kind, area in _auc(look).items():
+            areas[kind].append(area)
+        part = look[~look.set.str.startswith(KINDS[-1])]
+        harmful = part.set.str.endswith("harmful")
+        curve = bias_curve(part.margin[harmful].to_numpy(), part.margin[~harmful].to_numpy(), NATS)
+        rates = [float(part.refused[rows].to_numpy().mean()) for rows in (harmful, ~harmful)]
+        others.append([over_refusal_at(curve, AT), *rates])
+    cells = [_over_seeds(values, ".2f", 1) for values in areas.values()]
+    return cells + [_over_seeds(values, ".0f", 100) for values in zip(*others, strict=True)]
+
+
+def _over_seeds(values: Sequence[float], form: str, scale: float) -> str:
+    """Write the mean of the seeds with their range; one value stands alone."""
+    if len(values) == 1:
+        return f"{scale * values[0]:{form}}"
+    return ranged(float(np.mean(values)), min(values), max(values), form, scale)

@@ -434,6 +434,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "held-out-unseen": lambda: markdown(*held_out_tables.table(held_out_tables.UNSEEN)),
     "held-out-unseen-margins": lambda: markdown(*held_out_tables.margins_table(held_out_tables.UNSEEN)),
     "two-sided-arms": lambda: markdown(*control_tables.two_sided_arms()),
+    "two-sided-sets": lambda: markdown(*control_tables.sets_of_tokens()),
     "demo-sets": demo_sets,
     "demo-curve": demo_curve,
     "which-tokens-steps": lambda: markdown(*control_tables.steps_table()),

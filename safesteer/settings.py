@@ -182,11 +182,41 @@ class DistillConfig:
     rollouts: Literal["student", "mixed"] = setting(
         "mixed", "Who answers: the student (on-policy), or the teacher every second prompt ('mixed')."
     )
+    wrapped_share: float = setting(
+        0.0,
+        "Share of the prompts that the student reads in a wrapper (families of 'val'); the teacher of harmful"
+        " ones reads them plain.",
+        ge=0,
+        le=1,
+    )
+    opened_share: float = setting(
+        0.0,
+        "Share of the answers that are opened for the student by a compliant text, which the teacher of"
+        " harmful ones does not see.",
+        ge=0,
+        le=1,
+    )
+    max_opening: int = setting(16, "Longest of those openings.", unit="tokens", ge=1)
     anchor_support: Literal["same", "full"] = setting(
         "same", "Tokens compared on harmless answers: as `support`, or the whole vocabulary."
     )
     anchor_weight: float = setting(2.0, "Weight of a harmless answer, in harmful ones.", ge=0, le=1e30)
     late_anchor_weight: float = setting(6.0, "The same in the last third of the steps.", ge=0, le=1e30)
+    margin_weight: float = setting(
+        0.0,
+        "Weight of softplus(best logit of S - best other logit) at the first token of harmless answers, where"
+        " greedy decoding decides; 0: none.",
+        ge=0,
+        le=1e30,
+    )
+    texts_per_step: int = setting(
+        0,
+        "Texts of the base per step on which the student is held to it over the whole vocabulary, so that"
+        " long answers and plain text stay as they were; 0: none.",
+        ge=0,
+    )
+    text_tokens: int = setting(64, "Length of those texts.", unit="tokens", ge=1)
+    text_weight: float = setting(1.0, "Weight of their mean divergence.", ge=0, le=1e30)
     decay: float = setting(
         0.8,
         "Weight of each position of an answer relative to the one before; 1: all alike, as published.",

@@ -112,6 +112,8 @@ def folder(tiny_llama, direction, tmp_path_factory) -> Path:
             "checkpointing": True,
             "micro_batch": 2,
         },
+        {"texts_per_step": 3, "margin_weight": 1.0, "wrapped_share": 0.5, "opened_share": 0.5},
+        {"texts_per_step": 3, "margin_weight": 1.0, "sharded": True},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )

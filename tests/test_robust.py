@@ -16,7 +16,7 @@ from safesteer._files import digest
 from safesteer.alignment import align
 from safesteer.directions.extraction import mean_difference
 from safesteer.evaluation import robust, weights
-from safesteer.evaluation.depth import continue_answers, depth_cell, kl_rows, load_openings
+from safesteer.evaluation.depth import continue_answers, depth_cell, kl_rows
 from safesteer.evaluation.gradient_attack import GradientAttack
 from safesteer.evaluation.ledger import looks
 from safesteer.evaluation.robust import Robustness, Subject, parts_of
@@ -30,7 +30,7 @@ from safesteer.models.generation import generate, greedy_ids
 from safesteer.models.hashing import weights_hash
 from safesteer.models.logits import kl_divergence
 from safesteer.prompts.prompt_set import load_prompts
-from safesteer.prompts.wrappers import Wrapper, load_wrappers
+from safesteer.prompts.wrappers import Wrapper, load_openings, load_wrappers
 from safesteer.recipes import recipe
 from safesteer.report.robust_figures import robust_figure
 from safesteer.report.robust_table import (
@@ -97,7 +97,7 @@ def test_openings_are_long_enough_for_a_real_tokenizer(smollm2):
 
 def test_openings_refuse_nothing_wherever_they_are_cut():
     prompts = load_prompts().split("test").harmful[:4]
-    for text in load_openings():
+    for text in [*load_openings(), *load_openings("train")]:
         assert not any(declines(p, text[:n]) for p in prompts for n in range(1, len(text) + 1, 3))
 
 

@@ -25,6 +25,7 @@ from safesteer._errors import SafeSteerError
 from safesteer._files import json_lines, write_text
 from safesteer._progress import Progress, no_progress
 from safesteer.distillation.early_stopping import look_at
+from safesteer.distillation.holding import base_texts
 from safesteer.distillation.rollouts import Sampler, StepPrompts, Teacher
 from safesteer.distillation.state import DistillState, prepare_student
 from safesteer.distillation.step import StepRecord, take_step
@@ -32,7 +33,7 @@ from safesteer.distillation.tracking import open_tracker
 from safesteer.distillation.watching import start_watch, watched_share
 from safesteer.judges.judge import Judge
 from safesteer.judges.wording import refuses
-from safesteer.models.adapter import merged, shares_weights, without_adapter, write_adapter
+from safesteer.models.adapter import as_base, merged, shares_weights, without_adapter, write_adapter
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.parts import is_bridge, is_quantized
 from safesteer.models.placement import require_together
@@ -91,9 +92,11 @@ def training_steps(
             f"{processes.num_processes} processes cannot share the {n_prompts} prompts of a step."
         )
     part = processes.process_index, processes.num_processes
+    with as_base(teacher.base, student):
+        texts = base_texts(teacher.base, prompts.harmless, config) if state.step < config.n_steps else []
     while state.step < config.n_steps:
         drawn = StepPrompts.of(prompts.harmful, prompts.harmless, config, state.step, part)
-        yield take_step(state, teacher, drawn, sampler)
+        yield take_step(state, teacher, drawn, sampler, texts)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

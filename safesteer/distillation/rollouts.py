@@ -4,10 +4,10 @@
 2. `sample_rollouts` lets the student answer them by pure sampling; the mask ends with the answer. With
    rollouts="mixed" the steered teacher answers every second prompt: a student that seldom starts to refuse
    seldom visits what follows "I'm", and would learn neither to go on refusing a harmful request nor to
-   answer a harmless one after all.
-3. `teacher_hidden` reads the same tokens once: steered on harmful prompts; on harmless ones the base as it
-   is, or with the direction ablated (a two-sided teacher). It returns final hidden states, never a
-   (position x vocabulary) tensor.
+   answer a harmless one after all. The student may read a prompt in disguise (`disguises`).
+3. `teacher_hidden` reads the same tokens once: steered on harmful prompts, which it reads plain; on harmless
+   ones the base as it is, or with the direction ablated (a two-sided teacher). It returns final hidden
+   states, never a (position x vocabulary) tensor.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from safesteer._clock import timed
 from safesteer._errors import SafeSteerError
+from safesteer.distillation.disguises import disguise, disguises_any
 from safesteer.models.adapter import as_base
 from safesteer.models.batch import PromptBatch, batches
 from safesteer.models.chat_model import ChatModel
@@ -103,7 +104,8 @@ Sampler = Callable[[Sequence[Sequence[int]], int, int, Sequence[tuple]], list[li
 class Rollouts:
     """A step's answers and which of their tokens count.
 
-    Rows are ordered by the length of their prompt, so that neighbours need little padding.
+    Rows are ordered by the length of their prompt, so that neighbours need little padding. `texts` are the
+    plain prompts; `batch` holds what the student reads in their place (`disguises`).
     """
 
     batch: PromptBatch
@@ -145,6 +147,12 @@ def sample_rollouts(
     place = torch.tensor(places, device=student.device)
     by_teacher = (place % 2 == 0) & (teacher is not None)
     batch, eos = PromptBatch.of(student.tokenizer, ordered, device=student.device), student.eos_ids
+    plain = batch
+    if disguises_any(config):
+        read = [disguise(student, texts[i], config, (*prompts.key, i)) for i in places]
+        batch = PromptBatch.of(
+            student.tokenizer, [d.prompt for d in read], [d.opening for d in read], device=student.device
+        )
     shape = (len(places), config.n_rollouts, config.max_new_tokens)
     ids = torch.full(shape, eos[0] if eos else 0, device=student.device)
     logps = torch.full(shape, torch.nan, dtype=torch.float64)
@@ -163,7 +171,7 @@ def sample_rollouts(
                 continue
             new = generate_ids(
                 author,
-                batch.rows(torch.tensor(rows)),
+                (plain if steered else batch).rows(torch.tensor(rows)),
                 max_new_tokens=config.max_new_tokens,
                 temperature=1.0,
                 n_samples=config.n_rollouts,
@@ -232,8 +240,9 @@ def teacher_hidden(teacher: Teacher, rollouts: Rollouts, config: DistillConfig) 
     with equal_passes(base.model):
         for is_harmful in rollouts.harmful.unique().tolist():
             for at in torch.nonzero(rollouts.harmful == is_harmful)[:, 0].split(config.micro_batch):
-                if is_harmful and config.teacher == "prompt":
-                    batch = _with_system(base, rollouts, at, config.system)
+                if is_harmful and (config.teacher == "prompt" or disguises_any(config)):
+                    system = config.system if config.teacher == "prompt" else None
+                    batch = _plain_rows(base, rollouts, at, system)
                 else:
                     batch = rollouts.batch.rows(at)
                 with _reading_as(teacher, is_harmful, config):
@@ -250,8 +259,8 @@ def _reading_as(teacher: Teacher, is_harmful: bool, config: DistillConfig) -> Ab
     return nullcontext()
 
 
-def _with_system(base: ChatModel, rollouts: Rollouts, at: Tensor, system: str) -> PromptBatch:
-    """Put the same answers after the same prompts under a system prompt (Table 3)."""
+def _plain_rows(base: ChatModel, rollouts: Rollouts, at: Tensor, system: str | None) -> PromptBatch:
+    """Put the same answers after the plain prompts, under a system prompt where there is one (Table 3)."""
     texts = [rollouts.texts[int(i) // rollouts.n_rollouts] for i in at]
     answers = rollouts.batch.prompt_ids[at, -rollouts.mask.shape[1] :].tolist()
     return PromptBatch.of(base.tokenizer, texts, answers, system=system, device=base.device)

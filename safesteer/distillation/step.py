@@ -12,7 +12,7 @@ gradient: together they take the step that one process takes.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from safesteer._clock import BACKWARD, STUDENT, timed
 from safesteer._errors import SafeSteerError
+from safesteer.distillation.holding import BaseText, hold_texts, margin_loss
 from safesteer.distillation.loss import LossTerms, divergence_loss, kl_outside_set
 from safesteer.distillation.rollouts import (
     Rollouts,
@@ -86,9 +87,13 @@ class Reading:
 
 
 def take_step(
-    state: DistillState, teacher: Teacher, prompts: StepPrompts, sampler: Sampler | None = None
+    state: DistillState,
+    teacher: Teacher,
+    prompts: StepPrompts,
+    sampler: Sampler | None = None,
+    texts: Sequence[BaseText] = (),
 ) -> StepRecord:
-    """Take one optimizer step on `prompts`.
+    """Take one optimizer step on `prompts`, and on some of the base's own texts (`holding`).
 
     Raises:
         SafeSteerError: If a loss or gradient is not finite; names the step, and the prompt or parameter.
@@ -103,6 +108,7 @@ def take_step(
     clock = time.perf_counter()
     state.optimizer.zero_grad(set_to_none=True)
     terms, h_student = accumulate_gradient(state, teacher, reading)
+    of_texts = hold_texts(student, teacher, texts, config, step)
     with timed("optimizer"):
         grad_norm = _clip_gradients(state)
     # Before the weights move: a trained head must be the one that these states came from.
@@ -114,7 +120,7 @@ def take_step(
     state.step += 1
 
     harmful = rollouts.harmful[rollouts.mask.nonzero()[:, 0]]
-    sums = [terms.loss, off_s, len(harmful), harmful.sum(), terms.student_mass[harmful].sum()]
+    sums = [terms.loss + of_texts, off_s, len(harmful), harmful.sum(), terms.student_mass[harmful].sum()]
     sums += [terms.teacher_mass[harmful].sum(), terms.student_mass[~harmful].sum()]
     loss, off_s, n, n_harmful, mass, mass_teacher, mass_anchor = _over_processes(
         [float(x) for x in sums], student.device
@@ -271,6 +277,11 @@ def _backward(
                 )
                 losses.append(part.loss)
                 terms[:, first + n] = torch.stack(part[1:]).to(terms)
+        if config.margin_weight and len(n := (~rollouts.harmful[at]).nonzero()[:, 0]):
+            begin = starts[at][n] - first
+            parts = hidden[begin], reading.h_teacher[span][begin], head, base_head, ids
+            n_answers = config.harmless_per_step * config.n_rollouts
+            losses.append(config.margin_weight / n_answers * margin_loss(*parts))
         objective = torch.stack(losses).sum()
         if not torch.isfinite(objective):
             worst = (~terms[0, span].isfinite()).int().argmax()  # the first, if only their sum overflows

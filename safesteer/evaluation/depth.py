@@ -12,7 +12,6 @@ are judged in memory; nothing keeps them.
 """
 
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any, NamedTuple
 
 from safesteer._intervals import bootstrap
@@ -33,18 +32,6 @@ class Opened(NamedTuple):
 
     whole: str
     written: str
-
-
-def load_openings() -> list[str]:
-    """Load the project's compliant openings: generic text that begins an answer and says nothing.
-
-    Example:
-        >>> from safesteer.evaluation.depth import load_openings
-        >>> load_openings()[0][:13]
-        'Sure, here is'
-    """
-    path = resources.files("safesteer.prompts") / "data" / "openings.txt"
-    return path.read_text(encoding="utf-8").splitlines()
 
 
 def continue_answers(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from safesteer._errors import SafeSteerError, first_line
 from safesteer._intervals import bootstrap
-from safesteer.evaluation.depth import BATCH, Cell, load_openings
+from safesteer.evaluation.depth import BATCH, Cell
 from safesteer.evaluation.rows import rate, row
 from safesteer.evaluation.suffixes import Slot, allowed_ids, slot_of
 from safesteer.judges.judge import Judge, judge_all, outcomes
@@ -39,6 +39,7 @@ from safesteer.models.head import output_head
 from safesteer.models.logits import logps_on, positions_per_chunk, wide_matmul
 from safesteer.models.parts import hf_model, is_quantized
 from safesteer.models.placement import is_offloaded
+from safesteer.prompts.wrappers import load_openings
 from safesteer.report.robust_table import ATTACKED, SPENT
 
 DRAWS = 8  # per candidate: many exchanges give a text that is tokenized otherwise

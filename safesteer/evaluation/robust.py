@@ -28,7 +28,6 @@ from safesteer.evaluation.depth import (
     depth_cell,
     either,
     kl_rows,
-    load_openings,
 )
 from safesteer.evaluation.gradient_attack import GradientAttack, attack_cell
 from safesteer.evaluation.weights import (
@@ -47,7 +46,7 @@ from safesteer.models.chat_model import ChatModel
 from safesteer.models.generation import generate, greedy_ids
 from safesteer.models.hashing import weights_hash
 from safesteer.prompts.prompt_set import Label, load_prompts
-from safesteer.prompts.wrappers import PLAIN, Wrapper, load_wrappers
+from safesteer.prompts.wrappers import PLAIN, Wrapper, load_openings, load_wrappers
 from safesteer.report.robust_table import (
     KL_HARMFUL,
     KL_HARMLESS,

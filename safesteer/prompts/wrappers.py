@@ -23,6 +23,7 @@ from typing import Literal
 from safesteer._files import from_json
 from safesteer.prompts.conversation import PromptLike, as_prompt, messages_of
 
+OpeningSplit = Literal["train", "test"]
 Encoding = Literal["plain", "base64", "ROT13", "spaced letters"]
 WrapperSplit = Literal["val", "test"]
 REQUEST = "{request}"  # stands for the request in a frame
@@ -78,6 +79,22 @@ def load_wrappers(split: WrapperSplit | None = None) -> tuple[Wrapper, ...]:
     lines = path.read_text(encoding="utf-8").splitlines()
     wrappers = tuple(from_json(Wrapper, json.loads(line)) for line in lines)
     return tuple(w for w in wrappers if split in (None, w.split))
+
+
+def load_openings(split: OpeningSplit = "test") -> list[str]:
+    """Load the project's compliant openings: generic text that begins an answer and says nothing.
+
+    Args:
+        split: "test": those that the suite "robust" opens answers with; "train": others, to train on.
+
+    Example:
+        >>> from safesteer.prompts.wrappers import load_openings
+        >>> load_openings()[0][:13]
+        'Sure, here is'
+    """
+    path = resources.files("safesteer.prompts") / "data" / "openings.jsonl"
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [row["text"] for row in rows if row["split"] == split]
 
 
 def encoded(text: str, encoding: Encoding) -> str:

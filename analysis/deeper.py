@@ -1,0 +1,117 @@
+"""Does practice make refusals deeper? Students that read prompts in wrappers, or answers that were opened.
+
+    python analysis/deeper.py RUNS [--model smollm2-135m] [--preset quick] [--seeds 3] [--out ...]
+
+Claim (ours): a student that practises on some wrappers and openings, while its teacher reads the plain
+prompt, refuses in others too, at no more over-refusal in the same wrappers. Refuted where the wrappers and
+openings that nothing trains on take away as many refusals as from the plain recipe's student.
+
+1. A seed draws the pairs that direction and S are read from (`held_out.drawn_prompts`), and all else.
+2. Each arm is the preset with some shares of disguised prompts (`distillation.disguises`).
+3. For choosing, students answer the val pairs plain, in the wrappers of "val" and opened by ten tokens of the
+   openings that train; for measuring, the first test pairs in the wrappers of "test" and opened by others.
+   Answers have 48 tokens; `declines` judges them, by the plain request. A row per prompt, without its text.
+Looks at the test pairs are in the ledger. A seed's arm that has its rows is not run again.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+from ablation import LEDGER
+from held_out import drawn_prompts
+
+import safesteer as ss
+from safesteer.evaluation.depth import continue_answers
+from safesteer.evaluation.ledger import log_look
+from safesteer.judges.languages import refuses_abroad
+from safesteer.judges.sentences import declines
+from safesteer.models.chat_model import ChatModel
+from safesteer.models.precision import in_precision_of
+from safesteer.prompts.wrappers import PLAIN, load_openings, load_wrappers
+from safesteer.run_folder import STAGES
+
+ARMS = {
+    "plain": {},
+    "opened": {"opened_share": 0.5},
+    "wrapped": {"wrapped_share": 0.5},
+    "both": {"opened_share": 0.35, "wrapped_share": 0.35},
+}
+OPENED = (2, 10)  # tokens of an opening
+N_TEST = 50  # test pairs
+TOKENS = 48
+
+
+def answered(chat: ChatModel, split: str) -> Iterator[dict]:
+    """Answer the prompts of a split plain, wrapped and opened; yield a row per prompt."""
+    prompts = ss.load_prompts().split(split).first(None if split == "val" else N_TEST)
+    openings = [chat.encode(text) for text in load_openings("train" if split == "val" else "test")]
+    wrappers = (PLAIN, *load_wrappers("val" if split == "val" else "test"))
+    for label, texts in (("harmful", prompts.harmful), ("harmless", prompts.harmless)):
+        for wrapper in wrappers:
+            wrapped = [wrapper.wrap(text)[0] for text in texts]
+            answers = ss.generate(chat, wrapped, max_new_tokens=TOKENS, batch_size=32)
+            abroad = wrapper.family == "language"
+            for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+                refused = declines(text, answer) or (abroad and refuses_abroad(text, answer))
+                name = wrapper.name if wrapper is PLAIN else f"{wrapper.family}: {wrapper.name}"
+                yield {"split": split, "label": label, "how": name, "row": i, "refused": int(bool(refused))}
+        for k in OPENED:
+            starts = [openings[i % len(openings)][:k] for i in range(len(texts))]
+            opened = continue_answers(chat, texts, starts, max_new_tokens=TOKENS)
+            for i, (text, answer) in enumerate(zip(texts, opened, strict=True)):
+                refused = declines(text, answer.whole) or declines(text, answer.written)
+                yield {
+                    "split": split,
+                    "label": label,
+                    "how": f"opened by {k}",
+                    "row": i,
+                    "refused": int(bool(refused)),
+                }
+
+
+def look(name: str, chat: ChatModel, path: Path) -> None:
+    """Write the rows of one model, and log the look at the test pairs."""
+    rows = pd.DataFrame([row for split in ("val", "test") for row in answered(chat, split)])
+    log_look(LEDGER, chat, "own-harmful", N_TEST, f"study deeper: {name}")
+    log_look(LEDGER, chat, "own-harmless", N_TEST, f"study deeper: {name}")
+    rows.to_csv(path, index=False)
+    shown = rows[~rows.how.str.contains("opened by 2")].groupby(["split", "label", rows.how.ne("plain")])
+    print(name, (100 * shown.refused.mean()).round(0).to_dict(), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("runs", type=Path, help="a folder that receives direction and S of each seed")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--preset", default="quick")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--out", type=Path, default=Path("analysis/results/deeper"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    base = ss.load_model(args.model, dtype="auto")
+    if not (args.out / "base.csv").exists():
+        look("base", base, args.out / "base.csv")
+    for seed in args.seeds:
+        recipe = ss.recipe(args.preset, seed)
+        prompts, run = drawn_prompts(seed, recipe.prompts), args.runs / str(seed)
+        if not (run / "tokens.json").exists():
+            ss.align(args.model, run, recipe, prompts=prompts, stages=STAGES[:2])
+        direction = ss.Direction.load(run / "direction.safetensors", base)
+        tokens = ss.TokenSet.load(run / "tokens.json")
+        for arm in args.arms:
+            path = args.out / f"{arm}--{seed}.csv"
+            if path.exists():
+                continue
+            config = replace(recipe.distill, precision="auto", **ARMS[arm])
+            config = replace(config, splits=tuple(s for s in config.splits if s != "val"))
+            student = ss.distill(base, direction, tokens, prompts, config)
+            with in_precision_of(base, student):
+                look(f"{arm}, seed {seed}", student, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""A recipe that leaves a model whole which hardly refuses by itself: each idea added, and each taken away.
+
+    python analysis/whole.py RUN --data ROWS [--seed 0] [--arms ...] [--out analysis/results/whole]
+
+Claim (ours): what damages the demo's student (answers that repeat themselves, code that is gone, refusals at
+a hazard word) can be held without losing its refusals. Refuted where no arm refuses as much with less damage.
+
+RUN receives direction and S of the preset "quick" on SmolLM2-135M-Instruct. All arms train with its other
+settings on train and distill, in bfloat16 passes; "all" has every idea of `IDEAS` at once. Each student is
+looked at on what is there for choosing (two_sided.py): refusals of 16 tokens with their margins, a row per
+prompt; and in a row per arm what answers of 64 tokens to everyday val prompts read like, the drift along the
+base's own answers, and the perplexity of plain prose. Nothing here is a test prompt.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from two_sided import choosing_sets, look, opening_ids
+
+import safesteer as ss
+from safesteer.distillation.loop import training_steps
+from safesteer.distillation.rollouts import Teacher
+from safesteer.distillation.state import prepare_student
+from safesteer.evaluation.quality import text_quality
+from safesteer.models.drift import kl_on_answers
+from safesteer.models.precision import in_precision_of
+from safesteer.models.text_loss import general_text, perplexity
+from safesteer.run_folder import STAGES
+
+QUICK = replace(ss.recipe("quick").distill, splits=("train", "distill"), precision="bfloat16", watch_every=0)
+IDEAS = {
+    "texts": {"texts_per_step": 4},
+    "margin": {"margin_weight": 1.0},
+    "two-sided": {"harmless_teacher": "ablated"},
+    "mixed prompts": {"prompts": "mixed"},
+    "slow": {"lr": 1e-4},
+}
+N_LONG, LONG = 64, 64  # everyday prompts that are answered at length, and that length
+
+
+def arms() -> dict[str, dict]:
+    """Name the arms: the preset, each idea alone, all of them, and all but each."""
+    everything = {key: value for idea in IDEAS.values() for key, value in idea.items()}
+    without = {
+        f"all but {name}": {key: value for key, value in everything.items() if key not in idea}
+        for name, idea in IDEAS.items()
+    }
+    return {"quick": {}, **IDEAS, "all": everything, **without}
+
+
+def long_prompts() -> list[str]:
+    """Return everyday val prompts, those that ask for code among them."""
+    val = ss.load_prompts("kinds").split("val")
+    return [p.text for p in val.prompts if p.form == "everyday"][:N_LONG]
+
+
+def damage(base: ss.ChatModel, chat: ss.ChatModel, before: list[str], harmless: list[str]) -> dict:
+    """Measure what answers read like, and how far the model is from its base."""
+    prompts = long_prompts()
+    answers = ss.generate(chat, prompts, max_new_tokens=LONG, batch_size=32)
+    quality = text_quality(prompts, answers)
+    kls = kl_on_answers(base, chat, harmless, before)
+    numbers = {
+        "repeats": quality.repeats,
+        "distinct": quality.distinct,
+        "words": quality.words,
+        "code": quality.code,
+        "n": quality.n,
+        "n_code": quality.n_code,
+        "kl": sum(kls) / len(kls),
+        "perplexity": perplexity(chat, general_text(), max_tokens=4096),
+    }
+    print({name: round(value, 3) for name, value in numbers.items() if value is not None}, flush=True)
+    return numbers
+
+
+def student_of(changes: dict, base: ss.ChatModel, args: argparse.Namespace) -> ss.ChatModel:
+    """Train an arm's student."""
+    changes = dict(changes)
+    prompts = ss.load_prompts(changes.pop("prompts", "pairs")).split("train", "distill")
+    config = replace(QUICK, seed=args.seed, **changes)
+    direction = ss.Direction.load(args.run / "direction.safetensors", base)
+    tokens = ss.TokenSet.load(args.run / "tokens.json")
+    state = prepare_student(ss.load_model(args.model, dtype="float32"), direction, config)
+    for record in training_steps(state, Teacher(base, direction, tokens), prompts):
+        if record.step % 10 == 0:
+            print(record.step, f"loss {record.loss:.4f} grad {record.grad_norm:.3f}", flush=True)
+    state.optimizer.zero_grad(set_to_none=True)
+    return state.student
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--arms", nargs="*", default=list(arms()))
+    parser.add_argument("--out", type=Path, default=Path("analysis/results/whole"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not (args.run / "tokens.json").exists():
+        ss.align(args.model, args.run, ss.recipe("quick", args.seed), stages=STAGES[:2])
+    base = ss.load_model(args.model, dtype="bfloat16")
+    sets, ids = choosing_sets(args.data), opening_ids(args.run)
+    harmless = ss.load_prompts().split("val").harmless
+    before = ss.generate(base, harmless, max_new_tokens=16, batch_size=32)
+    for name in ("base", *args.arms):
+        stem = f"{name.replace(' ', '_')}--{args.seed}"
+        if (args.out / f"{stem}.damage.csv").exists():
+            continue
+        print(name, flush=True)
+        student = base if name == "base" else student_of(arms()[name], base, args)
+        with torch.no_grad(), in_precision_of(base, student):
+            look(student, sets, ids).to_csv(args.out / f"{stem}.rows.csv", index=False)
+            numbers = damage(base, student, before, harmless)
+        pd.DataFrame([numbers]).round(4).to_csv(args.out / f"{stem}.damage.csv", index=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""What keeps a student whole beside the loss on S: texts of its base, and a margin where answers begin.
+
+1. `base_texts` lets the base write before training starts: every second text answers a harmless prompt, the
+   others go on with a prompt as plain text. No other data is needed.
+2. `hold_texts` adds, at each step, the divergence from the base over the whole vocabulary along a few of
+   them. The loss on S sees the first tokens of answers; long answers and plain text are where students of it
+   are damaged.
+3. `margin_loss` looks at the first token of harmless answers, where greedy decoding decides: softplus(best
+   logit of S - best other logit). A divergence sees probabilities, not which of them is the largest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import PartialState
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from safesteer.distillation.loss import divergence_loss
+from safesteer.distillation.rollouts import Teacher, prompt_indices
+from safesteer.models.adapter import as_base
+from safesteer.models.batch import PromptBatch, cut_at_eos
+from safesteer.models.chat_model import ChatModel
+from safesteer.models.forward import final_hidden
+from safesteer.models.generation import generate_ids, uniforms
+from safesteer.models.head import Head, output_head
+from safesteer.models.logits import logits_of
+from safesteer.models.sharding import equal_passes
+from safesteer.models.templates import ids_of, render, special_start
+from safesteer.prompts.conversation import PromptLike
+from safesteer.settings import DistillConfig
+
+N_TEXTS = 64  # at most, from which the steps draw
+BATCH = 16  # of them at once
+
+
+@dataclass(frozen=True)
+class BaseText:
+    """Ids that the base has read, and those that it wrote after them."""
+
+    head: tuple[int, ...]
+    written: tuple[int, ...]
+
+
+def base_texts(base: ChatModel, prompts: Sequence[PromptLike], config: DistillConfig) -> list[BaseText]:
+    """Let the base write the texts on which the student will be held to it; none where no step uses any.
+
+    Args:
+        base: The frozen base.
+        prompts: Harmless prompts that train.
+        config: Number of texts per step, their length, and the seed.
+
+    Returns:
+        Texts sampled at temperature 1, which depend on base, prompts and seed alone.
+    """
+    if not config.texts_per_step:
+        return []
+    tokenizer, n = base.tokenizer, min(N_TEXTS, config.texts_per_step * config.n_steps)
+    drawn = [prompts[i] for i in prompt_indices(len(prompts), n, 0, config.seed + 2)]
+    heads = [
+        [*special_start(tokenizer), *base.encode(str(text))]
+        if i % 2
+        else ids_of(tokenizer, render(tokenizer, text))
+        for i, text in enumerate(drawn)
+    ]
+    texts = []
+    for start in range(0, n, BATCH):
+        part = heads[start : start + BATCH]
+        keys = [("base text", config.seed, start + i) for i in range(len(part))]
+        random = torch.cat([uniforms(key, 1, config.text_tokens) for key in keys])
+        batch = PromptBatch.from_ids(part, [[] for _ in part], device=base.device, share=False)
+        new = generate_ids(
+            base, batch, max_new_tokens=config.text_tokens, temperature=1.0, uniform=random
+        ).tolist()
+        texts += [
+            BaseText(tuple(head), tuple(cut_at_eos(ids, base.eos_ids, keep_eos=True)))
+            for head, ids in zip(part, new, strict=True)
+        ]
+    return texts
+
+
+def hold_texts(
+    student: ChatModel, teacher: Teacher, texts: Sequence[BaseText], config: DistillConfig, step: int
+) -> float:
+    """Add the gradient of a step's texts: the divergence from the base, over the whole vocabulary.
+
+    Args:
+        student: The model that trains.
+        teacher: Its base is read without steering.
+        texts: Those of `base_texts`, of which the step takes its own.
+        config: Weight and number of the texts, and the divergence.
+        step: Steps that are finished.
+
+    Returns:
+        The value that was added to the loss, of this process's share of the texts.
+    """
+    if not texts:
+        return 0.0
+    processes = PartialState()
+    drawn = [texts[i] for i in prompt_indices(len(texts), config.texts_per_step, step, config.seed + 3)]
+    mine = drawn[processes.process_index :: processes.num_processes]
+    on_full, total = replace(config, support="full"), sum(len(text.written) for text in drawn)
+    ids, value = teacher.tokens.ids.to(student.device), 0.0
+    with equal_passes(teacher.base.model), torch.no_grad(), as_base(teacher.base, student):
+        states = [_writing_states(teacher.base, text, config) for text in mine]
+    with equal_passes(student.model, backward=True):
+        for text, h_base in zip(mine, states, strict=True):
+            hidden = _writing_states(student, text, config)
+            weights = torch.full((len(hidden),), config.text_weight / total, device=student.device)
+            heads = output_head(student.model), output_head(teacher.base.model)
+            loss = divergence_loss(hidden, h_base, weights, *heads, ids, on_full).loss
+            loss.backward()
+            value += float(loss.detach())
+    return value
+
+
+def _writing_states(chat: ChatModel, text: BaseText, config: DistillConfig) -> Float[Tensor, "n d_model"]:
+    """Return the final hidden states that predict what the base wrote."""
+    batch = PromptBatch.from_ids([text.head], [text.written], device=chat.device, share=False)
+    with torch.autocast(chat.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        return final_hidden(chat.model, batch)[0, -len(text.written) - 1 : -1]
+
+
+def margin_loss(
+    hidden: Float[Tensor, "n d_model"],
+    h_teacher: Float[Tensor, "n d_model"],
+    head: Head,
+    teacher_head: Head,
+    ids: Int[Tensor, " n_set"],
+) -> Float[Tensor, ""]:
+    """Sum softplus(best logit of S - best other logit) over answers, in nats.
+
+    Args:
+        hidden: The student's final hidden states that predict the first tokens of harmless answers.
+        h_teacher: The teacher's; where its likeliest token is one of S, an answer does not count.
+        head: The student's output head.
+        teacher_head: The teacher's.
+        ids: The safety tokens S.
+
+    Example:
+        >>> import torch
+        >>> from safesteer.distillation.holding import margin_loss
+        >>> from safesteer.models.head import Head
+        >>> head = Head(torch.eye(3), None, None, 1.0)
+        >>> states, teachers = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0]])
+        >>> round(float(margin_loss(states, teachers, head, head, torch.tensor([0]))), 3)
+        2.127
+    """
+    with torch.no_grad():
+        opens = torch.isin(logits_of(h_teacher, *teacher_head).argmax(-1), ids)
+    z = logits_of(hidden[~opens], *head)
+    others = z.index_fill(1, ids, -torch.inf).amax(-1)
+    return softplus(z[:, ids].amax(-1) - others).sum()

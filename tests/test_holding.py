@@ -1,0 +1,152 @@
+"""What holds a student to its base beside the loss on S: the base's texts, and the margin."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import assert_near, batch_of, copy_of, naive_logits
+from safesteer.distillation.holding import base_texts, hold_texts, margin_loss
+from safesteer.distillation.loop import training_steps
+from safesteer.distillation.rollouts import Teacher
+from safesteer.distillation.state import prepare_student
+from safesteer.models.adapter import without_adapter
+from safesteer.models.drift import kl_at_positions
+from safesteer.models.head import output_head
+from safesteer.settings import DistillConfig
+from safesteer.tokens.token_set import SafetyToken, TokenSet
+
+HELD = DistillConfig(
+    n_steps=4,
+    harmful_per_step=2,
+    harmless_per_step=2,
+    max_new_tokens=3,
+    lr=3e-3,
+    warmup=0.0,
+    texts_per_step=3,
+    text_tokens=6,
+    text_weight=2.0,
+    divergence="forward",
+    watch_every=0,
+)
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_llama, direction) -> Teacher:
+    some = tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in range(8))
+    return Teacher(tiny_llama, direction, TokenSet(some, {}, {}, 1))
+
+
+@pytest.fixture
+def moved(tiny_llama):
+    """A student that differs from its base, and can train in all weights."""
+    student = copy_of(tiny_llama)
+    student.model.requires_grad_(True)
+    with torch.no_grad():
+        for p in student.model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    return student
+
+
+def logps(chat, text) -> torch.Tensor:
+    """Log-probabilities of what the base wrote, by the model's own pass over one text."""
+    ids = torch.tensor([[*text.head, *text.written]])
+    return chat.model(ids, use_cache=False).logits[0, len(text.head) - 1 : -1].log_softmax(-1)
+
+
+def test_texts_are_the_bases_own_and_repeat(tiny_llama, few):
+    texts = base_texts(tiny_llama, few.harmless, HELD)
+    assert texts == base_texts(tiny_llama, few.harmless, HELD)
+    assert texts != base_texts(tiny_llama, few.harmless, replace(HELD, seed=1))
+    assert len(texts) == 12
+    assert max(len(t.written) for t in texts) == 6
+    written = [tiny_llama.decode(t.head) for t in texts]
+    assert all("assistant" in head for head in written[::2])
+    assert all(head in few.harmless for head in written[1::2])  # plain text, without a template
+    assert base_texts(tiny_llama, few.harmless, replace(HELD, texts_per_step=0)) == []
+
+
+def test_the_texts_of_a_step_add_the_gradient_of_their_mean_divergence(tiny_llama, teacher, few, moved):
+    texts = base_texts(tiny_llama, few.harmless, HELD)[:3]
+    value = hold_texts(moved, teacher, texts, HELD, 0)
+    params = list(moved.model.parameters())
+    got = [p.grad.clone() for p in params]
+    total = sum(len(t.written) for t in texts)
+    want = 0.0
+    for text in texts:
+        with torch.no_grad():
+            before = logps(tiny_llama, text)
+        want = want + (before.exp() * (before - logps(moved, text))).sum() * HELD.text_weight / total
+    assert value == pytest.approx(float(want.detach()), rel=1e-4)
+    assert value > 0
+    for grad, naive in zip(got, torch.autograd.grad(want, params), strict=True):
+        assert_near(grad, naive)
+
+
+def test_the_margin_is_that_of_plain_logits(tiny_llama, teacher, moved):
+    """Rows whose teacher opens with a token of S do not count."""
+    h, h_teacher = torch.randn((2, 40, 32), generator=torch.Generator().manual_seed(0)).unbind()
+    ids = torch.arange(0, 400, 5)
+    h = h.requires_grad_()
+    got = margin_loss(h, h_teacher, output_head(moved.model), output_head(tiny_llama.model), ids)
+    counts = [int(row.argmax()) % 5 != 0 for row in h_teacher @ tiny_llama.model.lm_head.weight.T]
+    z = h @ moved.model.lm_head.weight.T
+    inside = torch.zeros(400, dtype=torch.bool).index_fill(0, ids, True)
+    gap = z[:, inside].amax(1) - z[:, ~inside].amax(1)
+    want = torch.log1p(gap.exp())[torch.tensor(counts)].sum()
+    assert 0 < sum(counts) < 40
+    assert_near(got.detach(), want.detach())
+    assert_near(torch.autograd.grad(got, h)[0], torch.autograd.grad(want, h)[0])
+
+
+def drift(base, student, texts) -> float:
+    answers = [list(t.written) for t in texts[::2]]
+    prompts = ["Name a river.", "How do I bake bread?", "Hi", "What is a tide?", "Tell me more.", "Why?"]
+    return sum(float(kl.mean()) for kl in kl_at_positions(base, student, prompts, answers))
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_held_students_stay_nearer_to_their_base(tiny_llama, teacher, few, lora_rank):
+    kls = {}
+    for name, config in (("free", replace(HELD, texts_per_step=0)), ("held", HELD)):
+        config = replace(config, n_steps=8, lora_rank=lora_rank, text_weight=10.0)
+        base = copy_of(tiny_llama)
+        student = base if lora_rank else copy_of(tiny_llama)
+        state = prepare_student(student, teacher.direction, config)
+        list(training_steps(state, replace(teacher, base=base), few))
+        kls[name] = drift(tiny_llama, state.student, base_texts(tiny_llama, few.harmless, HELD))
+        if lora_rank:
+            without_adapter(state.student)
+    assert 0 < kls["held"] < 0.8 * kls["free"]
+
+
+def test_the_margin_lowers_s_where_harmless_answers_begin(tiny_llama, teacher, few):
+    """S holds the likeliest tokens but the first of each prompt: the margin has something to lower."""
+    batch = batch_of(tiny_llama, few.harmless)
+    ranks = naive_logits(tiny_llama, batch)[:, -1].argsort(descending=True)
+    ids = sorted(set(ranks[:, 1:6].flatten().tolist()) - set(ranks[:, 0].tolist()))
+    some = tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in ids)
+    by = replace(teacher, tokens=TokenSet(some, {}, {}, 1))
+    gaps = {}
+    for weight in (0.0, 5.0):
+        config = replace(HELD, texts_per_step=0, margin_weight=weight, n_steps=8)
+        state = prepare_student(copy_of(tiny_llama), teacher.direction, config)
+        list(training_steps(state, by, few))
+        z = naive_logits(state.student, batch)[:, -1]
+        gaps[weight] = float(
+            (z[:, ids].amax(1) - z.index_fill(1, torch.tensor(ids), -torch.inf).amax(1)).mean()
+        )
+    assert gaps[5.0] < gaps[0.0] - 0.02
+
+
+def test_a_resumed_training_is_held_to_the_same_texts(tiny_llama, teacher, few, tmp_path):
+    def steps(state, n):
+        return [r.loss for _, r in zip(range(n), training_steps(state, teacher, few), strict=False)]
+
+    whole = steps(prepare_student(copy_of(tiny_llama), teacher.direction, HELD), 4)
+    state = prepare_student(copy_of(tiny_llama), teacher.direction, HELD)
+    first = steps(state, 2)
+    state.save(tmp_path / "c", {"run": "test"})
+    again = prepare_student(copy_of(tiny_llama), teacher.direction, HELD)
+    again.load(tmp_path / "c", {"run": "test"})
+    assert first + steps(again, 2) == whole
