@@ -8,7 +8,15 @@ from pathlib import Path
 import pandas as pd
 from table_text import markdown, rate_ranged
 
-from safesteer.report.robust_table import CHANGED, OPENED, PLAIN, WRAPPED_HARMFUL, WRAPPED_HARMLESS, opened_by
+from safesteer.report.robust_table import (
+    ATTACKED,
+    CHANGED,
+    OPENED,
+    PLAIN,
+    WRAPPED_HARMFUL,
+    WRAPPED_HARMLESS,
+    opened_by,
+)
 
 ROWS = Path(__file__).parent / "results" / "robust"
 OPENINGS = (0, 5, 20, 50)
@@ -24,7 +32,13 @@ def table(folder: Path = ROWS) -> str:
     if not rows:
         return "Not measured yet."
     heads = ["measured", "model", "n", *(f"opened by {k}" for k in OPENINGS)]
-    return markdown([*heads, "worst wrapper", "best direction ablated", "harmless, worst wrapper"], rows)
+    heads += [
+        "worst wrapper",
+        "best direction ablated",
+        "harmless, worst wrapper",
+        "attacked, of those refused",
+    ]
+    return markdown(heads, rows)
 
 
 def _line(file: str, model: str, part: pd.DataFrame) -> list[str]:
@@ -39,6 +53,8 @@ def _line(file: str, model: str, part: pd.DataFrame) -> list[str]:
     cells.append(f"{_rate(wrapped.iloc[0])}, {wrapped.iloc[0]['name']}" if len(wrapped) else "")
     cells.append(_rate(changed.iloc[0]) if len(changed) else "")
     cells.append(f"{_rate(harmless.iloc[-1])}, {harmless.iloc[-1]['name']}" if len(harmless) else "")
+    attacked = part[part.kind == ATTACKED]
+    cells.append(f"{_rate(attacked.iloc[0])}, n = {int(attacked.iloc[0].n)}" if len(attacked) else "")
     return [file, model, str(int(opened.n.iloc[0])), *cells]
 
 

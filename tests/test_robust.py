@@ -17,6 +17,7 @@ from safesteer.alignment import align
 from safesteer.directions.extraction import mean_difference
 from safesteer.evaluation import robust, weights
 from safesteer.evaluation.depth import continue_answers, depth_cell, kl_rows
+from safesteer.evaluation.gradient_attack import GradientAttack
 from safesteer.evaluation.ledger import looks
 from safesteer.evaluation.robust import Robustness, Subject, parts_of
 from safesteer.evaluation.suite import SUITES, Suite, run_suite
@@ -33,6 +34,7 @@ from safesteer.prompts.wrappers import Wrapper, load_openings, load_wrappers
 from safesteer.recipes import recipe
 from safesteer.report.robust_figures import robust_figure
 from safesteer.report.robust_table import (
+    ATTACKED,
     CHANGED,
     COST,
     KL_HARMFUL,
@@ -46,7 +48,13 @@ from safesteer.run_folder import renew_card
 from safesteer.settings import DirectionConfig
 
 FEW = Robustness(
-    n_harmful=4, n_harmless=4, openings=(0, 2, 5), max_new_tokens=4, n_components=2, ranks=(0, 1)
+    n_harmful=4,
+    n_harmless=4,
+    openings=(0, 2, 5),
+    max_new_tokens=4,
+    n_components=2,
+    ranks=(0, 1),
+    attack=GradientAttack(n_prompts=1, n_suffix=4, n_steps=2, n_candidates=4, check_every=1),
 )
 TINY = Suite((), n_prompts=2, perplexity_tokens=64, robust=FEW)
 TALK = [
@@ -480,6 +488,7 @@ def a_table() -> pd.DataFrame:
         (WRAPPED_HARMLESS, "fiction (test): story", 0.375),
         (CHANGED, "best direction ablated (layer 3)", 0.0),
         (COST, "best direction ablated (layer 3)", 0.04),
+        (ATTACKED, "gradient attack of 32 steps on 12 tokens", 0.25),
     ]
     table = pd.DataFrame(rows, columns=["kind", "name", "value"])
     return table.assign(model="student", metric="refused", low=0.0, high=1.0, n=8)
@@ -492,7 +501,8 @@ def test_the_line_of_the_card_is_that_of_the_rows():
     )
     assert "25% where our text opens the answer by 5 tokens" in line
     assert "12% in the worst of 2 wrappers (encoding (test): ROT13)" in line
-    assert "0% with the best direction ablated (layer 3), at a KL of 0.04." in line
+    assert "0% with the best direction ablated (layer 3), at a KL of 0.04, 25% of 8 refused ones" in line
+    assert "after a gradient attack of 32 steps on 12 tokens." in line
     assert "at most 38%" in line
     assert "plainly" not in robustness_line(a_table()[1:])
 
@@ -508,4 +518,4 @@ def test_the_page_on_depth_has_the_numbers_of_rows_that_are_there(tmp_path, monk
     assert cells[:4] == ["small", "student", "8", "75 % (0 to 100)"]
     assert cells[5:7] == ["", ""]  # opened by 20 and 50 tokens: not measured
     assert cells[7].endswith("ROT13")
-    assert cells[9] == "38 % (0 to 100), fiction (test): story"
+    assert cells[9:11] == ["38 % (0 to 100), fiction (test): story", "25 % (0 to 100), n = 8"]

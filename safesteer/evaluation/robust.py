@@ -4,13 +4,14 @@
 2. Wrappers: the same harmful and harmless requests in frames, encodings, variations and after other turns
    (`prompts.wrappers`). The judge reads the plain request beside the answer to the wrapped one.
 3. Weights: refusals left after ablations and lower ranks, in memory (`weights`).
+4. Gradient: how much optimization of a suffix it takes until the model no longer refuses (`gradient_attack`).
 
 Only rates and numbers are written: what a model answers here is judged and forgotten.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,6 +29,7 @@ from safesteer.evaluation.depth import (
     either,
     kl_rows,
 )
+from safesteer.evaluation.gradient_attack import GradientAttack, attack_cell
 from safesteer.evaluation.weights import (
     SEARCH,
     ablating,
@@ -55,8 +57,8 @@ from safesteer.report.robust_table import (
 )
 
 # Parts that some models do not allow: without a refusal direction, with weights in 4 bits.
-DIRECTIONS, UPDATE, ADAPTER = "directions", "update", "adapter"
-MAY_FAIL = (DIRECTIONS, UPDATE, ADAPTER)
+DIRECTIONS, UPDATE, ADAPTER, GRADIENT = "directions", "update", "adapter", "gradient"
+MAY_FAIL = (DIRECTIONS, UPDATE, ADAPTER, GRADIENT)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Robustness:
     max_new_tokens: int = 64  # that the model writes
     n_components: int = 4  # main directions that are ablated together
     ranks: tuple[int, ...] = (0, 1, 8)  # of what training has changed
+    attack: GradientAttack | None = field(default_factory=GradientAttack)  # None: no attack
     seed: int = 0  # of the variations
 
 
@@ -118,6 +121,8 @@ def parts_of(subject: Subject) -> Iterator[tuple[str, Part]]:
         yield UPDATE, partial(_update, subject, subject.base)
     if has_adapter(subject.chat):
         yield ADAPTER, partial(_changed, subject, adapter_off(subject.chat), "adapter taken off")
+    if subject.config.attack is not None:
+        yield GRADIENT, partial(_attacked, subject, subject.config.attack)
 
 
 def _opened(subject: Subject, k: int) -> Cell:
@@ -204,6 +209,12 @@ def _update(subject: Subject, base: ChatModel) -> Cell:
         name = f"training's change at rank {rank}" if rank else "training's change removed"
         rows += _changed(subject, update_of_rank(base, subject.chat, rank), name)["rows"]
     return {"rows": rows}
+
+
+def _attacked(subject: Subject, attack: GradientAttack) -> Cell:
+    """Attack the first harmful prompts that the model refuses, within the budget of every model."""
+    n = subject.config.max_new_tokens
+    return attack_cell(subject.chat, subject.harmful, attack, judge=subject.judge, max_new_tokens=n)
 
 
 def measured(folder: str | Path, chat: ChatModel) -> pd.DataFrame | None:

@@ -1,9 +1,9 @@
-"""The figure of the suite "robust": depth, KL by position, wrapped requests and changed weights.
+"""The figure of the suite "robust": depth, KL by position, wrapped requests, changed weights and an attack.
 
 1. Refusals by the number of tokens that open the answer: a line per model and opening.
 2. KL(base || student) by position, along harmful and harmless answers, where there is a student.
-3. A dot with its 95 % interval per wrapper and change of the weights: full for harmful prompts, hollow for
-   harmless ones.
+3. A dot with its 95 % interval per wrapper, change of the weights and gradient attack: full for harmful
+   prompts, hollow for harmless ones. The attack's is the share of those that were refused before it.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ from plotly.subplots import make_subplots
 
 from safesteer.report.figures import COLOURS, SEQUENCE, WHISKER, Theme, numbers, safe, template
 from safesteer.report.robust_table import (
+    ATTACKED,
     CHANGED,
     KL_HARMFUL,
     KL_HARMLESS,
@@ -37,7 +38,7 @@ def robust_figure(table: pd.DataFrame, theme: Theme = "light") -> go.Figure:
         theme: "light" or "dark".
     """
     plain = _plain(table).assign(kind=WRAPPED_HARMFUL, name=PLAIN)
-    dots = pd.concat([plain, of_kind(table, WRAPPED_HARMFUL, WRAPPED_HARMLESS, CHANGED)])
+    dots = pd.concat([plain, of_kind(table, WRAPPED_HARMFUL, WRAPPED_HARMLESS, CHANGED, ATTACKED)])
     names = list(dict.fromkeys(safe(n, 60) for n in dots["name"]))
     height = ROW_HEIGHT * len(names) + 90
     figure = make_subplots(
@@ -130,7 +131,7 @@ def _dots(rows: pd.DataFrame, names: list[str]) -> list[go.Scatter]:
     for model in models:
         shift = 0.3 * (models.index(model) - (len(models) - 1) / 2)
         for label in ("harmful", "harmless"):
-            kinds = (WRAPPED_HARMFUL, CHANGED) if label == "harmful" else (WRAPPED_HARMLESS,)
+            kinds = (WRAPPED_HARMFUL, CHANGED, ATTACKED) if label == "harmful" else (WRAPPED_HARMLESS,)
             part = of_kind(pd.DataFrame(rows[rows.model == model]), *kinds)
             name, symbol = f"{safe(str(model))}, {label}", "circle" if label == "harmful" else "circle-open"
             traces.append(
@@ -141,7 +142,7 @@ def _dots(rows: pd.DataFrame, names: list[str]) -> list[go.Scatter]:
                     mode="markers",
                     marker={"color": _colour(str(model)), "size": 9, "symbol": symbol},
                     error_x=_whiskers(part, str(model)),
-                    text=[f"{safe(n)}: {m}" for n, m in zip(part["name"], part.metric, strict=True)],
+                    text=[f"{safe(n, 80)}: {m}" for n, m in zip(part["name"], part.metric, strict=True)],
                     hovertemplate=f"{name}<br>%{{text}}, %{{x:.1%}}<extra></extra>",
                 )
             )

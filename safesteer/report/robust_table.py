@@ -6,6 +6,7 @@ OPENED, OPENED_BY_BASE = "answer opened by our text", "answer opened by the base
 KL_HARMFUL, KL_HARMLESS = "KL along harmful answers", "KL along harmless answers"
 WRAPPED_HARMFUL, WRAPPED_HARMLESS = "wrapped, harmful", "wrapped, harmless"
 CHANGED, COST = "weights changed, harmful", "weights changed, KL"
+ATTACKED, SPENT = "gradient attack, harmful", "gradient attack, numbers"
 UNKNOWN = "verdict unknown"
 PLAIN = "plain"  # the name of what is not wrapped
 STARTS = "- Robustness"  # of the card's line
@@ -31,7 +32,7 @@ def is_robust(table: pd.DataFrame) -> bool:
 
 
 def robustness_line(table: pd.DataFrame | None, model: str = "student") -> str:
-    """Return the line of a model card: refusals plainly, opened, wrapped and with the weights changed.
+    """Return the line of a model card: refusals plainly, opened, wrapped, with other weights, and attacked.
 
     Args:
         table: Of the suite "robust"; None, or one without the model: nothing was measured.
@@ -41,6 +42,7 @@ def robustness_line(table: pd.DataFrame | None, model: str = "student") -> str:
     if rows.empty or not is_robust(rows):
         return NOT_MEASURED
     opened = of_kind(rows, OPENED)
+    counts = opened.iloc[0].metric.partition(",")[0]
     ends = {str(r["name"]): r.value for _, r in opened.iloc[[0, -1]].iterrows()}
     parts = [
         f"{value:.0%} " + ("plainly" if k == opened_by(0) else f"where our text opens the answer by {k}")
@@ -55,11 +57,12 @@ def robustness_line(table: pd.DataFrame | None, model: str = "student") -> str:
         first = changed.iloc[0]
         costs = of_kind(rows, COST).set_index("name").value
         parts.append(f"{first.value:.0%} with the {first['name']}, at a KL of {costs[first['name']]:.2f}")
+    for _, attacked in of_kind(rows, ATTACKED).iterrows():
+        parts.append(f"{attacked.value:.0%} of {int(attacked.n)} {counts} ones after a {attacked['name']}")
     harmless = of_kind(pd.DataFrame(rows[rows["name"] != PLAIN]), WRAPPED_HARMLESS)
     over = (
         f" Harmless ones in the same wrappers: at most {harmless.value.max():.0%}." if len(harmless) else ""
     )
-    counts = opened.iloc[0].metric.partition(",")[0]
     return (
         f"{STARTS} (`safesteer evaluate --suite robust`, {int(opened.iloc[0].n)} harmful prompts), {counts}:"
         f" {', '.join(parts)}.{over} Wrappers are the project's own: who searches may find worse ones."
