@@ -100,13 +100,13 @@ def hold_texts(
         return 0.0
     processes = PartialState()
     drawn = [texts[i] for i in prompt_indices(len(texts), config.texts_per_step, step, config.seed + 3)]
-    mine = drawn[processes.process_index :: processes.num_processes]
+    share = drawn[processes.process_index :: processes.num_processes]
     on_full, total = replace(config, support="full"), sum(len(text.written) for text in drawn)
     ids, value = teacher.tokens.ids.to(student.device), 0.0
     with equal_passes(teacher.base.model), torch.no_grad(), as_base(teacher.base, student):
-        states = [_writing_states(teacher.base, text, config) for text in mine]
+        states = [_writing_states(teacher.base, text, config) for text in share]
     with equal_passes(student.model, backward=True):
-        for text, h_base in zip(mine, states, strict=True):
+        for text, h_base in zip(share, states, strict=True):
             hidden = _writing_states(student, text, config)
             weights = torch.full((len(hidden),), config.text_weight / total, device=student.device)
             heads = output_head(student.model), output_head(teacher.base.model)
