@@ -14,6 +14,7 @@ from safesteer.models.adapter import without_adapter
 from safesteer.models.drift import kl_at_positions
 from safesteer.models.head import output_head
 from safesteer.settings import DistillConfig
+from safesteer.steering.direction import steer
 from safesteer.tokens.token_set import SafetyToken, TokenSet
 
 HELD = DistillConfig(
@@ -83,23 +84,21 @@ def test_the_texts_of_a_step_add_the_gradient_of_their_mean_divergence(tiny_llam
         assert_near(grad, naive)
 
 
-def test_the_margin_is_that_of_plain_logits(tiny_llama, teacher, moved):
-    """Rows whose teacher opens with a token of S do not count."""
+def test_the_margin_is_that_of_plain_logits(tiny_llama, moved):
+    """The logistic loss of the teacher's decision, S or not, by the student's gap."""
     h, h_teacher = torch.randn((2, 40, 32), generator=torch.Generator().manual_seed(0)).unbind()
-    ids = torch.arange(0, 400, 5)
-    h = h.requires_grad_()
-    heads = output_head(moved.model), output_head(tiny_llama.model)
-    got = margin_loss(h, h_teacher, *heads, ids)
-    counts = [int(row.argmax()) % 5 != 0 for row in h_teacher @ tiny_llama.model.lm_head.weight.T]
+    h, ids = h.requires_grad_(), torch.arange(0, 400, 5)
+    got = margin_loss(h, h_teacher, output_head(moved.model), output_head(tiny_llama.model), ids)
+    opens = torch.tensor(
+        [int(row.argmax()) % 5 == 0 for row in h_teacher @ tiny_llama.model.lm_head.weight.T]
+    )
     z = h @ moved.model.lm_head.weight.T
     inside = torch.zeros(400, dtype=torch.bool).index_fill(0, ids, True)
     gap = z[:, inside].amax(1) - z[:, ~inside].amax(1)
-    want = torch.log1p(gap.exp())[torch.tensor(counts)].sum()
-    assert 0 < sum(counts) < 40
+    want = -torch.where(opens, gap.sigmoid(), (-gap).sigmoid()).log().sum()
+    assert 0 < int(opens.sum()) < 40
     assert_near(got.detach(), want.detach())
     assert_near(torch.autograd.grad(got, h)[0], torch.autograd.grad(want, h)[0])
-    opening = h_teacher[~torch.tensor(counts)]  # answers that the teacher itself opens with S
-    assert float(margin_loss(h[: len(opening)], opening, *heads, ids)) == 0.0
 
 
 def drift(base, student, texts) -> float:
@@ -123,23 +122,24 @@ def test_held_students_stay_nearer_to_their_base(tiny_llama, teacher, few, lora_
     assert 0 < kls["held"] < 0.8 * kls["free"]
 
 
-def test_the_margin_lowers_s_where_harmless_answers_begin(tiny_llama, teacher, few):
-    """S holds the likeliest tokens but the first of each prompt: the margin has something to lower."""
-    batch = batch_of(tiny_llama, few.harmless)
-    ranks = naive_logits(tiny_llama, batch)[:, -1].argsort(descending=True)
-    ids = sorted(set(ranks[:, 1:6].flatten().tolist()) - set(ranks[:, 0].tolist()))
-    some = tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in ids)
-    by = replace(teacher, tokens=TokenSet(some, {}, {}, 1))
-    gaps = {}
+def test_the_margin_sets_the_first_decision(tiny_llama, teacher, few):
+    """S holds what the steered teacher likes best: the student opens with it where the teacher does."""
+    harmful, harmless = (batch_of(tiny_llama, texts) for texts in (few.harmful, few.harmless))
+    with steer(tiny_llama, teacher.direction):
+        liked = naive_logits(tiny_llama, harmful)[:, -1].argmax(-1).unique()
+    others = naive_logits(tiny_llama, harmless)[:, -1].argmax(-1)
+    ids = torch.tensor(sorted(set(liked.tolist()) - set(others.tolist())))
+    some = tuple(SafetyToken(int(i), str(i), 1, (1,), 0.0, 0.0, 0.0) for i in ids)
+    by, gaps = replace(teacher, tokens=TokenSet(some, {}, {}, 1)), {}
     for weight in (0.0, 5.0):
-        config = replace(HELD, texts_per_step=0, margin_weight=weight, n_steps=8)
+        config = replace(HELD, texts_per_step=0, margin_weight=weight, n_steps=12, train_layers="all")
         state = prepare_student(copy_of(tiny_llama), teacher.direction, config)
         list(training_steps(state, by, few))
-        z = naive_logits(state.student, batch)[:, -1]
-        gaps[weight] = float(
-            (z[:, ids].amax(1) - z.index_fill(1, torch.tensor(ids), -torch.inf).amax(1)).mean()
-        )
-    assert gaps[5.0] < gaps[0.0] - 0.02
+        for label, batch in (("harmful", harmful), ("harmless", harmless)):
+            z = naive_logits(state.student, batch)[:, -1]
+            gap = z[:, ids].amax(1) - z.index_fill(1, ids, -torch.inf).amax(1)
+            gaps[label, weight] = float(gap.mean())
+    assert gaps["harmful", 5.0] - gaps["harmless", 5.0] > gaps["harmful", 0.0] - gaps["harmless", 0.0] + 0.02
 
 
 def test_a_resumed_training_is_held_to_the_same_texts(tiny_llama, teacher, few, tmp_path):

@@ -5,8 +5,9 @@
 2. `hold_texts` adds, at each step, the divergence from the base over the whole vocabulary along a few of
    them. The loss on S sees the first tokens of answers; long answers and plain text are where students of it
    are damaged.
-3. `margin_loss` looks at the first token of harmless answers, where greedy decoding decides: softplus(best
-   logit of S - best other logit). A divergence sees probabilities, not which of them is the largest.
+3. `margin_loss` looks at the first token of answers, where greedy decoding decides. It is the logistic loss
+   of the teacher's decision, S or not, by the gap between the best logit of S and the best other. A
+   divergence sees probabilities, not which of them is the largest.
 """
 
 from collections.abc import Sequence
@@ -130,11 +131,13 @@ def margin_loss(
     teacher_head: Head,
     ids: Int[Tensor, " n_set"],
 ) -> Float[Tensor, ""]:
-    """Sum softplus(best logit of S - best other logit) over answers, in nats.
+    """Sum softplus(-y gap) over answers, in nats: gap = best logit of S - best other logit.
+
+    y is 1 where the teacher's likeliest token is one of S, else -1.
 
     Args:
-        hidden: The student's final hidden states that predict the first tokens of harmless answers.
-        h_teacher: The teacher's; where its likeliest token is one of S, an answer does not count.
+        hidden: The student's final hidden states that predict the first tokens of answers.
+        h_teacher: The teacher's.
         head: The student's output head.
         teacher_head: The teacher's.
         ids: The safety tokens S.
@@ -148,8 +151,11 @@ def margin_loss(
         >>> round(float(margin_loss(states, teachers, head, head, torch.tensor([0]))), 3)
         2.127
     """
+
+    def gap(states: Tensor, of: Head) -> Tensor:
+        z = logits_of(states, *of)
+        return z[:, ids].amax(-1) - z.index_fill(1, ids, -torch.inf).amax(-1)
+
     with torch.no_grad():
-        opens = torch.isin(logits_of(h_teacher, *teacher_head).argmax(-1), ids)
-    z = logits_of(hidden, *head)
-    others = z.index_fill(1, ids, -torch.inf).amax(-1)
-    return (softplus(z[:, ids].amax(-1) - others) * ~opens).sum()
+        y = torch.where(gap(h_teacher, teacher_head) > 0, 1.0, -1.0)
+    return softplus(-y * gap(hidden, head)).sum()

@@ -277,11 +277,12 @@ def _backward(
                 )
                 losses.append(part.loss)
                 terms[:, first + n] = torch.stack(part[1:]).to(terms)
-        if config.margin_weight and len(n := (~rollouts.harmful[at]).nonzero()[:, 0]):
-            begin = starts[at][n] - first
+        for is_harmful in rollouts.harmful[at].unique().tolist() if config.margin_weight else ():
+            begin = starts[at][rollouts.harmful[at] == is_harmful] - first
+            n_answers = config.harmful_per_step if is_harmful else config.harmless_per_step
+            share = config.margin_weight / (n_answers * config.n_rollouts)
             parts = hidden[begin], reading.h_teacher[span][begin], head, base_head, ids
-            n_answers = config.harmless_per_step * config.n_rollouts
-            losses.append(config.margin_weight / n_answers * margin_loss(*parts))
+            losses.append(share * margin_loss(*parts))
         objective = torch.stack(losses).sum()
         if not torch.isfinite(objective):
             worst = (~terms[0, span].isfinite()).int().argmax()  # the first, if only their sum overflows
