@@ -38,6 +38,7 @@ IDEAS = {
     "mixed prompts": {"prompts": "mixed"},
     "slow": {"lr": 1e-4},
 }
+SHORT = ("all", "all but slow")  # also in 30 steps: twelve minutes are all that a demo may take
 N_LONG, LONG = 64, 64  # everyday prompts that are answered at length, and that length
 
 
@@ -48,7 +49,8 @@ def arms() -> dict[str, dict]:
         f"all but {name}": {key: value for key, value in everything.items() if key not in idea}
         for name, idea in IDEAS.items()
     }
-    return {"quick": {}, **IDEAS, "all": everything, **without}
+    short = {f"{name}, 30 steps": ({"all": everything} | without)[name] | {"n_steps": 30} for name in SHORT}
+    return {"quick": {}, **IDEAS, "all": everything, **without, **short}
 
 
 def long_prompts() -> list[str]:
