@@ -227,10 +227,10 @@ def two_sided_arms() -> tuple[list[str], list[list[str]]]:
         rows = _two_sided_rows(f"{file}--0.rows")  # the arms were compared with one seed
         looks += [(title, str(step), look) for step, look in rows.groupby("step")]
     titles = ["harmful prompts steered, harmless ones ablated", "step", "harmful, % refused", "harmless"]
-    return [*titles, "AUC of the margin"], [[title, step, *_cells(rows)] for title, step, rows in looks]
+    return [*titles, "AUC of the margin"], [[title, step, *look_cells(rows)] for title, step, rows in looks]
 
 
-def _cells(rows: pd.DataFrame) -> list[str]:
+def look_cells(rows: pd.DataFrame) -> list[str]:
     """Write a look: refusals of harmful prompts by kind, of harmless ones, and the margin's AUC."""
     rates = 100 * rows.groupby("set").refused.mean()
     cells = [

@@ -20,6 +20,7 @@ import held_out_tables
 import numpy as np
 import pandas as pd
 import robust_tables
+import whole_tables
 from ablation import summary
 from table_text import markdown, percent, ranged, rate_ranged, with_interval
 
@@ -435,6 +436,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "held-out-unseen-margins": lambda: markdown(*held_out_tables.margins_table(held_out_tables.UNSEEN)),
     "two-sided-arms": lambda: markdown(*control_tables.two_sided_arms()),
     "two-sided-sets": lambda: markdown(*control_tables.sets_of_tokens()),
+    "whole": lambda: markdown(*whole_tables.table()),
     "demo-sets": demo_sets,
     "demo-curve": demo_curve,
     "which-tokens-steps": lambda: markdown(*control_tables.steps_table()),

@@ -30,6 +30,7 @@ from safesteer.models.head import Head, output_head
 from safesteer.models.logits import logits_of
 from safesteer.models.sharding import equal_passes
 from safesteer.models.templates import ids_of, render, special_start
+from safesteer.models.traits import traits_of
 from safesteer.prompts.conversation import PromptLike
 from safesteer.settings import DistillConfig
 
@@ -104,11 +105,13 @@ def hold_texts(
     share = drawn[processes.process_index :: processes.num_processes]
     on_full, total = replace(config, support="full"), sum(len(text.written) for text in drawn)
     ids, value = teacher.tokens.ids.to(student.device), 0.0
+    # A model that cannot read padding reads one text at a time.
+    parts = [share] if traits_of(student.model).pads and share else [[text] for text in share]
     with equal_passes(teacher.base.model), torch.no_grad(), as_base(teacher.base, student):
-        states = [_writing_states(teacher.base, text, config) for text in share]
+        states = [_writing_states(teacher.base, part, config) for part in parts]
     with equal_passes(student.model, backward=True):
-        for text, h_base in zip(share, states, strict=True):
-            hidden = _writing_states(student, text, config)
+        for part, h_base in zip(parts, states, strict=True):
+            hidden = _writing_states(student, part, config)
             weights = torch.full((len(hidden),), config.text_weight / total, device=student.device)
             heads = output_head(student.model), output_head(teacher.base.model)
             loss = divergence_loss(hidden, h_base, weights, *heads, ids, on_full).loss
@@ -117,11 +120,14 @@ def hold_texts(
     return value
 
 
-def _writing_states(chat: ChatModel, text: BaseText, config: DistillConfig) -> Float[Tensor, "n d_model"]:
-    """Return the final hidden states that predict what the base wrote."""
-    batch = PromptBatch.from_ids([text.head], [text.written], device=chat.device, share=False)
+def _writing_states(
+    chat: ChatModel, texts: Sequence[BaseText], config: DistillConfig
+) -> Float[Tensor, "n d_model"]:
+    """Return the final hidden states that predict what the base wrote, text by text."""
+    heads, tails = [text.head for text in texts], [text.written for text in texts]
+    batch = PromptBatch.from_ids(heads, tails, device=chat.device, share=False)
     with torch.autocast(chat.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        return final_hidden(chat.model, batch)[0, -len(text.written) - 1 : -1]
+        return final_hidden(chat.model, batch)[:, :-1][batch.completion_mask[:, 1:]]
 
 
 def margin_loss(
