@@ -30,10 +30,16 @@ from safesteer.models.precision import in_precision_of
 from safesteer.models.text_loss import general_text, perplexity
 from safesteer.run_folder import STAGES
 
-QUICK = replace(ss.recipe("quick").distill, splits=("train", "distill"), precision="bfloat16", watch_every=0)
+QUICK = replace(
+    ss.recipe("quick").distill,
+    micro_batch=28,
+    splits=("train", "distill"),
+    precision="bfloat16",
+    watch_every=0,
+)
 IDEAS = {
     "texts": {"texts_per_step": 4},
-    "margin": {"margin_weight": 1.0},
+    "margin": {"margin_weight": 2.0},
     "two-sided": {"harmless_teacher": "ablated"},
     "mixed prompts": {"prompts": "mixed"},
     "slow": {"lr": 1e-4},

@@ -204,8 +204,8 @@ class DistillConfig:
     late_anchor_weight: float = setting(6.0, "The same in the last third of the steps.", ge=0, le=1e30)
     margin_weight: float = setting(
         0.0,
-        "Weight of a margin at the first token of answers, where greedy decoding decides: the gap between the"
-        " best logit of S and the best other one is to have the teacher's sign; 0: none.",
+        "Weight of a margin beside the divergence: at each position the gap between the best logit of S and"
+        " the best other one is to have the teacher's sign, as greedy decoding decides by it; 0: none.",
         ge=0,
         le=1e30,
     )

@@ -88,17 +88,20 @@ def test_the_margin_is_that_of_plain_logits(tiny_llama, moved):
     """The logistic loss of the teacher's decision, S or not, by the student's gap."""
     h, h_teacher = torch.randn((2, 40, 32), generator=torch.Generator().manual_seed(0)).unbind()
     h, ids = h.requires_grad_(), torch.arange(0, 400, 5)
-    got = margin_loss(h, h_teacher, output_head(moved.model), output_head(tiny_llama.model), ids)
+    weights = torch.linspace(0.1, 1.0, 40)
+    got = margin_loss(h, h_teacher, weights, output_head(moved.model), output_head(tiny_llama.model), ids)
     opens = torch.tensor(
         [int(row.argmax()) % 5 == 0 for row in h_teacher @ tiny_llama.model.lm_head.weight.T]
     )
     z = h @ moved.model.lm_head.weight.T
     inside = torch.zeros(400, dtype=torch.bool).index_fill(0, ids, True)
     gap = z[:, inside].amax(1) - z[:, ~inside].amax(1)
-    want = -torch.where(opens, gap.sigmoid(), (-gap).sigmoid()).log().sum()
+    want = -(weights * torch.where(opens, gap.sigmoid(), (-gap).sigmoid()).log()).sum()
     assert 0 < int(opens.sum()) < 40
     assert_near(got.detach(), want.detach())
-    assert_near(torch.autograd.grad(got, h)[0], torch.autograd.grad(want, h)[0])
+    leaves = (h, moved.model.lm_head.weight)
+    for grad, naive in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True):
+        assert_near(grad, naive)
 
 
 def drift(base, student, texts) -> float:

@@ -5,9 +5,9 @@
 2. `hold_texts` adds, at each step, the divergence from the base over the whole vocabulary along a few of
    them. The loss on S sees the first tokens of answers; long answers and plain text are where students of it
    are damaged.
-3. `margin_loss` looks at the first token of answers, where greedy decoding decides. It is the logistic loss
-   of the teacher's decision, S or not, by the gap between the best logit of S and the best other. A
-   divergence sees probabilities, not which of them is the largest.
+3. `margin_loss` is the logistic loss of the teacher's greedy decision, S or not, at each position, by the gap
+   between the best logit of S and the best other. A divergence sees probabilities, not which of them is the
+   largest; and a refusal is decided more than once ("I", "'m", "sorry").
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from safesteer.models.chat_model import ChatModel
 from safesteer.models.forward import final_hidden
 from safesteer.models.generation import generate_ids, uniforms
 from safesteer.models.head import Head, output_head
-from safesteer.models.logits import logits_of
+from safesteer.models.logits import logits_of, positions_per_chunk
 from safesteer.models.sharding import equal_passes
 from safesteer.models.templates import ids_of, render, special_start
 from safesteer.models.traits import traits_of
@@ -133,17 +133,19 @@ def _writing_states(
 def margin_loss(
     hidden: Float[Tensor, "n d_model"],
     h_teacher: Float[Tensor, "n d_model"],
+    weights: Float[Tensor, " n"],
     head: Head,
     teacher_head: Head,
     ids: Int[Tensor, " n_set"],
 ) -> Float[Tensor, ""]:
-    """Sum softplus(-y gap) over answers, in nats: gap = best logit of S - best other logit.
+    """Sum weight x softplus(-y gap) over positions, in nats: gap = best logit of S - best other logit.
 
     y is 1 where the teacher's likeliest token is one of S, else -1.
 
     Args:
-        hidden: The student's final hidden states that predict the first tokens of answers.
-        h_teacher: The teacher's.
+        hidden: The student's final hidden states, [n, d_model].
+        h_teacher: The teacher's at the same positions, [n, d_model].
+        weights: Weight of each position, [n].
         head: The student's output head.
         teacher_head: The teacher's.
         ids: The safety tokens S.
@@ -152,16 +154,37 @@ def margin_loss(
         >>> import torch
         >>> from safesteer.distillation.holding import margin_loss
         >>> from safesteer.models.head import Head
-        >>> head = Head(torch.eye(3), None, None, 1.0)
+        >>> head, one = Head(torch.eye(3), None, None, 1.0), torch.ones(1)
         >>> states, teachers = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0]])
-        >>> round(float(margin_loss(states, teachers, head, head, torch.tensor([0]))), 3)
+        >>> round(float(margin_loss(states, teachers, one, head, head, torch.tensor([0]))), 3)
         2.127
     """
-
-    def gap(states: Tensor, of: Head) -> Tensor:
-        z = logits_of(states, *of)
-        return z[:, ids].amax(-1) - z.index_fill(1, ids, -torch.inf).amax(-1)
-
+    in_s, other = _best_tokens(hidden, head, ids)
+    their_s, their_other = _best_tokens(h_teacher, teacher_head, ids)
     with torch.no_grad():
-        y = torch.where(gap(h_teacher, teacher_head) > 0, 1.0, -1.0)
-    return softplus(-y * gap(hidden, head)).sum()
+        opens = _logit(h_teacher, their_s, teacher_head) > _logit(h_teacher, their_other, teacher_head)
+    y = torch.where(opens, 1.0, -1.0)
+    gap = _logit(hidden, in_s, head) - _logit(hidden, other, head)
+    return (weights * softplus(-y * gap)).sum()
+
+
+@torch.no_grad()
+def _best_tokens(
+    hidden: Float[Tensor, "n d_model"], head: Head, ids: Int[Tensor, " n_set"]
+) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """Return the likeliest token of S and the likeliest other one at each position."""
+    best = []
+    for part in hidden.split(positions_per_chunk(len(head.weight))):
+        z = logits_of(part, *head)
+        inside = ids[z[:, ids].argmax(-1)]
+        best.append(torch.stack([inside, z.index_fill_(1, ids, -torch.inf).argmax(-1)]))
+    in_s, other = torch.cat(best, 1)
+    return in_s, other
+
+
+def _logit(hidden: Float[Tensor, "n d_model"], ids: Int[Tensor, " n"], head: Head) -> Float[Tensor, " n"]:
+    """Return the logit of one token per position, in float32 or wider: a gradient of two rows of the head."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    z = (hidden.to(wide) * head.weight[ids].to(wide)).sum(-1)
+    z = head.scale * (z if head.bias is None else z + head.bias[ids])
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)

@@ -277,12 +277,9 @@ def _backward(
                 )
                 losses.append(part.loss)
                 terms[:, first + n] = torch.stack(part[1:]).to(terms)
-        for is_harmful in rollouts.harmful[at].unique().tolist() if config.margin_weight else ():
-            begin = starts[at][rollouts.harmful[at] == is_harmful] - first
-            n_answers = config.harmful_per_step if is_harmful else config.harmless_per_step
-            share = config.margin_weight / (n_answers * config.n_rollouts)
-            parts = hidden[begin], reading.h_teacher[span][begin], head, base_head, ids
-            losses.append(share * margin_loss(*parts))
+        if config.margin_weight:
+            parts = hidden, reading.h_teacher[span], reading.weights[span], head, base_head, ids
+            losses.append(config.margin_weight * margin_loss(*parts))
         objective = torch.stack(losses).sum()
         if not torch.isfinite(objective):
             worst = (~terms[0, span].isfinite()).int().argmax()  # the first, if only their sum overflows
