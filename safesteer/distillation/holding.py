@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from safesteer._clock import BACKWARD, STUDENT, timed
 from safesteer.distillation.loss import divergence_loss
 from safesteer.distillation.rollouts import Teacher, prompt_indices
 from safesteer.models.adapter import as_base
@@ -107,15 +108,17 @@ def hold_texts(
     ids, value = teacher.tokens.ids.to(student.device), 0.0
     # A model that cannot read padding reads one text at a time.
     parts = [share] if traits_of(student.model).pads and share else [[text] for text in share]
-    with equal_passes(teacher.base.model), torch.no_grad(), as_base(teacher.base, student):
+    with equal_passes(teacher.base.model), torch.no_grad(), as_base(teacher.base, student), timed("teacher"):
         states = [_writing_states(teacher.base, part, config) for part in parts]
     with equal_passes(student.model, backward=True):
         for part, h_base in zip(parts, states, strict=True):
-            hidden = _writing_states(student, part, config)
+            with timed(STUDENT):
+                hidden = _writing_states(student, part, config)
             weights = torch.full((len(hidden),), config.text_weight / total, device=student.device)
             heads = output_head(student.model), output_head(teacher.base.model)
             loss = divergence_loss(hidden, h_base, weights, *heads, ids, on_full).loss
-            loss.backward()
+            with timed(BACKWARD):
+                loss.backward()
             value += float(loss.detach())
     return value
 
