@@ -4,14 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conformance.families import build
 
 from conftest import assert_near, batch_of, copy_of, naive_logits
+from safesteer._errors import SafeSteerError
 from safesteer.distillation.holding import base_texts, hold_texts, margin_loss
 from safesteer.distillation.loop import training_steps
 from safesteer.distillation.rollouts import Teacher
 from safesteer.distillation.state import prepare_student
 from safesteer.models.adapter import without_adapter
+from safesteer.models.batch import PromptBatch
 from safesteer.models.drift import kl_at_positions
+from safesteer.models.generation import generate_ids, uniforms
 from safesteer.models.head import output_head
 from safesteer.settings import DistillConfig
 from safesteer.steering.direction import steer
@@ -156,3 +160,20 @@ def test_a_resumed_training_is_held_to_the_same_texts(tiny_llama, teacher, few, 
     again = prepare_student(copy_of(tiny_llama), teacher.direction, HELD)
     again.load(tmp_path / "c", {"run": "test"})
     assert first + steps(again, 2) == whole
+
+
+@pytest.mark.parametrize("name", ["llama", "rwkv"])  # one reads padding, the other cannot
+def test_texts_do_not_depend_on_those_beside_them(name, few):
+    base = build(name)
+    texts = base_texts(base, few.harmless, replace(HELD, n_steps=1))
+    assert len({len(text.head) for text in texts}) == 3
+    for i, text in enumerate(texts):
+        batch = PromptBatch.from_ids([text.head], [[]], share=False)
+        random = uniforms(("base text", 0, i), 1, 6)
+        new = generate_ids(base, batch, max_new_tokens=6, temperature=1.0, uniform=random)[0].tolist()
+        assert list(text.written) == new[: len(text.written)]
+
+
+def test_texts_need_a_harmless_prompt(tiny_llama):
+    with pytest.raises(SafeSteerError, match="needs harmless prompts"):
+        base_texts(tiny_llama, [], HELD)

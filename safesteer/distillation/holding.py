@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from safesteer._clock import BACKWARD, STUDENT, timed
+from safesteer._errors import SafeSteerError
 from safesteer.distillation.loss import divergence_loss
 from safesteer.distillation.rollouts import Teacher, prompt_indices
 from safesteer.models.adapter import as_base
@@ -57,9 +58,14 @@ def base_texts(base: ChatModel, prompts: Sequence[PromptLike], config: DistillCo
 
     Returns:
         Texts sampled at temperature 1, which depend on base, prompts and seed alone.
+
+    Raises:
+        SafeSteerError: Where there is no harmless prompt to begin with.
     """
     if not config.texts_per_step:
         return []
+    if not prompts:
+        raise SafeSteerError("distill.texts_per_step needs harmless prompts, and none of them trains.")
     tokenizer, n = base.tokenizer, min(N_TEXTS, config.texts_per_step * config.n_steps)
     drawn = [prompts[i] for i in prompt_indices(len(prompts), n, 0, config.seed + 2)]
     heads = [
@@ -68,9 +74,9 @@ def base_texts(base: ChatModel, prompts: Sequence[PromptLike], config: DistillCo
         else ids_of(tokenizer, render(tokenizer, text))
         for i, text in enumerate(drawn)
     ]
-    texts = []
-    for start in range(0, n, BATCH):
-        part = heads[start : start + BATCH]
+    texts, size = [], BATCH if traits_of(base.model).pads else 1
+    for start in range(0, n, size):
+        part = heads[start : start + size]
         keys = [("base text", config.seed, start + i) for i in range(len(part))]
         random = torch.cat([uniforms(key, 1, config.text_tokens) for key in keys])
         batch = PromptBatch.from_ids(part, [[] for _ in part], device=base.device, share=False)
