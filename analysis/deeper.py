@@ -33,7 +33,7 @@ from safesteer.models.precision import in_precision_of
 from safesteer.prompts.wrappers import PLAIN, load_openings, load_wrappers
 from safesteer.run_folder import STAGES
 
-ARMS = {
+SHARES = {
     "plain": {},
     "opened": {"opened_share": 0.5},
     "wrapped": {"wrapped_share": 0.5},
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--preset", default="quick")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arms", nargs="*", default=list(SHARES), choices=list(SHARES))
     parser.add_argument("--out", type=Path, default=Path("analysis/results/deeper"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def main() -> None:
             path = args.out / f"{arm}--{seed}.csv"
             if path.exists():
                 continue
-            config = replace(recipe.distill, precision="auto", **ARMS[arm])
+            config = replace(recipe.distill, precision="auto", **SHARES[arm])
             config = replace(config, splits=tuple(s for s in config.splits if s != "val"))
             student = ss.distill(base, direction, tokens, prompts, config)
             with in_precision_of(base, student):

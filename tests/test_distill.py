@@ -802,7 +802,7 @@ def test_what_early_stopping_measures_is_not_trained_on(
     """Every prompt of a pass over the data; without early stopping val is among them."""
     drawn = []
 
-    def note(state, teacher, prompts, sampler=None):
+    def note(state, teacher, prompts, sampler=None, texts=()):
         drawn.extend(prompts.texts)
         state.step += 1
         raise KeyboardInterrupt
