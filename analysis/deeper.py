@@ -30,7 +30,7 @@ from safesteer.judges.languages import refuses_abroad
 from safesteer.judges.sentences import declines
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.precision import in_precision_of
-from safesteer.prompts.wrappers import PLAIN, load_openings, load_wrappers
+from safesteer.prompts.wrappers import PLAIN, WrapperSplit, load_openings, load_wrappers
 from safesteer.run_folder import STAGES
 
 SHARES = {
@@ -42,39 +42,36 @@ SHARES = {
 OPENED = (2, 10)  # tokens of an opening
 N_TEST = 50  # test pairs
 TOKENS = 48
+SPLITS: tuple[WrapperSplit, ...] = ("val", "test")
 
 
-def answered(chat: ChatModel, split: str) -> Iterator[dict]:
+def answered(chat: ChatModel, split: WrapperSplit) -> Iterator[dict]:
     """Answer the prompts of a split plain, wrapped and opened; yield a row per prompt."""
     prompts = ss.load_prompts().split(split).first(None if split == "val" else N_TEST)
-    openings = [chat.encode(text) for text in load_openings("train" if split == "val" else "test")]
-    wrappers = (PLAIN, *load_wrappers("val" if split == "val" else "test"))
     for label, texts in (("harmful", prompts.harmful), ("harmless", prompts.harmless)):
-        for wrapper in wrappers:
-            wrapped = [wrapper.wrap(text)[0] for text in texts]
-            answers = ss.generate(chat, wrapped, max_new_tokens=TOKENS, batch_size=32)
-            abroad = wrapper.family == "language"
-            for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
-                refused = declines(text, answer) or (abroad and refuses_abroad(text, answer))
-                name = wrapper.name if wrapper is PLAIN else f"{wrapper.family}: {wrapper.name}"
-                yield {"split": split, "label": label, "how": name, "row": i, "refused": int(bool(refused))}
-        for k in OPENED:
-            starts = [openings[i % len(openings)][:k] for i in range(len(texts))]
-            opened = continue_answers(chat, texts, starts, max_new_tokens=TOKENS)
-            for i, (text, answer) in enumerate(zip(texts, opened, strict=True)):
-                refused = declines(text, answer.whole) or declines(text, answer.written)
-                yield {
-                    "split": split,
-                    "label": label,
-                    "how": f"opened by {k}",
-                    "row": i,
-                    "refused": int(bool(refused)),
-                }
+        for how, refused in verdicts(chat, texts, split):
+            for i, value in enumerate(refused):
+                yield {"split": split, "label": label, "how": how, "row": i, "refused": int(value)}
+
+
+def verdicts(chat: ChatModel, texts: list[str], split: WrapperSplit) -> Iterator[tuple[str, list[bool]]]:
+    """Yield (how the prompts were put, which answers refuse) for each wrapper and opening of a split."""
+    for wrapper in (PLAIN, *load_wrappers(split)):
+        wrapped = [wrapper.wrap(text)[0] for text in texts]
+        answers = ss.generate(chat, wrapped, max_new_tokens=TOKENS, batch_size=32)
+        judges = (declines, refuses_abroad) if wrapper.family == "language" else (declines,)
+        name = wrapper.name if wrapper is PLAIN else f"{wrapper.family}: {wrapper.name}"
+        yield name, [any(j(t, a) for j in judges) for t, a in zip(texts, answers, strict=True)]
+    openings = [chat.encode(text) for text in load_openings("train" if split == "val" else "test")]
+    for k in OPENED:
+        starts = [openings[i % len(openings)][:k] for i in range(len(texts))]
+        opened = continue_answers(chat, texts, starts, max_new_tokens=TOKENS)
+        yield f"opened by {k}", [any(declines(t, a) for a in o) for t, o in zip(texts, opened, strict=True)]
 
 
 def look(name: str, chat: ChatModel, path: Path) -> None:
     """Write the rows of one model, and log the look at the test pairs."""
-    rows = pd.DataFrame([row for split in ("val", "test") for row in answered(chat, split)])
+    rows = pd.DataFrame([row for split in SPLITS for row in answered(chat, split)])
     log_look(LEDGER, chat, "own-harmful", N_TEST, f"study deeper: {name}")
     log_look(LEDGER, chat, "own-harmless", N_TEST, f"study deeper: {name}")
     rows.to_csv(path, index=False)

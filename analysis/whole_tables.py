@@ -7,10 +7,8 @@ the harmful refusals (as in `control_tables`), and what answers read like.
 from pathlib import Path
 
 import pandas as pd
-from control_tables import AT, NATS, look_cells
+from control_tables import AT, look_cells, over_at_equal_harm
 from table_text import percent
-
-from safesteer.evaluation.curves import bias_curve, over_refusal_at
 
 ROWS = Path(__file__).parent / "results" / "whole"
 FIRST = ("base", "quick", "all")
@@ -29,8 +27,6 @@ def _line(folder: Path, stem: str) -> list[str]:
     """Write one arm's row."""
     rows = pd.read_csv(folder / f"{stem}.rows.csv")
     damage = pd.read_csv(folder / f"{stem}.damage.csv").iloc[0]
-    harmful = rows.set.str.endswith("harmful")
-    curve = bias_curve(rows.margin[harmful].to_numpy(), rows.margin[~harmful].to_numpy(), NATS)
-    numbers = [percent(over_refusal_at(curve, AT)), percent(damage.repeats)]
+    numbers = [percent(over_at_equal_harm(rows)), percent(damage.repeats)]
     numbers += [f"{damage.kl:.2f}", f"{damage.perplexity:.1f}"]
     return [stem.split("--")[0].replace("_", " "), *look_cells(rows), *numbers]

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -31,6 +32,7 @@ from safesteer.models.chat_model import ChatModel, as_chat
 from safesteer.models.loading import load_model
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.steering.direction import Direction
+from safesteer.tokens.token_set import SafetyToken, TokenSet
 
 PACKAGE = Path(__file__).parent.parent / "safesteer"
 # Public benchmark rows, which are not part of the project: beside a checkout, or where you say.
@@ -215,6 +217,11 @@ def direction(tiny_llama, candidates, few) -> Direction:
     """A direction of tiny_llama at layer 1 that moves its outputs a lot."""
     found = candidates.direction(tiny_llama, "-1", 1, prompts=few)
     return replace(found, vector=random_vector(32, seed=3), coeff=2.0)
+
+
+def set_of(ids: Iterable[int]) -> TokenSet:
+    """A set of tokens of which nothing but the ids is known."""
+    return TokenSet(tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in ids), {}, {}, 1)
 
 
 def random_vector(d_model: int, seed: int = 0) -> torch.Tensor:

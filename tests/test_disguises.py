@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import assert_near, copy_of
+from conftest import assert_near, copy_of, set_of
 from safesteer.distillation.disguises import disguise
 from safesteer.distillation.loop import training_steps
 from safesteer.distillation.rollouts import StepPrompts, Teacher, sample_rollouts, teacher_hidden
@@ -17,7 +17,6 @@ from safesteer.prompts.wrappers import load_openings, load_wrappers
 from safesteer.settings import DistillConfig
 from safesteer.steering.direction import steer
 from safesteer.steering.interventions import ablate
-from safesteer.tokens.token_set import SafetyToken, TokenSet
 
 WIDTH = 3
 ALL = DistillConfig(
@@ -33,8 +32,7 @@ ALL = DistillConfig(
 
 @pytest.fixture(scope="module")
 def teacher(tiny_llama, direction) -> Teacher:
-    some = tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in range(8))
-    return Teacher(tiny_llama, direction, TokenSet(some, {}, {}, 1))
+    return Teacher(tiny_llama, direction, set_of(range(8)))
 
 
 @pytest.fixture

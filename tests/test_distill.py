@@ -10,7 +10,7 @@ import torch
 from conformance.families import VARIANTS, build
 from transformers import TrainingArguments, get_cosine_schedule_with_warmup
 
-from conftest import assert_near, batch_of, copy_of, naive_logits, reference_divergence
+from conftest import assert_near, batch_of, copy_of, naive_logits, reference_divergence, set_of
 from safesteer._errors import SafeSteerError
 from safesteer.distillation.early_stopping import look_at
 from safesteer.distillation.loop import (
@@ -48,7 +48,7 @@ from safesteer.recipes import recipe
 from safesteer.settings import DistillConfig, EvaluateConfig
 from safesteer.steering.direction import Direction, steer
 from safesteer.steering.interventions import ablate
-from safesteer.tokens.token_set import SafetyToken, TokenSet
+from safesteer.tokens.token_set import TokenSet
 
 SMALL = {
     "n_steps": 4,
@@ -71,8 +71,7 @@ def tokens(tiny_llama, direction, few) -> TokenSet:
     with steer(tiny_llama, direction):
         lift = naive_logits(tiny_llama, batch)[:, -1].softmax(-1).mean(0) - base
     ids = lift.topk(8).indices.tolist()
-    chosen = tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in ids)
-    return TokenSet(chosen, {}, {}, 1)
+    return set_of(ids)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conformance.families import build
 
-from conftest import assert_near, batch_of, copy_of, naive_logits
+from conftest import assert_near, batch_of, copy_of, naive_logits, set_of
 from safesteer._errors import SafeSteerError
 from safesteer.distillation.holding import base_texts, hold_texts, margin_loss
 from safesteer.distillation.loop import training_steps
@@ -19,7 +19,6 @@ from safesteer.models.generation import generate_ids, uniforms
 from safesteer.models.head import output_head
 from safesteer.settings import DistillConfig
 from safesteer.steering.direction import steer
-from safesteer.tokens.token_set import SafetyToken, TokenSet
 
 HELD = DistillConfig(
     n_steps=4,
@@ -38,8 +37,7 @@ HELD = DistillConfig(
 
 @pytest.fixture(scope="module")
 def teacher(tiny_llama, direction) -> Teacher:
-    some = tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in range(8))
-    return Teacher(tiny_llama, direction, TokenSet(some, {}, {}, 1))
+    return Teacher(tiny_llama, direction, set_of(range(8)))
 
 
 @pytest.fixture
@@ -136,8 +134,7 @@ def test_the_margin_sets_the_first_decision(tiny_llama, teacher, few):
         liked = naive_logits(tiny_llama, harmful)[:, -1].argmax(-1).unique()
     others = naive_logits(tiny_llama, harmless)[:, -1].argmax(-1)
     ids = torch.tensor(sorted(set(liked.tolist()) - set(others.tolist())))
-    some = tuple(SafetyToken(int(i), str(i), 1, (1,), 0.0, 0.0, 0.0) for i in ids)
-    by, gaps = replace(teacher, tokens=TokenSet(some, {}, {}, 1)), {}
+    by, gaps = replace(teacher, tokens=set_of(ids.tolist())), {}
     for weight in (0.0, 5.0):
         config = replace(HELD, texts_per_step=0, margin_weight=weight, n_steps=12, train_layers="all")
         state = prepare_student(copy_of(tiny_llama), teacher.direction, config)

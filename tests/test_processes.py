@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import copy_of
+from conftest import copy_of, set_of
 from safesteer._errors import SafeSteerError
 from safesteer._files import json_lines, read_tensors
 from safesteer.alignment import align
@@ -20,7 +20,7 @@ from safesteer.distillation.state import prepare_student
 from safesteer.recipes import recipe
 from safesteer.run_folder import STAGES
 from safesteer.settings import DistillConfig
-from safesteer.tokens.token_set import SafetyToken, TokenSet
+from safesteer.tokens.token_set import TokenSet
 
 SETTINGS = {
     "n_steps": 3,
@@ -92,8 +92,7 @@ def folder(tiny_llama, direction, tmp_path_factory) -> Path:
     tiny_llama.model.save_pretrained(path / "tiny")
     tiny_llama.tokenizer.save_pretrained(path / "tiny")
     direction.save(path / "direction.safetensors")
-    chosen = tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in range(40, 48))
-    TokenSet(chosen, {}, {}, 1).save(path / "tokens.json")
+    set_of(range(40, 48)).save(path / "tokens.json")
     return path
 
 

@@ -17,8 +17,9 @@ import codecs
 import json
 import random
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 from safesteer._files import from_json
 from safesteer.prompts.conversation import PromptLike, as_prompt, messages_of
@@ -75,9 +76,7 @@ def load_wrappers(split: WrapperSplit | None = None) -> tuple[Wrapper, ...]:
         >>> sorted({w.family for w in load_wrappers("val")})
         ['language', 'role play', 'small changes']
     """
-    path = resources.files("safesteer.prompts") / "data" / "wrappers.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    wrappers = tuple(from_json(Wrapper, json.loads(line)) for line in lines)
+    wrappers = (from_json(Wrapper, row) for row in _rows("wrappers.jsonl"))
     return tuple(w for w in wrappers if split in (None, w.split))
 
 
@@ -92,9 +91,14 @@ def load_openings(split: OpeningSplit = "test") -> list[str]:
         >>> load_openings()[0][:13]
         'Sure, here is'
     """
-    path = resources.files("safesteer.prompts") / "data" / "openings.jsonl"
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [row["text"] for row in rows if row["split"] == split]
+    return [row["text"] for row in _rows("openings.jsonl") if row["split"] == split]
+
+
+@cache
+def _rows(name: str) -> tuple[dict[str, Any], ...]:
+    """Read a file of the package once: training draws from it for every prompt."""
+    path = resources.files("safesteer.prompts") / "data" / name
+    return tuple(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
 
 
 def encoded(text: str, encoding: Encoding) -> str:
