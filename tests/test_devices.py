@@ -74,7 +74,10 @@ def test_blocks_lie_where_the_map_says_and_all_else_on_the_first_device(pair):
     assert {str(p.device) for p in outside} == {str(apart.device)} == {"cpu"}
     assert apart.fingerprint == plain.fingerprint
     assert weights_hash(apart.model) == weights_hash(plain.model)
-    assert apart.check().equals(plain.check())
+    here, there = plain.check(), apart.check()
+    assert there.drop(columns="deviation").equals(here.drop(columns="deviation"))
+    # Sums of one product depend on where its numbers lie in memory, by the last bit.
+    assert (there.deviation - here.deviation).abs().max() < 1e-5
 
 
 def test_steering_is_that_of_one_device_and_leaves_nothing_behind(pair):
