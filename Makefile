@@ -1,5 +1,5 @@
 # Two commands matter on a fresh machine, and each does all its own set-up in .venv:
-#   make demo   align the embedded SmolLM2-135M-Instruct and open runs/demo/report.html
+#   make demo   align the embedded SmolLM2-135M-Instruct; then open runs/demo/report.html
 #   make test   run the test suite
 # make showcase fetches Qwen2.5-Coder-0.5B-Instruct (480 MB) and aligns it, in 17 minutes on two cores with bfloat16.
 PYTHON ?= python3
@@ -41,15 +41,18 @@ docs: setup
 results: setup
 	$(BIN)/python analysis/tables.py
 
-# Those rows from nothing, about six hours on two cores, for DATA=a folder of benchmark rows. What is there stays:
-# delete a row's file to make it again, or stop and continue as you like.
+# Those rows from nothing, about ten hours on two cores, for DATA=a folder of benchmark rows (docs/how-to/prompts.md).
+# What is there stays: delete a row's file to make it again, or stop and continue as you like.
 studies: setup
 	$(BIN)/safesteer fetch qwen2.5-coder-0.5b
 	$(BIN)/python analysis/which_tokens.py runs/study --data $(DATA)
-	$(BIN)/python analysis/two_sided.py runs/study --data $(DATA)
-	$(BIN)/python analysis/held_out.py --runs runs/held-out --data $(DATA)
+	for seed in 0 1 2; do $(BIN)/python analysis/two_sided.py runs/study --data $(DATA) --seed $$seed || exit 1; done
+	$(BIN)/python analysis/held_out.py --runs runs/held-out --data $(DATA) --seeds 2
+	$(BIN)/python analysis/held_out.py --runs runs/held-out-wide --data $(DATA) --set prompts=all \
+	  --set distill.train_layers=blocks --out analysis/results/held_out_wide
+	$(BIN)/python analysis/held_out.py --runs runs/held-out --data $(DATA) --seen 50 --out analysis/results/held_out_unseen
 
-# Every function on every family of models, about ten minutes: writes docs/models.md.
+# Every function on every family of models, about four minutes: writes docs/models.md.
 conformance: setup
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m conformance $(MODELS)
 
@@ -60,7 +63,7 @@ ABLATIONS := table3_teachers table4_support table5_normalizers selection_rollout
   selection_size selection_method selection_coverage harmful_samples figure3_shift paper_preset
 
 # Hours on two cores; every arm is a file in analysis/results/MODEL/rows, so it can be stopped and continued.
-# On a GPU: make ablations ARGS="--model Qwen/Qwen3-4B-Instruct-2507 --preset paper-qwen"
+# On a GPU, where the Hub can be reached: HF_HUB_OFFLINE=0 make ablations ARGS="--model Qwen/Qwen3-4B-Instruct-2507 --preset paper-qwen"
 ARGS ?= --model qwen2.5-coder-0.5b --preset paper-qwen --laptop
 ablations: setup
 	set -e; for name in $(ABLATIONS); do $(BIN)/python analysis/$$name.py $(ARGS); done

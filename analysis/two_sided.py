@@ -58,6 +58,13 @@ TWO_SIDED = ss.DistillConfig(
     micro_batch=24,
 )
 COEFF = 1.6
+SEEDED = (
+    "first tokens, both on S",
+    "both on S, one-sided",
+    "both on matched tokens",
+    "both on random tokens",
+    "both over all tokens",
+)
 READERS = {"band": "kinds", "wide": "all"}  # readers by the prompts that they are fitted on
 WIDE = {"wide harmful", "wide harmless"}  # sets that came later
 
@@ -225,7 +232,7 @@ def main() -> None:
     parser.add_argument("--model", default="qwen2.5-coder-0.5b")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--arms", nargs="*", default=list(arms()))
+    parser.add_argument("--arms", nargs="*", help="none: all with seed 0, those of SEEDED with another")
     parser.add_argument("--keep", type=Path, help="a folder that keeps the last student of every arm")
     parser.add_argument("--out", type=Path, default=Path("analysis/results/two_sided"))
     args = parser.parse_args()
@@ -240,7 +247,7 @@ def main() -> None:
     for name, prompts in READERS.items():
         write_gated(name, prompts, base, direction.with_coeff(COEFF), args.out, sets)
     tokens = TokenSet.load(args.out.parent / "which_tokens" / "tokens-0.001.json")
-    for name in args.arms:
+    for name in args.arms or (SEEDED if args.seed else arms()):
         run(name, arms()[name], base, direction, tokens, args)
 
 

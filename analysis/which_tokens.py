@@ -97,18 +97,12 @@ class Study:
 def arms() -> Iterator[Arm]:
     """Yield the arms, those that decide first."""
     sets = ("published 1e-8", "random", "whole", "published 1e-3", "divergence 1e-3")
-    yield from (Arm(name) for name in sets)
-    yield from (Arm(name, lr=SLOW) for name in ("whole", "divergence 1e-3"))
-    yield from (Arm(name, seed=1, draw=1) for name in sets[:2])
-    yield Arm("matched")
-    for optimizer in ("unit sgd", "adam 1e-5", "sgd"):
-        yield from (Arm(name, optimizer) for name in sets[:3])
-    yield from (Arm(name, seed=seed, draw=seed) for seed in (1, 2) for name in sets)
-    yield from (Arm("matched", seed=seed, draw=seed) for seed in (1, 2))
-    yield from (Arm(name, seed=seed, lr=SLOW) for seed in (1, 2) for name in ("whole", "divergence 1e-3"))
+    for seed in (0, 1, 2):
+        yield from (Arm(name, seed=seed, draw=seed) for name in (*sets, "matched"))
+        yield from (Arm(name, seed=seed, draw=seed, lr=SLOW) for name in ("whole", "divergence 1e-3"))
     yield from (Arm("complement", seed=seed) for seed in (0, 1, 2))
     for optimizer in ("unit sgd", "adam 1e-5", "sgd"):
-        yield Arm("divergence 1e-3", optimizer)
+        yield from (Arm(name, optimizer) for name in (*sets[:3], "divergence 1e-3"))
 
 
 def settings_of(arm: Arm) -> ss.DistillConfig:

@@ -63,7 +63,7 @@ OrNone = BeforeValidator(_no_none)  # the command line and TOML files have no No
 CountOrNone = Annotated[Annotated[int, Field(ge=1, le=LARGEST)] | None, OrNone]
 SizeOrNone = Annotated[Annotated[int, Field(ge=0, le=LARGEST)] | None, OrNone]
 TextOrNone = Annotated[str | None, OrNone]
-FiniteOrNone = Annotated[Annotated[float, Field(allow_inf_nan=False)] | None, OrNone]
+PositiveOrNone = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, OrNone]
 
 
 @dataclass_transform(

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from safesteer._settings import (
     CountOrNone,
-    FiniteOrNone,
+    PositiveOrNone,
     SizeOrNone,
     TextOrNone,
     Words,
@@ -61,7 +61,7 @@ class DirectionConfig:
         "Of these, the pairs that every candidate is scored on; the best quarter is scored on as many more,"
         " and so on. none: every candidate is scored on all of them, as published.",
     )
-    coeff: FiniteOrNone = setting_or_none(
+    coeff: PositiveOrNone = setting_or_none(
         None,
         "Coefficient of the direction, at which it is also scored. none: 1 for a direction ranked by"
         " ablation; for one ranked by steering, the smallest at which greedy answers refuse.",
@@ -75,11 +75,15 @@ class DirectionConfig:
         0.8, "Layers from this share of the depth on cannot be selected.", unit="share", ge=0, le=1
     )
     max_kl: float = setting(
-        0.1, "Largest KL(base || ablated) on harmless prompts.", unit="nats per token", infinite=True, ge=0
+        0.1,
+        "Largest KL(base || ablated) on harmless prompts, where ablation ranks.",
+        unit="nats per token",
+        infinite=True,
+        ge=0,
     )
     min_steering: float = setting(
         0.0,
-        "Smallest refusal score of harmless prompts when the candidate is added.",
+        "Smallest refusal score of harmless prompts when the candidate is added, where ablation ranks.",
         unit="nats",
         infinite=True,
     )

@@ -36,6 +36,7 @@ from safesteer.settings import DistillConfig, TokenConfig
         ("direction.batch_size", "0", "must be at least 1"),
         ("direction.controls", "perhaps", "must be 'random' or 'shuffled'"),
         ("direction.coeff", "inf", "must be a finite number"),
+        ("direction.coeff", "-1.8", "must be above 0"),  # a teacher that refuses less
         ("direction.native_share", "-1", "must be at least 0"),
         ("direction.n_train", "0", "must be at least 1"),
         ("direction.extraction", "magic", "must be 'auto', 'instruction'"),
