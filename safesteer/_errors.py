@@ -5,7 +5,11 @@ class SafeSteerError(Exception):
     """A mistake or a limit the user can act on. The command line prints it without a traceback."""
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line with words of what an error of another library says, or its kind."""
+def first_line(error: Exception, most: int = 300) -> str:
+    """Return the first line with words of what an error of another library says, or its kind.
+
+    A line of more than `most` characters ends after a word, in three dots.
+    """
     lines = (line.strip() for line in str(error).splitlines() if any(map(str.isalnum, line)))
-    return next(lines, type(error).__name__)
+    line = next(lines, type(error).__name__)
+    return line if len(line) <= most else f"{line[: most + 1].rsplit(' ', 1)[0][:most].rstrip(' ,;:')} ..."

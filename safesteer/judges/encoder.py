@@ -109,7 +109,7 @@ def load_encoder(name: str, *, revision: str | None = None, device: str = "cpu")
             model = AutoModel.from_pretrained(name, dtype=torch.float32, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise SafeSteerError(
-            f"Cannot load the encoder '{name}': give a Hub id or a local folder. ({first_line(error)[:300]})"
+            f"Cannot load the encoder '{name}': give a Hub id or a local folder. ({first_line(error)})"
         ) from error
     if model.config.is_encoder_decoder:
         raise SafeSteerError(f"'{name}' is an encoder-decoder; embeddings need an encoder alone.")

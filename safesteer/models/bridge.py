@@ -89,7 +89,7 @@ def to_bridge(chat: ModelLike) -> TransformerBridge:
 def _reason(error: Exception) -> str:
     """Say why a bridge could not be built: with what to install, where that is missing."""
     command = re.search(r"pip install [\w./\[\],=<>~ -]+", str(error))
-    return command[0].strip() if command else first_line(error)[:120]
+    return command[0].strip() if command else first_line(error, 120)
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def _check_logits(bridge: nn.Module, chat: ChatModel) -> None:
         got = bridge(ids).double()[..., : want.shape[-1]]
     except Exception as error:  # whatever a part that was wrapped wrongly raises
         raise SafeSteerError(
-            f"The TransformerLens bridge of {family} does not run ({first_line(error)[:120]}); every function"
+            f"The TransformerLens bridge of {family} does not run ({first_line(error, 120)}); every function"
             " takes the plain model too."
         ) from error
     if not bool(want.isfinite().all()):  # damaged weights: what reads them says so

@@ -192,7 +192,7 @@ def keep(
                 except UNREADABLE as error:
                     raise SafeSteerError(
                         f"Cannot read a model from {source or label}: is it a whole GGUF file of a language"
-                        f" model? ({first_line(error)[:300]})"
+                        f" model? ({first_line(error)})"
                     ) from error
                 with quiet_transformers():
                     model.save_pretrained(work)

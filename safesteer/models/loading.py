@@ -147,7 +147,7 @@ def _not_loaded(name: str, error: Exception, trusts: bool) -> SafeSteerError:
     return SafeSteerError(
         f"Cannot load the model '{name}': give a Hub id, a local folder, a GGUF file,"
         f" or {' or '.join(repr(known) for known in NAMED)}."
-        f" ({first_line(error)[:300]})"
+        f" ({first_line(error)})"
     )
 
 
@@ -164,7 +164,7 @@ def _check_reads(model: nn.Module, name: str, config: PretrainedConfig) -> None:
         if is_offloaded(model):
             raise SafeSteerError(
                 f"{type(model).__name__} does not run with blocks in the CPU's memory or on the disk"
-                f" ({first_line(error)[:100]}): they read weights past the modules that hold them. Give a map"
+                f" ({first_line(error, 100)}): they read weights past the modules that hold them. Give a map"
                 " with GPUs alone."
             ) from error
         raise

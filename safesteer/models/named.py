@@ -209,7 +209,7 @@ def _join(name: str, target: Path) -> None:
             except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
                 raise SafeSteerError(
                     f"{source} is damaged: delete it and run: safesteer fetch {name}"
-                    f" ({first_line(error)[:200]})"
+                    f" ({first_line(error, 200)})"
                 ) from error
             if single.hexdigest() != part.sha256:
                 raise SafeSteerError(

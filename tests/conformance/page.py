@@ -103,7 +103,8 @@ def _row(result: Result, reasons: dict[str, int]) -> str:
         if outcome.outcome == "right":
             cells.append("slower" if slower and function not in ("logits", "export", "bridge") else "yes")
         elif outcome.outcome == "refused":
-            reason = outcome.reason.replace(result.kind, "The model")
+            reason = outcome.reason.replace(result.kind, "the model")
+            reason = reason[:1].upper() + reason[1:]
             cells.append(f"no ({reasons.setdefault(_escaped(reason), len(reasons) + 1)})")
         else:
             cells.append("**wrong**")

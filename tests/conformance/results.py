@@ -45,7 +45,7 @@ def measure(name: str) -> Result:
     try:
         chat = build(name)
     except Exception as error:  # its config cannot be cut, or transformers cannot run it without a kernel
-        return Result(name, not_built=f"{type(error).__name__}: {first_line(error)[:160]}")
+        return Result(name, not_built=f"{type(error).__name__}: {first_line(error, 160)}")
     kind = type(chat.model).__name__
     try:
         table, case = chat.check(), Case(chat)
@@ -66,5 +66,5 @@ def _outcome(case: Case, check: str) -> Outcome:
     except TimeoutError:
         raise
     except Exception as error:  # what a user would see as a traceback
-        return Outcome(check, "crash", f"{type(error).__name__}: {first_line(error)[:200]}")
+        return Outcome(check, "crash", f"{type(error).__name__}: {first_line(error, 200)}")
     return Outcome(check, "right")
