@@ -47,7 +47,7 @@ SPLITS: tuple[WrapperSplit, ...] = ("val", "test")
 
 def answered(chat: ChatModel, split: WrapperSplit) -> Iterator[dict]:
     """Answer the prompts of a split plain, wrapped and opened; yield a row per prompt."""
-    prompts = ss.load_prompts().split(split).first(None if split == "val" else N_TEST)
+    prompts = ss.load_prompts().split(split).across(None if split == "val" else N_TEST)
     for label, texts in (("harmful", prompts.harmful), ("harmless", prompts.harmless)):
         for how, refused in verdicts(chat, texts, split):
             for i, value in enumerate(refused):

@@ -32,7 +32,7 @@ from safesteer.evaluation.capability import measure_capability
 from safesteer.evaluation.curves import refusal_margins
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.quality import repeats_itself, text_quality
-from safesteer.evaluation.sets import set_prompts
+from safesteer.evaluation.sets import OWN, set_prompts
 from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses
 from safesteer.models.text_loss import perplexity, wikitext
@@ -107,11 +107,16 @@ def measured(runs: list[Path], base: ss.ChatModel, only: list[str] | None) -> It
         yield Measured(f"gated-{seed}", base, ss.steer(base, direction, gate=reader, closed="ablate"))
 
 
+def drawn(name: str, data: Path, n: int) -> list[str]:
+    """Return n prompts of a set: of our own the first ones, as all looks have taken them."""
+    return set_prompts(name, data)[:n] if name in OWN else set_prompts(name, data, n)
+
+
 def unseen_prompts(name: str, data: Path, seen: int) -> list[str]:
     """Draw the prompts of a set, without those that an earlier look at so many per set has drawn."""
     if not seen:
-        return set_prompts(name, data, N_PROMPTS)
-    before = set(set_prompts(name, data, seen))
+        return drawn(name, data, N_PROMPTS)
+    before = set(drawn(name, data, seen))
     left = [prompt for prompt in set_prompts(name, data) if prompt not in before]
     return random.Random(0).sample(left, min(N_PROMPTS, len(left)))
 

@@ -184,7 +184,7 @@ def null_spaces(base: ss.ChatModel, prompts: Sequence[str]) -> dict[str, Float[T
 
                 handles.append(module.register_forward_pre_hook(read))
     try:
-        for _, batch in base.batched(list(prompts), 16):
+        for _, batch in base.batched(list(prompts), 1):  # one by one: padding is nothing that prompts use
             with torch.no_grad():
                 final_hidden(base.model, batch)
     finally:
@@ -193,7 +193,7 @@ def null_spaces(base: ss.ChatModel, prompts: Sequence[str]) -> dict[str, Float[T
     spaces = {}
     for key, moment in moments.items():
         values, vectors = torch.linalg.eigh(moment)
-        used = vectors[:, values.flip(0).cumsum(0).flip(0) > (1 - VARIANCE) * values.sum()]
+        used = vectors[:, values.cumsum(0) > (1 - VARIANCE) * values.sum()]  # in ascending order
         spaces[key] = torch.eye(len(moment)) - used @ used.T
     return spaces
 
@@ -211,9 +211,13 @@ def supervised_steps(
     state: DistillState,
     loss: Callable[[ss.ChatModel, list[str], bool], Tensor],
     prompts: ss.PromptSet,
+    known: set[str],
     spaces: dict[str, Tensor] | None = None,
 ) -> Iterator[int]:
-    """Train on answers that are there, with the prompts, rates and clipping of `training_steps`."""
+    """Train on answers that are there, with the prompts, rates and clipping of `training_steps`.
+
+    What is not `known` has no answer to learn, and counts for nothing.
+    """
     config, params = state.config, list(state.trained.values())
     while state.step < config.n_steps:
         for group in state.optimizer.param_groups:
@@ -222,7 +226,9 @@ def supervised_steps(
         drawn = StepPrompts.of(prompts.harmful, prompts.harmless, config, state.step)
         for texts, harmful in ((drawn.harmful, True), (drawn.harmless, False)):
             for start in range(0, len(texts), config.micro_batch):
-                part = list(texts[start : start + config.micro_batch])
+                part = [p for p in texts[start : start + config.micro_batch] if p in known]
+                if not part:
+                    continue
                 weight = 1.0 if harmful else config.anchor_weight
                 (weight * loss(state.student, part, harmful) / len(drawn.texts)).backward()
         if spaces is not None:
@@ -245,10 +251,9 @@ def steps_of(
         return
     supervised = Supervised(base, targets_of(base, direction, prompts), opening_ids(args.run))
     known = {*supervised.targets.refusals, *prompts.harmless} & supervised.targets.answers.keys()
-    taught = ss.PromptSet(tuple(p for p in prompts.prompts if p.text in known), prompts.name)
     losses = {"kl and margin": supervised.kl_and_margin, "dpo": supervised.dpo}
-    spaces = null_spaces(base, taught.harmless) if method == "null space" else None
-    yield from supervised_steps(state, losses.get(method, supervised.nll), taught, spaces)
+    spaces = null_spaces(base, prompts.harmless) if method == "null space" else None
+    yield from supervised_steps(state, losses.get(method, supervised.nll), prompts, known, spaces)
 
 
 def run(

@@ -56,19 +56,24 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder to write to; it replaces `folder` when the block ends without an error."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(PART, f".{folder.name}.", folder.parent))
+    work, old = Path(tempfile.mkdtemp(PART, f".{folder.name}.", folder.parent)), None
     try:
         with timed("writing"):
             yield work
             work.chmod(0o755)
-            if folder.exists():
-                shutil.rmtree(folder)
+            if folder.exists():  # put aside first: at no moment is there less than one whole folder
+                old = Path(tempfile.mkdtemp(PART, f".{folder.name}.", folder.parent))
+                folder.rename(old / "old")
             work.rename(folder)
             sync_folder(folder.parent)
     except SafetensorError as error:
         raise SafeSteerError(f"Cannot write {folder}: {error}.") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if old is not None:
+            if not folder.exists():
+                (old / "old").rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_parts(folder: Path) -> None:

@@ -38,11 +38,12 @@ from safesteer.distillation.loop import Student, Training, restore_student, trai
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.robust import measured
 from safesteer.evaluation.scores import evaluate
-from safesteer.evaluation.sets import score_sets
-from safesteer.exporting import CARD, check_reload, export, write_card
+from safesteer.evaluation.sets import check_sets, rows_folder, score_sets
+from safesteer.exporting import check_reload, export
 from safesteer.judges.judge import Judge
 from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses
+from safesteer.model_card import CARD, write_card
 from safesteer.models.adapter import without_adapter
 from safesteer.models.chat_model import ChatModel, ModelLike
 from safesteer.models.placement import is_offloaded
@@ -104,8 +105,10 @@ def align(
             raise SafeSteerError(
                 "device_map spreads the model of one process, distill.sharded one over processes: choose one."
             )
-    for name in ("train", "val", "distill", "test"):
-        prompts.split(name)  # a missing split is reported before any work
+    for name in ("train", "val", "test"):  # what is missing is reported before any work
+        prompts.split(name).require_kinds()
+    prompts.split("distill")
+    check_sets(recipe.evaluate.sets, rows_folder(recipe.evaluate))
     source = model_source(model, recipe)
     run = Run(
         Path(out), source, recipe, prompts, judge or refuses, judge or declines, console or Console(), track

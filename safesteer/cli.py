@@ -46,10 +46,26 @@ UP_TO = {
 }
 
 
+def _refuse_others(options: dict[str, Any], known: dict[str, tuple[Any, Any]], *taken: str) -> None:
+    """Raise SafeSteerError for options that were given and count for nothing.
+
+    Args:
+        options: What was given.
+        known: The command's options, with their defaults.
+        taken: Those that count here; the last one is the option that leaves the others out.
+    """
+    for name, value in options.items():
+        if name not in taken and value != known[name][1]:
+            spelled = {"changes": "set", "template_args": "template-arg"}.get(name, name.replace("_", "-"))
+            raise SafeSteerError(f"--{spelled} counts for nothing beside --{taken[-1]}: leave it out.")
+
+
 def _recipe(options: dict[str, Any]) -> Any:
     """Read the preset or the recipe file, changed by --seed, the model's options and --set."""
     from safesteer import recipes
 
+    if options["recipe"] is not None and options["preset"] != OPTIONS["preset"][1]:
+        raise SafeSteerError("A recipe file names its preset: leave out --preset.")
     pairs = [change.partition("=") for change in options["changes"] or []]
     for key, equals, _ in pairs:
         if not equals:
@@ -84,10 +100,11 @@ def _command(name: str, last: str | None, help_text: str) -> None:
             console.print(f"Report: {path / 'report.html'}   Model: {path / 'model'}", highlight=False)
 
     def export(**options: Any) -> None:
-        strength = options.pop("strength")
+        strength = options["strength"]
         if strength is None:
             command(**options | {"out": options["out"] or Path("run")})
             return
+        _refuse_others(options, EXPORT, "model", "out", "strength")
         from safesteer.exporting import export_strength  # heavy
 
         folder = export_strength(options["model"], strength, options["out"])
@@ -137,6 +154,8 @@ def _evaluate(**options: Any) -> None:
     from safesteer.evaluation.suite import run_suite  # heavy
     from safesteer.models.loading import load_model
 
+    if options["dial"]:
+        _refuse_others(options, EVALUATE, "target", "dial")
     target, console = options.pop("target"), Console()
     source = {name: options.pop(name) for name in SOURCE}
     is_run = (Path(target) / "manifest.json").is_file()
@@ -171,6 +190,7 @@ _add(
 
 def _search(**options: Any) -> None:
     if options["pick"] is not None:
+        _refuse_others(options, SEARCH, "model", "out", "pick")
         from safesteer.searching import choosing  # heavy
 
         path = choosing.pick_trial(options["out"], options["pick"])

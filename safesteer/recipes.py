@@ -61,7 +61,7 @@ class Recipe:
     """Settings of a whole run: a few of its own, and those of each stage."""
 
     preset: str = setting("quick", "Preset that the other settings change.")
-    seed: int = setting(0, "Seed of everything random, in every stage.")
+    seed: int = setting(0, "Seed of everything random; ss.recipe gives it to every stage.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "float32", "Precision of base and teacher; 'auto': bfloat16 where the processor has it, else float32."
     )
@@ -168,7 +168,7 @@ class Recipe:
         if seed is not None:
             settings = {k: v for k, v in settings.items() if k.rpartition(".")[2] != "seed"} | {"seed": seed}
         settings |= changes
-        return recipe(settings.pop("preset", "quick"), settings.pop("seed", None), **settings)
+        return recipe(str(settings.pop("preset", "quick")), settings.pop("seed", None), **settings)
 
 
 def _shown(value: Any) -> str:

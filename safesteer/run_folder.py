@@ -39,13 +39,14 @@ from safesteer._progress import Progress
 from safesteer._version import __version__
 from safesteer.distillation.rollouts import Teacher
 from safesteer.distillation.state import require_adapter
-from safesteer.exporting import CARD, renew_robustness
-from safesteer.judges.judge import Judge
+from safesteer.judges.judge import Judge, judge_identity
+from safesteer.model_card import CARD, renew_robustness
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.hashing import weights_hash
 from safesteer.models.loading import best_device, load_model
 from safesteer.models.parts import is_quantized
 from safesteer.models.placement import require_together, require_trainable
-from safesteer.models.precision import cast_weights, settled_precision, weight_dtype
+from safesteer.models.precision import as_dtype, cast_weights, settled_precision, weight_dtype
 from safesteer.models.templates import template_hash
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.recipes import Recipe
@@ -54,7 +55,7 @@ from safesteer.steering.direction import Direction
 from safesteer.tokens.token_set import TokenSet
 
 STAGES = ("direction", "tokens", "distill", "export", "evaluate", "explain", "report")
-MANIFEST = "manifest.json"
+MANIFEST, RECIPE = "manifest.json", "recipe.toml"
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +107,7 @@ class Run:
             return load_model(self.model, dtype=dtype or self.settled.dtype, device=device, **source)
         copied = self.model.copy()
         if dtype not in (None, "auto"):
-            cast_weights(copied.model, getattr(torch, dtype))
+            cast_weights(copied.model, as_dtype(dtype))
         return copied if device == "auto" else replace(copied, model=copied.model.to(device))
 
     def load_direction(self, base: ChatModel) -> Direction:
@@ -199,7 +200,9 @@ def identity(run: Run, base: ChatModel) -> dict:
     return {
         "model": run.model_name,
         "fingerprint": base.fingerprint,
-        "recipe": json.loads(json.dumps(asdict(run.settled))),
+        "weights": weights_hash(base.model),
+        "judge": judge_identity(run.judge),
+        "recipe": json.loads(json.dumps(asdict(run.settled)), parse_constant=str),  # JSON has no infinity
         "prompts_hash": run.prompts.hash,
         "template_hash": template_hash(base.tokenizer),
     }
@@ -221,12 +224,12 @@ def open_run(run: Run, base: ChatModel) -> None:
                 " or delete it to start again."
             )
         return
-    if any(p.name != ".lock" for p in run.path.iterdir()):
+    if any(p.name not in (".lock", RECIPE) for p in run.path.iterdir()):
         raise SafeSteerError(f"{run.path} is not empty and holds no SafeSteer run: choose another folder.")
     packages = ["torch", "transformers", "transformer-lens", "safetensors"]
     packages += ["bitsandbytes"] if run.recipe.quantize else []
     versions = {n: version(n) for n in packages}
-    run.recipe.save(run.path / "recipe.toml")
+    run.recipe.save(run.path / RECIPE)
     write_json(
         manifest,
         {

@@ -279,6 +279,8 @@ def test_a_null_space_holds_nothing_that_prompts_write(tiny_llama):
     study, student = importlib.import_module("methods"), tiny_llama.copy()
     prompts = ["Hello there", "Name a river.", "How do I bake bread?"]
     spaces = study.null_spaces(tiny_llama, prompts)
+    for space in spaces.values():  # something is used, and something is left
+        assert 0.5 < float(space.trace()) < tiny_llama.d_model - 0.5
     for p in student.model.requires_grad_(True).parameters():
         p.grad = torch.ones_like(p)
     study.project(student, spaces)

@@ -18,6 +18,7 @@ LAYERS = (
     "alignment live searching",
     "run_folder",
     "recipes exporting profiling",
+    "model_card",
     "evaluation",
     "report distillation",
     "attribution",

@@ -185,3 +185,26 @@ def test_benchmarks_of_a_base_model_take_its_template(tiny_llama, monkeypatch, t
     (tmp_path / "manifest.json").touch()
     done = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--template", "plain"])
     assert "leave them out" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["evaluate", "RUN", "--dial", "--out", "x"], "--out counts for nothing beside --dial"),
+        (["evaluate", "RUN", "--dial", "--suite", "small"], "--suite counts for nothing beside --dial"),
+        (
+            ["export", "RUN", "--strength", "0.5", "--seed", "3"],
+            "--seed counts for nothing beside --strength",
+        ),
+        (["search", "RUN", "--pick", "2", "--set", "seed=1"], "beside --pick"),
+        (["align", "RUN", "--recipe", "r.toml", "--preset", "two-sided"], "leave out --preset"),
+    ],
+)
+def test_an_option_that_counts_for_nothing_is_one_sentence(arguments, sentence):
+    from typer.testing import CliRunner
+
+    from safesteer.cli import app
+
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, SafeSteerError)
+    assert sentence in str(done.exception)

@@ -129,3 +129,19 @@ def test_a_right_solution_is_read_from_every_wrapping(answer, newline):
     space: dict = {}
     exec("import math\n" + completion(PROBLEM["prompt"], answer.replace("\n", newline), "twice"), space)
     assert space["twice"](2) == 4
+
+
+def test_an_answer_may_leave_out_what_the_asked_function_calls(tiny_llama, monkeypatch):
+    if not isolated():
+        pytest.skip("this system gives no network namespace")
+    prompt = 'import math\n\n\ndef half(x):\n    return x / 2\n\n\ndef twice(x):\n    """Two times x."""\n'
+    answer = "```python\ndef twice(x):\n    return int(math.sqrt(16 * half(x) * half(x)))\n```"
+    monkeypatch.setattr(humaneval, "generate", lambda chat, prompts, **settings: [answer])
+    assert run_humaneval(tiny_llama, [{**PROBLEM, "prompt": prompt}], allow_code=True) == [True]
+
+
+def test_a_body_with_a_function_of_its_own_is_no_program():
+    body = "    def add(y):\n        return y + x\n    return add(x)\n"
+    space: dict = {}
+    exec(completion(PROBLEM["prompt"], f"```python\n{body}```", "twice"), space)
+    assert space["twice"](2) == 4

@@ -21,7 +21,8 @@ from safesteer.alignment import align
 from safesteer.distillation.loop import Training, distill, restore_student
 from safesteer.distillation.rollouts import Teacher
 from safesteer.evaluation.scores import Scores, evaluate
-from safesteer.exporting import check_reload, export, reload_difference, write_card
+from safesteer.exporting import check_reload, export, reload_difference
+from safesteer.model_card import write_card
 from safesteer.models import loading
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.loading import load_model
@@ -277,7 +278,7 @@ def test_a_card_has_base_and_licence_of_the_base(tiny_llama, direction, tmp_path
         asked.append((repo, name, revision))
         return str(theirs)
 
-    monkeypatch.setattr("safesteer.exporting.hf_hub_download", download)
+    monkeypatch.setattr("safesteer.model_card.hf_hub_download", download)
     metadata, text = card(tmp_path, base, direction)
     assert asked == [("some/model", "README.md", "abc")]
     assert metadata["base_model"] == "some/model"
@@ -287,7 +288,7 @@ def test_a_card_has_base_and_licence_of_the_base(tiny_llama, direction, tmp_path
     def no_network(*args, **options):
         raise OSError("no network")
 
-    monkeypatch.setattr("safesteer.exporting.hf_hub_download", no_network)
+    monkeypatch.setattr("safesteer.model_card.hf_hub_download", no_network)
     metadata, _ = card(tmp_path, base, direction)
     assert metadata["base_model"] == "some/model"
     assert "license" not in metadata

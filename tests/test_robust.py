@@ -96,7 +96,7 @@ def test_openings_are_long_enough_for_a_real_tokenizer(smollm2):
 
 
 def test_openings_refuse_nothing_wherever_they_are_cut():
-    prompts = load_prompts().split("test").harmful[:4]
+    prompts = load_prompts().split("test").across(4).harmful
     for text in [*load_openings(), *load_openings("train")]:
         assert not any(declines(p, text[:n]) for p in prompts for n in range(1, len(text) + 1, 3))
 
@@ -336,7 +336,7 @@ def test_an_open_adapter_is_taken_off_and_put_back(tiny_llama):
     for name, weight in student.model.named_parameters():
         if "lora_B" in name:
             weight.data += 0.05
-    prompts = load_prompts().split("test").harmful[:4]
+    prompts = load_prompts().split("test").across(4).harmful
     subject = Subject(student, None, FEW, has_e)
     parts = dict(parts_of(subject))
     adapted = generate(student, prompts, max_new_tokens=4)
@@ -372,7 +372,7 @@ def test_the_suite_measures_a_model_resumes_and_writes_no_answers(tiny_llama, tm
     assert counts[OPENED] == len(FEW.openings)
     assert (counts[WRAPPED_HARMFUL], counts[WRAPPED_HARMLESS]) == (len(wrappers), len(wrappers) + 1)
     assert (counts[CHANGED], counts[COST]) == (2, 2)
-    plain = generate(chat, load_prompts().split("test").harmful[:4], max_new_tokens=4)
+    plain = generate(chat, load_prompts().split("test").across(4).harmful, max_new_tokens=4)
     assert table[table["name"] == "0 tokens"].value.tolist() == [sum(has_e("", a) for a in plain) / 4]
     written = "".join(p.read_text() for p in out.rglob("*.json*"))
     assert 'answer":' not in written

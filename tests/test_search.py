@@ -307,14 +307,23 @@ def test_what_trials_share_is_what_the_stages_make(tiny_llama, monkeypatch, extr
                 alone = ss.select_tokens(tiny_llama, want, prompts.split("val").harmless, replace(small, k=k))
                 assert tokens.ids.tolist() == alone.ids.tolist()
     assert len(scored) == 2
-    wide, args = both.sweeps[1.4], scored[1]
+    wide, args = next(made for asked, made in both.sweeps.items() if asked.coeff == 1.4), scored[1]
     for share, n_layers in ((0.3, 1), (0.6, 2), (1.0, 3)):
-        want = real(*args[:4], replace(args[4], max_layer_share=share)).table.kept
+        kept = real(*args[:4], replace(args[4], max_layer_share=share)).table.kept
         narrow = wide.up_to(share).table
-        assert narrow.kept.tolist() == want.tolist()
+        assert narrow.kept.tolist() == kept.tolist()
         assert not narrow.kept[narrow.layer >= n_layers].any()
     assert wide.table.kept[wide.table.layer == 2].any()
     assert len(both.sampled) <= shared.N_SAMPLED
+    # A range of the user's own may vary what is swept and sampled, too.
+    for changed in ({"horizon": 1}, {"horizon": 3}, {"n_samples": 2}, {"prompts": "harmful"}, {"seed": 5}):
+        settings = replace(small, **changed)
+        texts = prompts.split("val").texts(settings.prompts)
+        alone = ss.select_tokens(tiny_llama, want, texts, settings)
+        assert shared.shared_tokens(both, want, settings).ids.tolist() == alone.ids.tolist()
+    strict = replace(config, coeff=1.4, max_kl=0.0, rank_by="ablation")
+    with pytest.raises(SafeSteerError, match="candidate"):
+        shared.shared_direction(both, strict)
 
 
 def test_val_is_drawn_pair_by_pair(pairs):

@@ -498,7 +498,7 @@ def test_the_rounding_of_huge_elements_is_no_write_of_its_own(tiny_llama):
         chat.model.get_input_embeddings().weight[:, 3] = 1744.0
     chat.model.bfloat16()
     writes = writes_of(chat.model)
-    assert len(writes.modules) == 2 * chat.n_layers
+    assert len(writes.places) == 2 * chat.n_layers
     assert writes.starts_at_embedding
 
 

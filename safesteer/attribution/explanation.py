@@ -31,6 +31,7 @@ from safesteer.attribution.stability import Reselection, measure_stability
 from safesteer.attribution.stories import token_stories
 from safesteer.attribution.tracing import Trace, trace
 from safesteer.attribution.votes import allowed_ids
+from safesteer.models.adapter import without_student
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.generation import generate
 from safesteer.prompts.conversation import from_row
@@ -108,16 +109,19 @@ def explain(
         answers=[{**row, "prompt": from_row(row)} for row in answers],
         config=config or ExplainConfig(),
     )
-    sampled = _sample(subject)
-    progress(0.2)
-    stable = _stability(subject, sampled)
-    allowed = allowed_ids(subject.chat, stable.means, subject.sampling)
-    progress(0.4)
-    stories = token_stories(subject.chat, direction, tokens, sampled, allowed, k_vote=subject.sampling.k_vote)
+    base, k_vote = subject.chat, subject.sampling.k_vote
+    with without_student(base, subject.student):
+        sampled = _sample(subject)
+        progress(0.2)
+        stable = _stability(subject, sampled)
+        allowed = allowed_ids(base, stable.means, subject.sampling)
+        progress(0.4)
+        stories = token_stories(base, direction, tokens, sampled, allowed, k_vote=k_vote)
     progress(0.5)
     if not answers:
         subject = replace(subject, answers=_generate_answers(subject))
-    coverage = _coverage(subject, sampled, stable, allowed)
+    with without_student(base, subject.student):
+        coverage = _coverage(subject, sampled, stable, allowed)
     progress(0.8)
     traces = _traces(subject)
     progress(1.0)
@@ -144,9 +148,10 @@ def _generate_answers(subject: _Subject) -> list[dict[str, Any]]:
     chat, config = subject.chat, subject.config
     prompts = subject.prompts.first(max(2, config.n_traces // 3))
     texts = [*prompts.harmful, *prompts.harmless]
-    answers = {"base": generate(chat, texts, max_new_tokens=config.max_tokens)}
-    with steer(chat, subject.direction):
-        answers["teacher"] = generate(chat, texts, max_new_tokens=config.max_tokens)
+    with without_student(chat, subject.student):
+        answers = {"base": generate(chat, texts, max_new_tokens=config.max_tokens)}
+        with steer(chat, subject.direction):
+            answers["teacher"] = generate(chat, texts, max_new_tokens=config.max_tokens)
     if subject.student is not None:
         answers["student"] = generate(subject.student, texts, max_new_tokens=config.max_tokens)
     labels = ["harmful"] * len(prompts.harmful) + ["harmless"] * len(prompts.harmless)
@@ -166,7 +171,7 @@ def _coverage(
         (f"{author} samples, {subject.sampling.prompts} prompts (as in selection)", sampled),
         (f"{author} samples, harmful prompts", _sample_harmful(subject)),
     ]
-    complied = [r for r in subject.answers if r["label"] == "harmful" and not r.get("base_refuses")]
+    complied = [r for r in subject.answers if r["label"] == "harmful" and _complied(r)]
     complied = complied[: config.n_harmful]
     if complied:
         pair = [r["prompt"] for r in complied], [r["base"] for r in complied]
@@ -182,6 +187,12 @@ def _coverage(
     )
     matched = matched_sets(tokens.ids, len(ids), stable.means.p_base, controls)
     return Coverage(len(ids), covered, _answer_shares(subject, matched))
+
+
+def _complied(row: Mapping[str, Any]) -> bool:
+    """Say whether the base's answer counts as help: by the verdict that there is, else it does."""
+    harmful = row.get("base_harmful")
+    return not row.get("base_refuses") if harmful is None else bool(harmful)
 
 
 def _sample_harmful(subject: _Subject) -> AnswerStates:

@@ -15,6 +15,7 @@ import torch
 from safesteer._files import read_value, write_json
 from safesteer._progress import Progress, no_progress
 from safesteer.attribution.tracing import Trace, answer_logps, trace_tokens
+from safesteer.models.adapter import without_student
 from safesteer.models.batch import cut_at_eos
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.generation import generate_ids, greedy_ids
@@ -111,12 +112,14 @@ def answer_grid(
     places = product(layers, coeffs)
     moved = [replace(direction, layer=layer, coeff=c, operation="add") for layer, c in places]
     texts: list[list[Ids]] = []  # answers to each prompt: by the base steered each way, by base and student
-    for layer in layers:
-        at_layer = [at for at in moved if at.layer == layer]
-        texts += _steered_answers(chat, prompts, at_layer, max_new_tokens)
-        progress(SHARE_OF_ANSWERS * len(texts) / len(moved))
-    for model in filter(None, (chat, student)):
-        texts.append(greedy_ids(model, prompts, max_new_tokens, len(prompts), keep_eos=True))
+    with without_student(chat, student):
+        for layer in layers:
+            at_layer = [at for at in moved if at.layer == layer]
+            texts += _steered_answers(chat, prompts, at_layer, max_new_tokens)
+            progress(SHARE_OF_ANSWERS * len(texts) / len(moved))
+        texts.append(greedy_ids(chat, prompts, max_new_tokens, len(prompts), keep_eos=True))
+    if student is not None:
+        texts.append(greedy_ids(student, prompts, max_new_tokens, len(prompts), keep_eos=True))
     cells: list[GridCell] = []
     for p, prompt in enumerate(prompts):
         read = _read(chat, student, tokens, prompt, moved, [answers[p] for answers in texts])
@@ -171,13 +174,14 @@ def _read(
     Yields:
         Per layer and strength the traces of base, teacher and student.
     """
-    by_base = answer_logps(chat, prompt, texts)
+    with without_student(chat, student):
+        by_base = answer_logps(chat, prompt, texts)
     by_student = [None] * len(texts) if student is None else answer_logps(student, prompt, texts)
     for i, at in enumerate(moved):
         shown = [len(moved), i, *range(len(moved) + 1, len(texts))]  # in the order of AUTHORS
         by_steered = [by_base[j] for j in shown]
         if at.coeff != 0:
-            with steer(chat, at):
+            with without_student(chat, student), steer(chat, at):
                 by_steered = answer_logps(chat, prompt, [texts[j] for j in shown])
         measured = (
             trace_tokens(chat, tokens, texts[j], by_base[j], logps, by_student[j], n_top=N_ALTERNATIVES)

@@ -23,7 +23,7 @@ from safesteer._token_text import token_text
 from safesteer.attribution.word_groups import by_cluster, group_of
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden
-from safesteer.models.head import output_head
+from safesteer.models.head import normed, output_head
 from safesteer.models.parts import final_norm
 from safesteer.steering.direction import Direction, steer
 from safesteer.tokens.sampling import AnswerStates, logp_rows
@@ -58,7 +58,8 @@ class TokenStory:
     `votes`, `lift`, probabilities, ranks and places are over the `n_positions` read here, which may be
     fewer than selection used. Lift and probabilities are means and ranks medians over the positions that
     voted (None without a vote). `direct` and `change` are logits (nats), relative to the mean over
-    the vocabulary, averaged over the last positions of up to N_PROMPTS prompts.
+    the vocabulary, averaged over the last positions of up to N_PROMPTS prompts. `direct` is None where the
+    direction is clamped or ablated: then no vector is added whose own part could be read.
     """
 
     id: int
@@ -77,14 +78,14 @@ class TokenStory:
     rank_base: float | None
     rank_steered: float | None
     places: tuple[Place, ...]
-    direct: float
+    direct: float | None
     change: float
     neighbours: tuple[tuple[str, float], ...]
 
     @property
-    def later_layers(self) -> float:
+    def later_layers(self) -> float | None:
         """What the layers after the steered one add to the logit's change, in nats."""
-        return self.change - self.direct
+        return None if self.direct is None else self.change - self.direct
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +152,7 @@ def token_stories(
             rank_base=float(median(v.rank_base for v in voted)) if voted else None,
             rank_steered=float(median(v.rank_steered for v in voted)) if voted else None,
             places=_places(chat, sampled, voted),
-            direct=float(direct[column]),
+            direct=None if direct is None else float(direct[column]),
             change=float(change[column]),
             neighbours=tuple(near[column]),
         )
@@ -249,18 +250,18 @@ def _spread(norm: nn.Module, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor
 @torch.no_grad()
 def logit_parts(
     chat: ChatModel, direction: Direction, ids: Int[Tensor, " n_set"], prompts: Sequence[str]
-) -> tuple[Float[Tensor, " n_set"], Float[Tensor, " n_set"]]:
+) -> tuple[Float[Tensor, " n_set"] | None, Float[Tensor, " n_set"]]:
     """Return (direct part, total change) of each token's logit when steering, in nats (step 2).
 
-    At the last position of each prompt, averaged over prompts; relative to the vocabulary's mean;
-    before any soft-capping. A norm's output does not depend on its input's scale, so
-    weight * c / s is norm(c) * spread(c) / s.
+    At the last position of each prompt, averaged over prompts; relative to the vocabulary's mean; before any
+    soft-capping. The direct part is None where the direction is not added. A norm's output does not depend on
+    its input's scale, so weight * c / s is norm(c) * spread(c) / s.
     """
-    rows = _centred_rows(chat, ids)
+    rows = output_head(chat.model).scale * _centred_rows(chat, ids)
     norm = final_norm(chat.model)
     added = (direction.coeff * direction.vector).to(chat.device).float()
     # Scaled up so that the norm's epsilon does not count, and without a LayerNorm's bias.
-    shaped = norm(added * 1e3).float() - norm(torch.zeros_like(added)).float()
+    shaped = normed(chat.model, added * 1e3) - normed(chat.model, torch.zeros_like(added))
     direct, change = torch.zeros(len(ids)), torch.zeros(len(ids))
     for _, batch in chat.batched(prompts, 8):
         with _before_norm(chat) as seen:
@@ -270,7 +271,7 @@ def logit_parts(
         scale = _spread(norm, added) / _spread(norm, seen[-1])
         direct += (scale[:, None] * (rows @ shaped)).sum(0).cpu()
         change += ((steered - unsteered) @ rows.T).sum(0).cpu()
-    return direct / len(prompts), change / len(prompts)
+    return direct / len(prompts) if direction.operation == "add" else None, change / len(prompts)
 
 
 @torch.no_grad()

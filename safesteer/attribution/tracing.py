@@ -20,6 +20,7 @@ from rich.text import Text
 from torch import Tensor
 
 from safesteer._token_text import readable, token_text, visible
+from safesteer.models.adapter import without_student
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden
 from safesteer.models.head import output_head
@@ -209,9 +210,10 @@ def _read_answer(
     student: ChatModel | None,
 ) -> tuple[TraceToken, ...]:
     """Take step 1 for one answer."""
-    (base,) = answer_logps(chat, prompt, [ids])
-    with steer(chat, direction):
-        (steered,) = answer_logps(chat, prompt, [ids])
+    with without_student(chat, student):
+        (base,) = answer_logps(chat, prompt, [ids])
+        with steer(chat, direction):
+            (steered,) = answer_logps(chat, prompt, [ids])
     taught = None if student is None else answer_logps(student, prompt, [ids])[0]
     return trace_tokens(chat, tokens, ids, base, steered, taught)
 

@@ -28,10 +28,10 @@ from safesteer._errors import SafeSteerError
 from safesteer.directions.activations import Arm, prefill_shared, read_activations
 from safesteer.directions.candidates import Candidates
 from safesteer.models.batch import PromptBatch
-from safesteer.models.bridge import to_bridge
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden
-from safesteer.models.head import tolerance
+from safesteer.models.head import normed, output_head, tolerance
+from safesteer.models.logits import logits_of
 from safesteer.models.parts import blocks, hf_model, is_quantized
 from safesteer.models.placement import weights_in
 from safesteer.prompts.prompt_set import LABELS, PromptSet
@@ -62,15 +62,13 @@ def logit_lens(chat: ModelLike, vectors: Float[Tensor, "n d_model"], *, k: int =
         >>> table.end.tolist()
         ['top', 'top', 'top', 'bottom', 'bottom', 'bottom']
     """
-    from transformer_lens.tools.analysis import logit_readout  # slow to import
-
-    chat, bridge, rows = as_chat(chat), to_bridge(chat), []
-    for end, sign in (("top", 1), ("bottom", -1)):
-        readout = logit_readout(bridge, sign * vectors.to(chat.device), top_k=k)
-        ids, logits = cast(Tensor, readout.top_ids).tolist(), readout.values.tolist()
-        for row in range(len(vectors)):
-            for rank, (token_id, logit) in enumerate(zip(ids[row], logits[row], strict=True), start=1):
-                rows.append((row, end, rank, token_id, chat.decode([token_id]), sign * logit))
+    chat, rows = as_chat(chat), []
+    logits = logits_of(normed(chat.model, vectors.to(chat.device)), *output_head(chat.model))
+    for end, largest in (("top", True), ("bottom", False)):
+        best = logits.topk(k, largest=largest)
+        for row, (values, ids) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+            for rank, (token_id, logit) in enumerate(zip(ids, values, strict=True), start=1):
+                rows.append((row, end, rank, token_id, chat.decode([token_id]), logit))
     return pd.DataFrame(rows, columns=["row", "end", "rank", "token_id", "text", "logit"])
 
 
@@ -302,7 +300,8 @@ def probe_accuracy(
     chat = as_chat(chat)
     n_harmful, n_harmless = len(prompts.harmful), len(prompts.harmless)
     labels = torch.tensor([1] * n_harmful + [0] * n_harmless)
-    groups = torch.tensor([*range(n_harmful), *range(n_harmless)])
+    names = [p.pair or f"#{i}" for label in LABELS for i, p in enumerate(prompts.prompts) if p.label == label]
+    groups = torch.tensor(pd.factorize(pd.Series(names))[0])
     resid_pre, rows = _last_resid_pre(chat, prompts, batch_size), []
     ks = [k for k in ks if k <= chat.d_model]
     for layer in range(chat.n_layers) if layers is None else layers:

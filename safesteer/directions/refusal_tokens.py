@@ -76,12 +76,15 @@ class RefusalTokens:
 
     def save(self, path: str | Path) -> None:
         """Write the table as CSV."""
-        write_text(Path(path), self.table.to_csv(index=False))
+        write_text(Path(path), self.table.assign(learnt=self.learnt).to_csv(index=False))
 
     @classmethod
     def load(cls, path: str | Path) -> "RefusalTokens":
         """Read what `save` wrote."""
-        return cls(pd.read_csv(path))
+        numbers = {name: [""] for name in ("log_odds", "low")}  # a token may be "None" or "nan"
+        table = pd.read_csv(path, keep_default_na=False, na_values=numbers)
+        learnt = bool(table.pop("learnt").all()) if "learnt" in table else True
+        return cls(table, learnt)
 
     def __repr__(self) -> str:
         tokens = ", ".join(repr(text) for text in self.table.text[self.table.refusal])

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from safesteer.models.adapter import without_student
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden
 from safesteer.prompts.conversation import PromptLike, as_prompts
@@ -90,15 +91,16 @@ def shift_along(
         >>> round(float(above.cosine.iloc[0]), 3)
         1.0
     """
-    base, tables = as_chat(base), []
+    base, student, tables = as_chat(base), None if student is None else as_chat(student), []
     unit = direction.unit.double().cpu()
     for label in LABELS:
         texts = prompts.texts(label)
-        before = _resid_pre(base, texts, batch_size)
-        with steer(base, direction):
-            moved = {"teacher": _resid_pre(base, texts, batch_size)}
+        with without_student(base, student):
+            before = _resid_pre(base, texts, batch_size)
+            with steer(base, direction):
+                moved = {"teacher": _resid_pre(base, texts, batch_size)}
         if student is not None:
-            moved["student"] = _resid_pre(as_chat(student), texts, batch_size)
+            moved["student"] = _resid_pre(student, texts, batch_size)
         for model, states in moved.items():
             shift = states - before
             along, norm = shift @ unit, shift.norm(dim=-1)

@@ -271,8 +271,8 @@ def follow_steps(
 
 def _watched(prompts: PromptSet, config: DistillConfig) -> list[PromptLike]:
     """Take the harmful val prompts that are looked at while training; a set may have none."""
-    val = [p.text for p in prompts.prompts if p.split == "val" and p.label == "harmful"]
-    return list(val[: config.n_watched])
+    val = PromptSet(tuple(p for p in prompts.prompts if p.split == "val"))
+    return list(val.across(config.n_watched).harmful)
 
 
 def _prompts_to_train_on(prompts: PromptSet, config: DistillConfig) -> PromptSet:

@@ -147,7 +147,9 @@ def sample_rollouts(
     place = torch.tensor(places, device=student.device)
     by_teacher = (place % 2 == 0) & (teacher is not None)
     batch, eos = PromptBatch.of(student.tokenizer, ordered, device=student.device), student.eos_ids
-    plain = batch
+    told = batch  # what the teacher reads: plain prompts, under its system prompt where it has one (Table 3)
+    if config.teacher == "prompt":
+        told = PromptBatch.of(student.tokenizer, ordered, system=config.system, device=student.device)
     if disguises_any(config):
         read = [disguise(student, texts[i], config, (*prompts.key, i)) for i in places]
         batch = PromptBatch.of(
@@ -164,14 +166,14 @@ def sample_rollouts(
             continue
         author = teacher.base if steered and teacher else student
         with (
-            _as_teacher(teacher, student) if steered and teacher else nullcontext(),
+            _as_teacher(teacher, student, config) if steered and teacher else nullcontext(),
             equal_passes(author.model),
         ):
             if not rows:  # entered all the same: another process may have some
                 continue
             new = generate_ids(
                 author,
-                (plain if steered else batch).rows(torch.tensor(rows)),
+                (told if steered else batch).rows(torch.tensor(rows)),
                 max_new_tokens=config.max_new_tokens,
                 temperature=1.0,
                 n_samples=config.n_rollouts,
@@ -217,9 +219,9 @@ def _fill_from_sampler(
 
 
 @contextmanager
-def _as_teacher(teacher: Teacher, student: ChatModel) -> Iterator[None]:
-    """Make the base the teacher inside: steered, and without an adapter that `student` has on it."""
-    with as_base(teacher.base, student), steer(teacher.base, teacher.direction):
+def _as_teacher(teacher: Teacher, student: ChatModel, config: DistillConfig) -> Iterator[None]:
+    """Make the base the teacher of harmful answers inside, without an adapter that `student` has on it."""
+    with as_base(teacher.base, student), _reading_as(teacher, True, config):
         yield
 
 

@@ -206,9 +206,9 @@ class SafetySeal(TrainerCallback):
             )
         chat = as_chat(model if tokenizer is None else (module_of(model), tokenizer))
         prompts = prompts or load_prompts()
-        val = prompts.split("val").first(N_WATCHED) if look_every else PromptSet(())
+        val = prompts.split("val").across(N_WATCHED) if look_every else PromptSet(())
         self.watched = {"seal_val_refused": val.harmful, "seal_val_over_refused": val.harmless}
-        self.held = hold(chat, prompts.split("train").first(N_PAIRS), tokens)
+        self.held = hold(chat, prompts.split("train").across(N_PAIRS), tokens)
         self.weight, self.every, self.look_every, self.judge = weight, every, look_every, judge
         self._tokenizer, self._name = chat.tokenizer, chat.name  # not the model, which may be let go
         self._divergences: list[float] = []

@@ -108,7 +108,8 @@ def take_step(
     clock = time.perf_counter()
     state.optimizer.zero_grad(set_to_none=True)
     terms, h_student = accumulate_gradient(state, teacher, reading)
-    of_texts = hold_texts(student, teacher, texts, config, step)
+    with _recomputed(student, _recomputes(state)):
+        of_texts = hold_texts(student, teacher, texts, config, step)
     with timed("optimizer"):
         grad_norm = _clip_gradients(state)
     # Before the weights move: a trained head must be the one that these states came from.

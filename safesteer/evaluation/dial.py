@@ -19,7 +19,7 @@ from safesteer._progress import Progress, no_progress
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.measuring import Measured, measure
 from safesteer.evaluation.targets import load_target, require_run
-from safesteer.judges.judge import Judge, judge_name
+from safesteer.judges.judge import Judge, judge_identity
 from safesteer.judges.sentences import declines
 from safesteer.models.adapter import as_base
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
@@ -112,7 +112,8 @@ def dial_run(
     run, console, config = require_run(run), console or Console(), config or EvaluateConfig()
     models, prompts = load_target(run, run), dial_prompts()
     base, student = models["base"], models["student"]
-    stamp = {"weights": weights_hash(student.model), "prompts": prompts.hash, "judge": judge_name(judge)}
+    judged = f"{judge_identity(judge)}, {config.max_new_tokens} tokens"
+    stamp = {"weights": weights_hash(student.model), "prompts": prompts.hash, "judge": judged}
     with locked(run):
         table, origin = _measured_before(run / DIAL_FILE, stamp), None
         for strength in strengths:

@@ -96,9 +96,19 @@ def completion(prompt: str, answer: str, entry_point: str = "") -> str:
     chosen = [block for block in blocks if defines.search(block)]
     chosen += [block for block in blocks if re.search(r"^\s*def ", block, re.M)]
     code = (chosen or blocks or [_python_lines(answer, prompt)])[0]
-    if re.search(r"^[^\S\n]*(?:async )?def ", code, re.M) and _parses(textwrap.dedent(code)):
+    whole = defines if entry_point else re.compile(r"^[^\S\n]*(?:async )?def ", re.M)
+    if whole.search(textwrap.dedent(code)) and _compiles(textwrap.dedent(code)):
         return textwrap.dedent(code)
     return prompt + _indented(code)
+
+
+def _compiles(code: str) -> bool:
+    """Say whether code is a program: a body with its `return` parses and is none."""
+    try:
+        compile(code, "answer", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def _parses(code: str) -> bool:
@@ -164,7 +174,8 @@ def run_humaneval(
     answers = generate(chat, requests, max_new_tokens=max_new_tokens)
     passed = []
     for row, answer in zip(rows, answers, strict=True):
-        head = row["prompt"].split("def ")[0]  # the imports that the tests expect
+        # Imports, and functions that the asked one calls: an answer may leave them out.
+        head = re.split(rf"^def {re.escape(row['entry_point'])}\b", row["prompt"], maxsplit=1, flags=re.M)[0]
         tests = row.get("test") or row["tests"]
         code = completion(row["prompt"], answer, row["entry_point"])
         passed.append(passes(f"{head}\n{code}\n{tests}\ncheck({row['entry_point']})\n", seconds=seconds))

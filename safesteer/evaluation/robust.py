@@ -86,15 +86,15 @@ class Subject:
 
     @property
     def harmful(self) -> list[str]:
-        """The first harmful prompts of the test split."""
-        return load_prompts().split("test").harmful[: self.config.n_harmful]
+        """Harmful prompts of the test split, from all categories."""
+        return load_prompts().split("test").across(self.config.n_harmful).harmful
 
     @property
     def harmless(self) -> list[str]:
-        """The first twins of the test split, and everyday instructions that nothing trains on."""
+        """Twins of the test split, from all categories, and everyday instructions that nothing trains on."""
         n = self.config.n_harmless
         everyday = [p.text for p in load_prompts("kinds").split("val").prompts if p.form == "everyday"]
-        return [*load_prompts().split("test").harmless[: n - n // 2], *everyday[: n // 2]]
+        return [*load_prompts().split("test").across(n - n // 2).harmless, *everyday[: n // 2]]
 
 
 Part: TypeAlias = partial[Cell]

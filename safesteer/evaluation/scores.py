@@ -20,7 +20,7 @@ from safesteer._intervals import bootstrap, wilson
 from safesteer._progress import Progress, no_progress
 from safesteer.judges.judge import CachedJudge, Judge, judge_all, judge_version, outcomes
 from safesteer.judges.sentences import declines
-from safesteer.models.adapter import as_base
+from safesteer.models.adapter import as_base, without_student
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.drift import kl_on_answers
 from safesteer.models.generation import generate
@@ -129,22 +129,23 @@ def evaluate(
         ['base', 'teacher']
     """
     base, config = as_chat(chat), config or EvaluateConfig()
+    student = None if student is None else as_chat(student)
     test, cached = (prompts or load_prompts()).split("test").first(config.n_prompts), CachedJudge(judge)
     n_models = 1 + (direction is not None) + (student is not None)
     scores, answers = {}, {}
-    scores["base"], answers["base"] = score_model(base, base, test, config, judge=cached)
+    with without_student(base, student):
+        scores["base"], answers["base"] = score_model(base, base, test, config, judge=cached)
     along = answers["base"]["harmless"]
     progress(1 / n_models)
     if direction is not None:
         # Another value around the same weights: drift is measured against the base without the steering.
         teacher = replace(base)
-        with steer(teacher, direction):
+        with without_student(base, student), steer(teacher, direction):
             scores["teacher"], answers["teacher"] = score_model(
                 teacher, base, test, config, judge=cached, base_answers=along
             )
         progress(2 / n_models)
     if student is not None:
-        student = as_chat(student)
         with in_precision_of(base, student):
             scores["student"], answers["student"] = score_model(
                 student, base, test, config, judge=cached, base_answers=along
@@ -159,12 +160,15 @@ def _rows(test: PromptSet, answers: dict[str, dict[str, list[str]]], judge: Judg
     for label in LABELS:
         prompts = [p for p in test.prompts if p.label == label]
         texts = [p.text for p in prompts]
-        verdicts = {n: [v.refuses for v in judge_all(judge, texts, by[label])] for n, by in answers.items()}
+        verdicts = {n: judge_all(judge, texts, by[label]) for n, by in answers.items()}
         for i, prompt in enumerate(prompts):
             row: dict[str, Any] = {**to_row(prompt.text), "label": label, "category": prompt.category}
             row["judge_version"] = version
             for name in answers:
-                row |= {name: answers[name][label][i], f"{name}_refuses": verdicts[name][i]}
+                verdict = verdicts[name][i]
+                row |= {name: answers[name][label][i], f"{name}_refuses": verdict.refuses}
+                if verdict.harmful is not None:
+                    row[f"{name}_harmful"] = verdict.harmful
             rows.append(row)
     return rows
 

@@ -11,7 +11,7 @@
 3. Measure the text quality of the same answers, so that damage does not pass for safety.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,21 @@ def set_kind(name: str) -> Kind:
     return kind
 
 
+def rows_folder(config: EvaluateConfig) -> Path | None:
+    """Return the folder of benchmark rows; None: the Hub, or none at all."""
+    return None if config.data in (None, "hub") else Path(config.data)
+
+
+def check_sets(names: Sequence[str], data: Path | None) -> None:
+    """Raise SafeSteerError for a set that there is not, or a folder of rows that there is not."""
+    for name in names:
+        set_kind(name)
+    if data is not None and not data.is_dir():
+        raise SafeSteerError(f"There is no folder of benchmark rows at {data}.")
+
+
 def set_prompts(name: str, data: Path | None = None, limit: int | None = None) -> list[str]:
-    """Load the prompts of a set; a limit takes the first ones of our own, and draws from a benchmark.
+    """Load the prompts of a set; a limit takes our own from their categories in turn, and draws from others.
 
     Args:
         name: One of `OWN`, or of the public benchmarks.
@@ -83,7 +96,8 @@ def set_prompts(name: str, data: Path | None = None, limit: int | None = None) -
     if name in FORMS:
         return [p.text for p in load_prompts("forms").prompts if p.form == FORMS[name]][:limit]
     if name in OWN:
-        return load_prompts().split("test").texts("harmful" if kind == "harmful" else "harmless")[:limit]
+        pairs = load_prompts().split("test").across(limit)
+        return pairs.texts("harmful" if kind == "harmful" else "harmless")
     return load_benchmark(name, data=data, limit=limit)
 
 
@@ -164,7 +178,7 @@ def score_sets(
         ([0.0], 4)
     """
     config = config or EvaluateConfig()
-    data = None if config.data in (None, "hub") else Path(config.data)
+    data = rows_folder(config)
     # A folder of rows is what there is: the Hub is asked only where it was named.
     public = [name for name in PUBLIC if config.data and (data is None or is_local(name, data))]
     names = dict.fromkeys((*config.sets, *public))

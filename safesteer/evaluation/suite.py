@@ -40,9 +40,9 @@ from safesteer.evaluation.humaneval import problems, run_humaneval
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.robust import MAY_FAIL, Robustness, Subject, parts_of
 from safesteer.evaluation.rows import change_row, rate, row
-from safesteer.evaluation.sets import COLUMNS, OWN, PAIRS, PUBLIC, score_set, set_prompts
+from safesteer.evaluation.sets import COLUMNS, OWN, PAIRS, PUBLIC, check_sets, score_set, set_prompts
 from safesteer.evaluation.targets import load_target, run_of
-from safesteer.judges.judge import Judge, judge_name
+from safesteer.judges.judge import Judge, judge_identity
 from safesteer.judges.sentences import declines
 from safesteer.models.chat_model import ChatModel, ModelLike
 from safesteer.models.drift import kl_on_answers
@@ -158,6 +158,7 @@ def run_suite(
     if HUMANEVAL in selected.tasks and not allow_code:
         console.print("HumanEval runs what the model writes, and is left out unless you allow it.")
         selected = replace(selected, tasks=tuple(t for t in selected.tasks if t != HUMANEVAL))
+    check_sets(selected.sets, None if data is None else Path(data))
     models = load_target(target, run)
     job = _Job(selected, models, folder, None if data is None else Path(data), judge)
     with locked(folder):
@@ -171,7 +172,7 @@ def _check_folder(job: _Job) -> None:
     """Write what is measured into a new folder, or compare it with what the folder holds."""
     ours = {
         "suite": job.suite.described(),
-        "judge": judge_name(job.judge),
+        "judge": judge_identity(job.judge),
         "data": None if job.data is None else str(job.data.resolve()),
         "models": {label: chat.fingerprint for label, chat in job.models.items()},
         "weights": {label: weights_hash(chat.model) for label, chat in job.models.items()},
@@ -236,7 +237,7 @@ def _measurements(job: _Job, label: str) -> Iterator[tuple[str, Measure]]:
             yield name, partial(_robust, job, f"robust: {name} of {label}", part, suite.robust.n_harmful)
     yield "perplexity", partial(_perplexity, suite, data)
     if label == "student":
-        prompts = load_prompts().split("test").first(suite.n_prompts).harmless
+        prompts = load_prompts().split("test").across(suite.n_prompts).harmless
         yield "drift", partial(_drift, job.models["base"], prompts)
 
 

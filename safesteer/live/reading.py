@@ -24,6 +24,7 @@ from safesteer._errors import SafeSteerError
 from safesteer._token_text import token_text
 from safesteer.attribution.stories import TokenStory
 from safesteer.attribution.tracing import TraceToken, trace_tokens
+from safesteer.models.adapter import without_student
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.forward import final_hidden, prefill
@@ -103,7 +104,8 @@ def _steered_by(subject: Subject, view: View) -> Direction | None:
     chosen = chosen_direction(subject, view)
     if view.intervention != "gate" or subject.reader is None:
         return chosen
-    score = float(subject.reader.scores(subject.chat, [view.prompt])[0])
+    with without_student(subject.chat, subject.student):
+        score = float(subject.reader.scores(subject.chat, [view.prompt])[0])
     if score > subject.reader.threshold:
         return chosen
     return replace(chosen, operation="ablate") if score <= subject.reader.lower else None
@@ -152,15 +154,17 @@ def read_prompt(subject: Subject, prompt: PromptLike) -> PromptReading:
 
         return look
 
-    with apply_hooks(chat, {("resid_pre", layer): reading(layer) for layer in range(chat.n_layers)}):
-        final_hidden(chat.model, batch)
     layers = range(chat.n_layers)
+    with without_student(chat, subject.student):
+        with apply_hooks(chat, {("resid_pre", layer): reading(layer) for layer in layers}):
+            final_hidden(chat.model, batch)
+        score = None if subject.reader is None else float(subject.reader.scores(chat, [prompt])[0])
     return PromptReading(
         tuple(token_text(chat.tokenizer, i) for i in ids),
         torch.stack([along[layer] for layer in layers]),
         torch.tensor([told[layer][0] for layer in layers]),
         tuple(told[layer][1] for layer in layers),
-        None if subject.reader is None else float(subject.reader.scores(chat, [prompt])[0]),
+        score,
     )
 
 
@@ -193,7 +197,8 @@ def stream_answers(subject: Subject, view: View) -> Iterator[tuple[TraceToken | 
         logps: list[Tensor] = []
         for i, model in enumerate(models):
             steering = _second_half_steered(chat, moved) if i == 0 and moved is not None else nullcontext()
-            with torch.no_grad(), steering:
+            base = without_student(chat, subject.student) if i == 0 else nullcontext()
+            with torch.no_grad(), base, steering:
                 if step == 0:
                     caches[i] = prefill(model.model, prompts[i], prompts[i].prompt_ids.shape[1] - 1, n)
                 batch = prompts[i].extended(answers.repeat(rows[i], 1))

@@ -75,11 +75,20 @@ def shares_weights(base: ChatModel, student: ChatModel) -> bool:
 
 
 @contextmanager
+def without_student(base: ChatModel, student: ChatModel | None) -> Iterator[None]:
+    """Take the student's adapter off the base inside the block, where it is one; steering stays on."""
+    if student is None or not shares_weights(base, student):
+        yield
+        return
+    with _adapted(student).disable_adapter():
+        yield
+
+
+@contextmanager
 def as_base(base: ChatModel, student: ChatModel) -> Iterator[None]:
     """Let `base` be the base inside: an adapter or steering of `student` on the same weights is off."""
     same = student is not base and student.model is base.model
-    off = _adapted(student).disable_adapter() if shares_weights(base, student) else nullcontext()
-    with off, bare() if same else nullcontext():
+    with without_student(base, student), bare() if same else nullcontext():
         yield
 
 

@@ -20,6 +20,7 @@ from safesteer._errors import SafeSteerError, first_line
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, remember_bridge
 from safesteer.models.head import deviation, probe_ids, tolerance
 from safesteer.models.parts import hf_model, is_bridge
+from safesteer.models.passes import bare
 from safesteer.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -125,7 +126,8 @@ def _check_logits(bridge: nn.Module, chat: ChatModel) -> None:
     """
     inner, family = hf_model(chat.model), type(hf_model(chat.model)).__name__
     ids = probe_ids(inner, N_PROBE_IDS)
-    want = inner(ids, use_cache=False).logits.double()
+    with bare():  # the bridge holds the model without steering
+        want = inner(ids, use_cache=False).logits.double()
     try:
         got = bridge(ids).double()[..., : want.shape[-1]]
     except Exception as error:  # whatever a part that was wrapped wrongly raises

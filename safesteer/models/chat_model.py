@@ -18,10 +18,12 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import Continuation, PromptBatch, batches, cut_at_eos
-from safesteer.models.parts import blocks, hf_model, is_bridge, is_quantized, text_config
+from safesteer.models.head import unhooked
+from safesteer.models.parts import blocks, hf_model, is_adapted, is_bridge, is_quantized, text_config
+from safesteer.models.passes import n_rows_in_order
 from safesteer.models.placement import input_device, require_together
 from safesteer.models.templates import end_of_turn
-from safesteer.models.traits import check_table, traits_of
+from safesteer.models.traits import check_table, require_padding, traits_of
 from safesteer.prompts.conversation import PromptLike, as_prompts
 
 if TYPE_CHECKING:
@@ -75,12 +77,19 @@ class ChatModel:
     def copy(self) -> "ChatModel":
         """Copy the plain Hugging Face model: one that may be trained, changed or exported.
 
+        Steering that is on stays with the original: no hooks are copied.
+
         Raises:
-            SafeSteerError: For a model that a device map has spread.
+            SafeSteerError: For a model that a device map has spread, or that carries an adapter.
         """
         require_together(self.model)
-        model = _without_bridge(self.model) if is_bridge(self.model) else copy.deepcopy(hf_model(self.model))
-        return ChatModel(model, self.tokenizer, self.name)
+        if is_bridge(self.model):
+            return ChatModel(_without_bridge(self.model), self.tokenizer, self.name)
+        inner = hf_model(self.model)
+        if is_adapted(inner):
+            raise SafeSteerError(f"'{self.name}' carries an adapter: merge it first (models.adapter.merged).")
+        with unhooked(inner):
+            return ChatModel(copy.deepcopy(inner), self.tokenizer, self.name)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without the special tokens that a tokenizer may add."""
@@ -105,7 +114,12 @@ class ChatModel:
     ) -> Iterator[tuple[list[int], PromptBatch]]:
         """Yield batches of similar token length: (indices into `prompts`, batch on the model's device).
 
-        For a model that cannot read padding all texts of a batch are equally long.
+        For a model that cannot read padding all texts of a batch are equally long. Where an intervention has
+        a vector per prompt, there is one batch, in the order of `prompts`.
+
+        Raises:
+            SafeSteerError: Where an intervention has another number of vectors, or one per prompt and the
+                model cannot read padding.
         """
         prompts = as_prompts(prompts)
 
@@ -114,6 +128,15 @@ class ChatModel:
             texts = [prompts[i] for i in rows]
             return PromptBatch.of(self.tokenizer, texts, after, system=system, device=self.device)
 
+        n_vectors = n_rows_in_order(self.model)
+        if n_vectors is not None:
+            rows = list(range(len(prompts)))
+            batch = batch_of(rows).plain()
+            if n_vectors != len(rows):
+                raise SafeSteerError(f"{n_vectors} vectors, one each, cannot steer {len(rows)} prompts.")
+            require_padding(self.model, batch.attention_mask)
+            yield rows, batch
+            return
         for rows in batches(self.tokenizer, prompts, batch_size, system=system):
             batch = batch_of(rows)
             if traits_of(self.model).pads or bool(batch.attention_mask.all()):
@@ -217,8 +240,10 @@ def _without_bridge(bridge: nn.Module) -> PreTrainedModel:
         raise SafeSteerError("A bridge over quantized weights cannot be copied: pass the plain model.")
     config = copy.deepcopy(wrapped.config)
     config._attn_implementation = None  # a bridge asks for "eager", which shows attention patterns
-    model = type(wrapped)(config).to(device=wrapped.device, dtype=wrapped.dtype)
+    model = type(wrapped)(config).to(device=wrapped.device)
     weights = {n.replace("._original_component", ""): w for n, w in wrapped.state_dict().items()}
+    for name, p in model.named_parameters():  # each alone: `to` would round the rotary frequencies as well
+        p.data = p.data.to(weights[name].dtype)
     model.load_state_dict({name: weights[name] for name in model.state_dict()})
     model.generation_config = copy.deepcopy(wrapped.generation_config)
     return model.eval()

@@ -7,6 +7,7 @@ process or in another.
 """
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch, cut_at_eos
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import earned, prefill
-from safesteer.models.parts import hf_model
+from safesteer.models.parts import context_length, hf_model
 from safesteer.models.passes import plain_decoding, reading, rows_must_stay, select_rows
 from safesteer.models.processes import in_turns
 from safesteer.models.traits import traits_of
@@ -59,6 +60,22 @@ class _Sampling(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
+def _room(chat: ChatModel, mask: Int[Tensor, "batch pos"]) -> int:
+    """Return how many tokens may follow; the last one is not read itself.
+
+    Raises:
+        SafeSteerError: Where there is no room in the model's context.
+    """
+    limit = context_length(chat.model)
+    room = sys.maxsize if limit is None else limit - int(mask.sum(1).max()) + 1
+    if room <= 0:
+        raise SafeSteerError(
+            f"An answer reached the end of the model's context of {limit:,} tokens: shorten the prompt, or"
+            " take fewer new tokens."
+        )
+    return room
+
+
 @torch.no_grad()
 def generate_ids(
     chat: ModelLike,
@@ -88,6 +105,9 @@ def generate_ids(
     Returns:
         [samples, new_pos], padded after the end with the first EOS id. Row order: all samples of
         prompt 0, then of prompt 1.
+
+    Raises:
+        SafeSteerError: Where an answer outgrows the model's context.
     """
     chat = as_chat(chat)
     batch = earned(chat.model, batch)
@@ -109,7 +129,8 @@ def generate_ids(
     out, width = ids.new_full((n_rows, max_new_tokens), eos[0] if eos else 0), 0
     may_leave = cache is not None and not rows_must_stay(chat.model)
     while width < max_new_tokens and len(going.rows):
-        n_new = min(TOGETHER, max_new_tokens - width) if may_leave else max_new_tokens
+        n_new = min(TOGETHER if may_leave else max_new_tokens, max_new_tokens - width)
+        n_new = min(n_new, _room(chat, going.mask))
         sampling = [] if drawn is None else [_Sampling(drawn[going.rows, width:], temperature, chat.name)]
         with reading(batch if width == 0 else batch.whole_rows(going.rows // n_samples)):
             new = _continued(

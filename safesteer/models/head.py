@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.logits import logits_of
-from safesteer.models.parts import decoder, hf_model, text_config
+from safesteer.models.parts import decoder, final_norm, hf_model, text_config
 from safesteer.models.placement import input_device, require_head_with_embedding
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ def once_per_model(measure: Callable[[nn.Module], T]) -> Callable[[nn.Module], T
     def measured(model: nn.Module) -> T:
         inner = hf_model(model)
         if inner not in results:
-            with _unhooked(inner), torch.autocast(input_device(inner).type, enabled=False):
+            with unhooked(inner), torch.autocast(input_device(inner).type, enabled=False):
                 results[inner] = measure(model)
         return results[inner]
 
@@ -91,6 +91,13 @@ def output_head(model: nn.Module) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), logits.softcap, logits.scale)
 
 
+def normed(model: nn.Module, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """Put the final norm on a residual stream, in float32 whatever the precision of the weights."""
+    norm = final_norm(model)
+    weights = {name: p.float() for name, p in norm.named_parameters()}
+    return torch.func.functional_call(norm, weights, (x.float(),)).float()
+
+
 def probe_ids(model: nn.Module, n: int, seed: int = 0) -> Tensor:
     """Draw ordinary token ids, [1, n]: from the middle of the vocabulary, where no special ones are."""
     n_vocab = cast(nn.Embedding, hf_model(model).get_input_embeddings()).weight.shape[0]
@@ -100,7 +107,7 @@ def probe_ids(model: nn.Module, n: int, seed: int = 0) -> Tensor:
 
 
 @contextmanager
-def _unhooked(model: nn.Module) -> Iterator[None]:
+def unhooked(model: nn.Module) -> Iterator[None]:
     """Run the model as it is, without gradients: hooks that are on (steering) are put aside for the block."""
     modules = list(model.modules())
     hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in modules]

@@ -31,6 +31,7 @@ from safesteer.models.chat_model import ChatModel
 from safesteer.models.gguf import gguf_folder, is_gguf
 from safesteer.models.named import NAMED, SMOLLM2, named_source
 from safesteer.models.placement import DeviceMap, is_offloaded, read_map, spread
+from safesteer.models.precision import as_dtype
 from safesteer.models.quiet import quiet_transformers
 from safesteer.models.templates import render, set_template
 from safesteer.models.traits import self_check
@@ -97,7 +98,7 @@ def load_model(
     if unknown:
         raise TypeError(f"load_model takes no {', '.join(sorted(unknown))}.")
     options = {"revision": None, "trust_remote_code": False, **hub}
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    dtype = dtype if dtype == "auto" else as_dtype(dtype)
     device_map = read_map(device_map)
     names_places = device == "auto" and isinstance(device_map, Mapping)  # of which one is the first device
     device = _with_float64(best_device() if device == "auto" else device)
@@ -240,7 +241,13 @@ def best_device() -> str:
 
 
 def _with_float64(device: str) -> str:
-    """Return the device, or raise SafeSteerError where it lacks what checks, sums and samples are made in."""
+    """Return the device, or raise SafeSteerError where it is missing or has no float64, as sums need."""
     if device.startswith("mps"):
         raise SafeSteerError("MPS has no float64, which SafeSteer computes in: use device='cpu'.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SafeSteerError(
+            f"This machine has no device '{device}' ({first_line(error, 120)}): use cpu."
+        ) from error
     return device

@@ -81,6 +81,11 @@ def is_quantized(model: nn.Module) -> bool:
     return not all(weight.is_floating_point() for weight in hf_model(model).parameters())
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Return whether a low-rank adapter lies in the modules, also of a base that a student shares."""
+    return hasattr(hf_model(model), "peft_config")
+
+
 def context_length(model: nn.Module) -> int | None:
     """Return how many tokens the model reads at once, where its config says so."""
     return getattr(text_config(model), "max_position_embeddings", None)

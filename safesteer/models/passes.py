@@ -28,6 +28,8 @@ READ_NOW: ContextVar[PromptBatch | None] = ContextVar("read_now", default=None)
 _DIFFERING: ContextVar[tuple[nn.Module, ...]] = ContextVar("differing", default=())
 # Decoders under hooks that know a row by its place in the batch.
 _STAYING: ContextVar[tuple[nn.Module, ...]] = ContextVar("staying", default=())
+# Decoders that are steered by vectors of the rows, with the number of the vectors.
+_BY_ROW: ContextVar[tuple[tuple[nn.Module, int], ...]] = ContextVar("by_row", default=())
 
 
 # How many blocks of `bare` are open: a hook acts in as many as were open when it was set.
@@ -82,6 +84,21 @@ def rows_stay(model: nn.Module) -> AbstractContextManager[None]:
 def rows_must_stay(model: nn.Module) -> bool:
     """Return whether a block of `rows_stay` is open for the model."""
     return _is_marked(_STAYING, model)
+
+
+@contextmanager
+def rows_in_order(model: nn.Module, n: int) -> Iterator[None]:
+    """Let `ChatModel.batched` keep `n` prompts in one batch, as they are given, inside the block."""
+    token = _BY_ROW.set((*_BY_ROW.get(), (decoder(model), n)))
+    try:
+        yield
+    finally:
+        _BY_ROW.reset(token)
+
+
+def n_rows_in_order(model: nn.Module) -> int | None:
+    """Return the number of prompts that have to stay as they are given; None where none have to."""
+    return next((n for part, n in _BY_ROW.get() if part is decoder(model)), None)
 
 
 def _is_marked(marked: ContextVar[tuple[nn.Module, ...]], model: nn.Module) -> bool:

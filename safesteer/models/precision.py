@@ -64,6 +64,23 @@ def weight_dtype(model: nn.Module) -> torch.dtype:
     return cast(Tensor, hf_model(model).get_input_embeddings().weight).dtype
 
 
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return a torch dtype, also by its name.
+
+    Raises:
+        SafeSteerError: For a name that is no floating-point precision.
+
+    Example:
+        >>> from safesteer.models.precision import as_dtype
+        >>> as_dtype("bfloat16")
+        torch.bfloat16
+    """
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise SafeSteerError(f"'{dtype}' is no precision: use float32, bfloat16 or float16.")
+    return named
+
+
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Change the precision of the weights in place.
 

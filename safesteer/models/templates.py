@@ -139,7 +139,7 @@ def _apply(
     defaults = _source(tokenizer).rpartition(_END)[0] if _source(tokenizer).startswith(_DEFAULTS) else ""
     thinking = {} if "set enable_thinking " in defaults else {"enable_thinking": False}
     text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=answering, **thinking, **extra
+        messages, tokenize=False, add_generation_prompt=answering, **(thinking | extra)
     )
     return cast(str, text)
 

@@ -33,10 +33,12 @@ USUAL = (
 
 @dataclass(frozen=True, eq=False)
 class Writes:
-    """The modules that write, with their blocks, and whether the embedding alone makes the first residual."""
+    """What writes, by block and name, and whether the embedding alone makes the first residual.
 
-    modules: tuple[nn.Module, ...]
-    blocks: tuple[nn.Module, ...]  # the block of each
+    Names and not modules: an adapter puts another module in the place of one that it wraps.
+    """
+
+    places: tuple[tuple[int, str], ...]
     starts_at_embedding: bool
     deviation: float  # largest misfit of a block's change, in units of its spread
 
@@ -64,8 +66,7 @@ def writes_of(model: nn.Module) -> Writes:
     finally:
         for handle in handles:
             handle.remove()
-    modules: list[nn.Module] = []
-    owners: list[nn.Module] = []
+    places: list[tuple[int, str]] = []
     names: tuple[str, ...] = ()
     worst = 0.0
     for layer, inside in enumerate(parts):
@@ -77,8 +78,7 @@ def writes_of(model: nn.Module) -> Writes:
                 f"What block {layer} of {family} writes to the residual stream is not a sum of its parts'"
                 " outputs, so no direction can be projected out of it: use add or clamp."
             )
-        modules += [inside[name] for name in names]
-        owners += [blocks(model)[layer]] * len(names)
+        places += [(layer, name) for name in names]
     limit = tolerance(seen[0, "before"].dtype, HALF_TOLERANCE)
     first, embedded = seen[0, "before"], seen.get((-1, "embed"))
     alone = (
@@ -86,7 +86,14 @@ def writes_of(model: nn.Module) -> Writes:
         and embedded.shape == first.shape
         and _misfit(first, [embedded], _rounding(first)) <= limit
     )
-    return Writes(tuple(modules), tuple(owners), alone, worst)
+    return Writes(tuple(places), alone, worst)
+
+
+def write_at(model: nn.Module, number: int) -> tuple[nn.Module, nn.Module]:
+    """Return the module that makes a write as the model is now, and its block."""
+    layer, name = writes_of(model).places[number]
+    block = blocks(model)[layer]
+    return dict(_parts(block))[name], block
 
 
 def _parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:

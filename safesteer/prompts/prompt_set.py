@@ -85,10 +85,27 @@ class PromptSet:
             chosen += there
         return PromptSet(tuple(chosen), f"{self.name}/{'+'.join(names)}")
 
+    def require_kinds(self) -> None:
+        """Raise SafeSteerError where one kind of prompts is missing."""
+        if not self.harmful or not self.harmless:
+            raise SafeSteerError(
+                f"'{self.name}' holds {len(self.harmful)} harmful and {len(self.harmless)} harmless prompts;"
+                " at least one of each is needed."
+            )
+
     def first(self, n_pairs: int | None) -> "PromptSet":
         """Return the first n harmful and the first n harmless prompts (all of them for None)."""
         kinds = ([p for p in self.prompts if p.label == label] for label in LABELS)
         return PromptSet(tuple(p for kind in kinds for p in kind[:n_pairs]), self.name)
+
+    def across(self, n_pairs: int | None) -> "PromptSet":
+        """Return n prompts of each kind, taken from their categories in turn (all of them for None).
+
+        The project's pairs stand by category, so that their first few are of a few categories. Twins stay
+        together, because both have one category.
+        """
+        kinds = ([p for p in self.prompts if p.label == label] for label in LABELS)
+        return PromptSet(tuple(p for kind in kinds for p in _in_turn(kind)[:n_pairs]), self.name)
 
     def after(self, n_pairs: int | None) -> "PromptSet | None":
         """Return what `first` leaves over of both kinds; None if one kind has nothing left."""
@@ -195,17 +212,32 @@ class PromptSet:
         return self
 
     def _with_splits(self, seed: int) -> "PromptSet":
-        if all(p.split for p in self.prompts):
-            return self
-        pairs = sorted({p.pair for p in self.prompts})
-        random.Random(seed).shuffle(pairs)
-        bounds, total, used = {}, sum(SPLITS.values()), 0
-        for name, size in SPLITS.items():
-            share = max(1, round(size / total * len(pairs)))
-            bounds |= dict.fromkeys(pairs[used : used + share], name)
-            used += share
+        """Deal what has no split: twins together, and single prompts of each kind by themselves."""
+        given = {p.pair: p.split for p in self.prompts if p.split}
+        kinds: dict[str, set[Label]] = {}
+        for p in self.prompts:
+            kinds.setdefault(p.pair, set()).add(p.label)
+        bounds, total = dict(given), sum(SPLITS.values())
+        for alike in ({*LABELS}, {LABELS[0]}, {LABELS[1]}):
+            pairs = sorted(pair for pair, labels in kinds.items() if labels == alike and pair not in given)
+            random.Random(seed).shuffle(pairs)
+            used = 0
+            for name, size in SPLITS.items():
+                share = max(1, round(size / total * len(pairs)))
+                bounds |= dict.fromkeys(pairs[used : used + share], name)
+                used += share
         prompts = tuple(replace(p, split=p.split or bounds.get(p.pair, "test")) for p in self.prompts)
         return PromptSet(prompts, self.name)
+
+
+def _in_turn(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Put the first of every category first, then the second of each, and so on."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for p in prompts:
+        turns.append(seen[p.category])
+        seen[p.category] += 1
+    return [prompts[i] for i in sorted(range(len(prompts)), key=lambda i: turns[i])]
 
 
 def _parse_row(line: str, where: str, number: int) -> list[Prompt]:
@@ -221,6 +253,7 @@ def _parse_row(line: str, where: str, number: int) -> list[Prompt]:
         texts = {row["label"]: row["prompt"]}
     else:
         raise SafeSteerError(f"{where} needs the keys 'harmful' and 'harmless', or 'prompt' and 'label'.")
+    row = {key: value for key, value in row.items() if value is not None}  # what pandas writes for "none"
     extra = {k: str(row.get(k, "")) for k in ("split", "category", "form")}
     extra["split"] = OLD_SPLITS.get(extra["split"], extra["split"])
     if extra["split"] not in ("", EXTRA, *SPLITS):

@@ -79,6 +79,8 @@ def load_page_data(run: Path) -> dict[str, Any]:
             values[name] = readers[name](run / file)
         except (SafeSteerError, ValueError, OSError) as error:
             missing[name] = f"{file} could not be read: {error}"
+        except (KeyError, AttributeError, TypeError, IndexError) as error:  # a file of another shape
+            missing[name] = f"{file} could not be read: it lacks {error}"
     attribution: Attribution | None = values["attribution"]
     shown = {
         "run": _run_facts(manifest),

@@ -22,8 +22,9 @@ from safesteer._errors import SafeSteerError
 from safesteer._files import read_json, read_value, write_json, write_text
 from safesteer._version import __version__
 from safesteer.evaluation.measuring import Measured
-from safesteer.judges.judge import judge_name
+from safesteer.judges.judge import judge_identity
 from safesteer.models.chat_model import ChatModel
+from safesteer.models.hashing import weights_hash
 from safesteer.recipes import Recipe
 from safesteer.run_folder import Run
 from safesteer.searching.space import Range, tried_value
@@ -77,8 +78,9 @@ def open_folder(run: Run, base: ChatModel, space: Sequence[Range]) -> None:
     ours = {
         "model": run.model_name,
         "fingerprint": base.fingerprint,
+        "weights": weights_hash(base.model),
         "prompts_hash": run.prompts.hash,
-        "judge": judge_name(run.judge),
+        "judge": judge_identity(run.judge),
         "space": json.loads(json.dumps([asdict(entry) for entry in space])),
     }
     if path.exists():

@@ -1,9 +1,9 @@
 """What trials share: everything that their settings do not change is made once.
 
     once                       refusal tokens, activations, candidates; the base's answers to val
-    per coefficient            the scores of all candidates (a range of layers only leaves some of them out)
+    per setting of the sweep   the scores of all candidates (a range of layers only leaves some of them out)
     per setting of stage 1     the direction
-    per direction              the answers that S is voted on
+    per direction and horizon  the answers that S is voted on (and per other settings of sampling)
     per direction and setting  S
 
 What is made is what `find_direction` and `select_tokens` make with the trial's recipe, so `align` with that
@@ -46,9 +46,9 @@ class Shared:
     measured: Measured
     max_layer_share: float
     chooser: Judge
-    sweeps: dict[float | None, Sweep] = field(default_factory=dict)
+    sweeps: dict[DirectionConfig, Sweep] = field(default_factory=dict)
     directions: dict[DirectionConfig, Direction] = field(default_factory=dict)
-    sampled: dict[Place, AnswerStates] = field(default_factory=dict)
+    sampled: dict[tuple[Place, TokenConfig], AnswerStates] = field(default_factory=dict)
     tokens: dict[tuple[Place, TokenConfig], TokenSet] = field(default_factory=dict)
 
 
@@ -75,13 +75,13 @@ def shared_direction(shared: Shared, config: DirectionConfig) -> Direction:
     """
     if config in shared.directions:
         return shared.directions[config]
-    base, reading, coeff = shared.base, shared.reading, config.coeff
-    if coeff not in shared.sweeps:
-        # Controls and held-out scores choose nothing.
-        wide = replace(config, max_layer_share=shared.max_layer_share, n_controls=0, n_held_out=0)
+    base, reading = shared.base, shared.reading
+    # Controls and held-out scores choose nothing.
+    wide = replace(config, max_layer_share=shared.max_layer_share, n_controls=0, n_held_out=0)
+    if wide not in shared.sweeps:
         scored = reading.suited.first(config.n_val)
-        shared.sweeps[coeff] = sweep(base, reading.candidates, scored, reading.refusal.ids, wide)
-    ranked = shared.sweeps[coeff].up_to(config.max_layer_share)
+        shared.sweeps[wide] = sweep(base, reading.candidates, scored, reading.refusal.ids, wide)
+    ranked = shared.sweeps[wide].up_to(config.max_layer_share)
     val = shared.prompts.split("val")
     direction, _ = choose_candidate(base, ranked, reading.read, val, shared.chooser, config)
     shared.directions[config] = direction
@@ -97,10 +97,11 @@ def shared_tokens(shared: Shared, direction: Direction, config: TokenConfig) -> 
     place = direction.position, direction.layer, direction.coeff
     if (place, config) not in shared.tokens:
         texts = shared.prompts.split("val").texts(config.prompts)
-        if place not in shared.sampled:
+        key = place, replace(config, k=1, k_vote=1, min_steered_prob=0.0, method="vote")  # what samples
+        if key not in shared.sampled:
             while len(shared.sampled) >= N_SAMPLED:
                 shared.sampled.pop(next(iter(shared.sampled)))
-            shared.sampled[place] = sample_answers(shared.base, direction, texts, config)
-        made = select_tokens(shared.base, direction, texts, config, sampled=shared.sampled[place])
+            shared.sampled[key] = sample_answers(shared.base, direction, texts, config)
+        made = select_tokens(shared.base, direction, texts, config, sampled=shared.sampled[key])
         shared.tokens[place, config] = made
     return shared.tokens[place, config]

@@ -40,6 +40,7 @@ class Range:
     relative: bool = False
 
 
+READ_ONCE = ("direction.native_share", "direction.n_train", "direction.seed")  # what candidates are read by
 SPACE = (
     Range(
         "direction.coeff",
@@ -117,7 +118,7 @@ def resolve_space(space: Sequence[Range], recipe: Recipe) -> tuple[Range, ...]:
 
     Raises:
         SafeSteerError: For a setting that there is not, stands twice, or has no value to be a multiple of;
-            a range that is empty, or that the setting does not take.
+            a range that is empty, or that the setting does not take; for a setting of what is read once.
 
     Example:
         >>> from safesteer.searching.space import SPACE, resolve_space
@@ -129,6 +130,8 @@ def resolve_space(space: Sequence[Range], recipe: Recipe) -> tuple[Range, ...]:
     for entry in space:
         if entry.name not in values or "." not in entry.name:
             raise SafeSteerError(f"Unknown setting '{entry.name}': `safesteer settings` lists what there is.")
+        if entry.name in READ_ONCE:
+            raise SafeSteerError(f"{entry.name} is read once per search: give it with --set, not as a range.")
         if [e.name for e in space].count(entry.name) > 1:
             raise SafeSteerError(f"The search varies {entry.name} twice: leave one of the two ranges out.")
         if entry.relative:

@@ -20,7 +20,7 @@ from safesteer.models.head import FAILURES, deviation, once_per_model, probe_ids
 from safesteer.models.parts import blocks, hf_model, is_bridge
 from safesteer.models.passes import read_states, rows_stay, unless_bare
 from safesteer.models.placement import input_device
-from safesteer.models.writes import writes_of
+from safesteer.models.writes import write_at
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -95,8 +95,7 @@ def _attach(model: nn.Module, point: Point, layer: int, edit: Edit) -> list[Remo
 
     part = hf_model(model).get_input_embeddings()
     if point == "write":
-        writes = writes_of(model)
-        part, block = writes.modules[layer], writes.blocks[layer]
+        part, block = write_at(model, layer)
         handles.append(block.register_forward_pre_hook(unless_bare(remember), with_kwargs=True))
     handles.append(part.register_forward_hook(unless_bare(after)))
     return handles

@@ -17,7 +17,7 @@ the number of prompt columns.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.chat_model import ModelLike, module_of
+from safesteer.models.passes import rows_in_order
 from safesteer.models.writes import writes_of
 from safesteer.steering.hooks import Edits, Point, apply_hooks
 from safesteer.steering.scopes import Columns, Moves, Scope, apply_in_scope, columns_of
@@ -46,6 +47,17 @@ def _unit(vector: Tensor) -> Tensor:
 def _along(x: Tensor, unit: Tensor) -> Float[Tensor, "batch pos 1"]:
     """Project every position on a unit vector, or on one per row."""
     return (x @ unit)[..., None] if unit.dim() == 1 else torch.linalg.vecdot(x, unit)[..., None]
+
+
+@contextmanager
+def _apply(
+    model: nn.Module, vector: Vector, edits: Moves, scope: Scope, n_last: int, prompt_width: int | None
+) -> Iterator[None]:
+    """Apply `edits` in scope; where each row has a vector of its own, prompts stay as they are given."""
+    alike = vector.dim() == 1
+    placed = nullcontext() if alike else rows_in_order(model, len(vector))
+    with placed, apply_in_scope(model, edits, scope, n_last, prompt_width, rows_may_leave=alike):
+        yield
 
 
 def adding(vector: Vector, layer: int, coeff: float) -> Moves:
@@ -86,7 +98,7 @@ def add(
 
     Args:
         chat: A ChatModel, a TransformerBridge, a plain model, or (model, tokenizer).
-        vector: One for the batch, [d_model], or one per row, [batch, d_model].
+        vector: One for all, [d_model], or one per prompt (per row of your own batch), [batch, d_model].
         layer: The block whose input is moved.
         coeff: Multiple of the vector that is added.
         scope: Where in the text it acts: "all", "prompt", "answer" or "last".
@@ -102,8 +114,7 @@ def add(
         >>> steered == ss.generate(chat, ["Hello"], max_new_tokens=4)
         False
     """
-    edits, alike = adding(vector, layer, coeff), vector.dim() == 1
-    with apply_in_scope(module_of(chat), edits, scope, n_last, prompt_width, rows_may_leave=alike):
+    with _apply(module_of(chat), vector, adding(vector, layer, coeff), scope, n_last, prompt_width):
         yield
 
 
@@ -122,7 +133,8 @@ def clamp(
 
     Args:
         chat: A ChatModel, a TransformerBridge, a plain model, or (model, tokenizer).
-        vector: One for the batch, [d_model], or one per row, [batch, d_model]; its length does not matter.
+        vector: One for all, [d_model], or one per prompt (per row of your own batch), [batch, d_model]; any
+            length.
         layer: The block whose input is moved.
         value: The projection on the unit direction, in units of the residual stream.
         scope: Where in the text it acts: "all", "prompt", "answer" or "last".
@@ -138,8 +150,7 @@ def clamp(
         >>> steered == ss.generate(chat, ["Hello"], max_new_tokens=4)
         False
     """
-    edits, alike = clamping(vector, layer, value), vector.dim() == 1
-    with apply_in_scope(module_of(chat), edits, scope, n_last, prompt_width, rows_may_leave=alike):
+    with _apply(module_of(chat), vector, clamping(vector, layer, value), scope, n_last, prompt_width):
         yield
 
 
@@ -236,7 +247,7 @@ def _writes(model: nn.Module) -> list[tuple[Point, int]]:
     """Return every point that writes to the residual stream: embedding, attention and MLP outputs."""
     writes = writes_of(model)
     start: Point = "embed" if writes.starts_at_embedding else "resid_pre"
-    return [(start, 0), *(("write", i) for i in range(len(writes.modules)))]
+    return [(start, 0), *(("write", i) for i in range(len(writes.places)))]
 
 
 def _project_out(x: Tensor, unit: Tensor) -> Tensor:
@@ -259,7 +270,8 @@ def ablate(
 
     Args:
         chat: A ChatModel, a TransformerBridge, a plain model, or (model, tokenizer).
-        vector: One for the batch, [d_model], or one per row, [batch, d_model]; its length does not matter.
+        vector: One for all, [d_model], or one per prompt (per row of your own batch), [batch, d_model]; any
+            length.
         scope: Where in the text it acts: "all", "prompt", "answer" or "last".
         n_last: Number of prompt positions for "last".
         prompt_width: Prompt columns, where SafeSteer does not run the passes itself.
@@ -274,8 +286,8 @@ def ablate(
         >>> bool((seen[1] @ direction.unit).abs().max() < 1e-4)
         True
     """
-    model, alike = module_of(chat), vector.dim() == 1
-    with apply_in_scope(model, ablating(model, vector), scope, n_last, prompt_width, rows_may_leave=alike):
+    model = module_of(chat)
+    with _apply(model, vector, ablating(model, vector), scope, n_last, prompt_width):
         yield
 
 
@@ -287,7 +299,7 @@ def ablate_placebo(chat: ModelLike, vector: Vector, seed: int = 0) -> Iterator[N
 
     Args:
         chat: A ChatModel, a TransformerBridge, a plain model, or (model, tokenizer).
-        vector: One for the batch, [d_model], or one per row, [batch, d_model].
+        vector: One for all, [d_model], or one per prompt (per row of your own batch), [batch, d_model].
         seed: Of the random axis.
     """
     from transformer_lens.tools.analysis import NormMatchedPlacebo, random_basis  # slow to import

@@ -11,6 +11,7 @@ function places(rows) {
     el("div", { class: "facts" }, `${p.step ? `step ${p.step}: ` : ""}base ${prob(p.p_base)}${p.rank_base ? ` (rank ${whole(p.rank_base)})` : ""}, steered ${prob(p.p_steered)}${p.rank_steered ? ` (rank ${whole(p.rank_steered)})` : ""}`))));
 }
 function rails(rows) { // signed bars on one scale, zero where the smallest value needs it
+  rows = rows.filter(r => r[1] !== null);
   const values = rows.map(r => r[1]), low = Math.min(0, ...values), high = Math.max(0, ...values), span = high - low || 1;
   return el("div", { class: "bars" }, rows.map(([name, value, colour]) => {
     const from = (Math.min(0, value) - low) / span, width = Math.abs(value) / span;
@@ -26,7 +27,7 @@ function story(t) {
     el("div", {}, String(n), style(el("i"), { height: `${(62 * n) / most}%` }), String(i + 1))));
   const parts = [block("Votes by step of the answer", steps)];
   if (!s) return el("div", { class: "story" }, parts, wide(block("Where steering raised it most", places(t.contexts.map(c => ({ ...c, token: t.text }))))), missing("attribution"));
-  const sentence = s.direct <= 0 ? "The direction itself does not raise this token." : s.change <= 0 ? "The direction itself raises this token, but later layers lower it again." :
+  const sentence = s.direct === null ? "The direction is not added, so it has no part of its own." : s.direct <= 0 ? "The direction itself does not raise this token." : s.change <= 0 ? "The direction itself raises this token, but later layers lower it again." :
     s.direct / s.change > 0.5 ? "Most of the rise comes from the direction itself." : "Most of the rise comes from later layers, which respond to the direction.";
   parts.push(
     block("Change of its logit by steering, nats", rails([["direction itself", s.direct, "raise"], ["later layers", s.later_layers, "violet"], ["total change", s.change, "teal"]]),

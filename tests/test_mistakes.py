@@ -1,0 +1,392 @@
+"""Mistakes that were made here once, each with the smallest model that shows it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+import safesteer as ss
+from conftest import SIZES, batch_of, copy_of, n_hooks, random_vector, set_of
+from safesteer._errors import SafeSteerError
+from safesteer.attribution.grid import answer_grid
+from safesteer.attribution.stories import logit_parts
+from safesteer.attribution.tracing import trace
+from safesteer.directions.inspection import logit_lens, probe_accuracy
+from safesteer.directions.refusal_tokens import RefusalTokens
+from safesteer.directions.shifts import shift_along
+from safesteer.distillation.rollouts import StepPrompts, Teacher, sample_rollouts
+from safesteer.distillation.state import prepare_student
+from safesteer.judges.judge import read_reply
+from safesteer.live.reading import Subject, View, read_prompt, stream_answers
+from safesteer.models.chat_model import ChatModel
+from safesteer.models.forward import final_hidden, last_logits
+from safesteer.models.generation import generate
+from safesteer.models.head import normed, output_head
+from safesteer.models.loading import load_model
+from safesteer.models.templates import render
+from safesteer.prompts.prompt_set import LABELS, PromptSet
+from safesteer.run_folder import Run, open_run
+from safesteer.steering.hooks import record_resid_pre
+
+SMALL = {"vocab_size": 400, "num_hidden_layers": 3, "bos_token_id": None, "pad_token_id": None}
+PROMPTS = ["Write a short story about a lighthouse keeper and the storm.", "Hi"]
+
+
+def made(kind, config, tokenizer) -> ChatModel:
+    torch.manual_seed(0)
+    return ChatModel(kind(config).eval().requires_grad_(False), tokenizer, kind.__name__)
+
+
+@pytest.fixture
+def neox(chatml_tokenizer) -> ChatModel:
+    """A LayerNorm with a bias before the head."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
+    config = GPTNeoXConfig(**sizes, vocab_size=400, bos_token_id=None, eos_token_id=2)
+    chat = made(GPTNeoXForCausalLM, config, chatml_tokenizer)
+    torch.nn.init.normal_(chat.model.gpt_neox.final_layer_norm.bias)
+    return chat
+
+
+def with_random_adapter(chat: ChatModel, direction) -> ChatModel:
+    """A student that shares the weights of `chat`, and answers otherwise."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    student = prepare_student(chat, direction, ss.DistillConfig(lora_rank=2)).student
+    generator = torch.Generator().manual_seed(0)
+    for name, p in student.model.named_parameters():
+        if "lora_B" in name:
+            p.data = 0.5 * torch.randn(p.shape, generator=generator)
+    return student
+
+
+# --- a student that is an adapter on the base ---
+
+
+def test_the_base_is_the_base_beside_a_student_on_its_weights(tiny_llama, direction, few):
+    base, tokens = copy_of(tiny_llama), set_of([5, 30, 40])
+    view = View("Hello", layer=1, coeff=2.0, max_new_tokens=3)
+    config = ss.EvaluateConfig(n_prompts=2, max_new_tokens=4, perplexity_tokens=50)
+    prompts = PromptSet(tuple(replace(p, split="test") for p in few.prompts), "few")
+
+    def readings(student: ChatModel | None) -> dict:
+        """Everything that is read of base and teacher."""
+        subject = Subject(base, direction, tokens, student)
+        evaluation = ss.evaluate(base, student, direction, prompts, config)
+        (shown,) = trace(base, direction, tokens, ["Hello"], ["the way"], student)
+        grid = answer_grid(base, direction, tokens, student, prompts=["Hello"], max_new_tokens=2)
+        shift = shift_along(base, direction, few, student)
+        (first, *_) = stream_answers(subject, view)
+        return {
+            "scores": [evaluation.scores[name] for name in ("base", "teacher")],
+            "answers": [(row["base"], row["teacher"]) for row in evaluation.answers],
+            "trace": [(t.p_base, t.p_steered) for t in shown.tokens],
+            "grid": [[(t.p_base, t.p_steered) for t in cell.traces[0].tokens] for cell in grid.cells],
+            "shift": shift[shift.model == "teacher"].along.tolist(),
+            "lens": [(t.p_base, t.p_steered) for t in first[:2]],
+            "prompt": read_prompt(subject, "Hello").projections.tolist(),
+        }
+
+    alone = readings(None)
+    student = with_random_adapter(base, direction)
+    assert readings(student) == alone
+    shift = shift_along(base, direction, few, student)
+    assert shift[shift.model == "student"].norm.max() > 0.1
+    with pytest.raises(SafeSteerError, match="carries an adapter"):
+        base.copy()
+
+
+def test_no_base_under_an_adapter_is_exported(tiny_llama, direction, tmp_path):
+    base = copy_of(tiny_llama)
+    with_random_adapter(base, direction)
+    with pytest.raises(SafeSteerError, match="still carries an adapter"):
+        ss.export(base, tmp_path / "model")
+
+
+def test_ablation_follows_an_adapter_on_and_off(chatml_tokenizer, direction):
+    """OPT's last linear map of a block writes by itself, and an adapter wraps it."""
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
+    config = OPTConfig(**sizes, vocab_size=400, word_embed_proj_dim=32, bos_token_id=None, eos_token_id=2)
+    base = made(OPTForCausalLM, config, chatml_tokenizer)
+    unit = random_vector(32) / random_vector(32).norm()
+
+    def remaining(chat: ChatModel) -> float:
+        with ss.ablate(chat, unit), record_resid_pre(chat, [1, 2], lambda h: h) as seen:
+            final_hidden(chat.model, batch_of(chat))
+        return max(float((h @ unit).abs().max()) for h in seen.values())
+
+    assert remaining(base) < 1e-4  # unablated it is about 1
+    student = with_random_adapter(base, direction)
+    assert remaining(student) < 1e-4
+
+
+# --- steering by row, and copies under steering ---
+
+
+@pytest.mark.parametrize("how", ["add", "ablate", "clamp"])
+def test_a_vector_per_prompt_steers_its_own_prompt(chat, how):
+    vectors = torch.stack([8 * random_vector(32, seed) for seed in (1, 2)])
+    steer = {
+        "add": lambda v: ss.add(chat, v, 1),
+        "ablate": lambda v: ss.ablate(chat, v),
+        "clamp": lambda v: ss.clamp(chat, v, 1, 9.0),
+    }[how]
+    alone = []
+    for vector, prompt in zip(vectors, PROMPTS, strict=True):
+        with steer(vector):
+            alone += generate(chat, [prompt], max_new_tokens=6)
+    with steer(vectors):
+        assert generate(chat, PROMPTS, max_new_tokens=6) == alone
+        with pytest.raises(SafeSteerError, match="2 vectors, one each, cannot steer 1 prompts"):
+            generate(chat, PROMPTS[:1], max_new_tokens=1)
+
+
+def test_a_copy_and_a_bridge_are_not_steered(tiny_llama, direction):
+    before = last_logits(tiny_llama, batch_of(tiny_llama))
+    with ss.steer(tiny_llama, direction):
+        copied, bridge = tiny_llama.copy(), ss.to_bridge(tiny_llama)
+    assert torch.equal(last_logits(copied, batch_of(copied)), before)
+    torch.testing.assert_close(last_logits(bridge, batch_of(tiny_llama)), before, rtol=1e-4, atol=1e-4)
+    assert n_hooks(copied.model) == n_hooks(copy_of(tiny_llama).model)
+
+
+def test_an_export_under_steering_proves_the_model_without_it(tiny_llama, direction, tmp_path):
+    with ss.steer(tiny_llama, direction):
+        ss.export(tiny_llama, tmp_path / "model")
+    assert ss.check_reload(tmp_path / "model") < 1e-4
+
+
+def test_a_bridge_is_copied_with_frequencies_as_they_are(tiny_llama):
+    chat = copy_of(tiny_llama)
+    from safesteer.models.precision import cast_weights
+
+    cast_weights(chat.model, torch.bfloat16)
+    copied = ss.models.chat_model.as_chat(ss.to_bridge(chat)).copy()
+    want = {n: b.dtype for n, b in chat.model.named_buffers() if "inv_freq" in n}
+    assert {n: b.dtype for n, b in copied.model.named_buffers() if "inv_freq" in n} == want
+    assert torch.float32 in want.values()
+    assert {p.dtype for p in copied.model.parameters()} == {torch.bfloat16}
+
+
+# --- numbers of the head ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (GraniteForCausalLM, GraniteConfig(**SIZES, **SMALL, logits_scaling=8.0)),
+        (CohereForCausalLM, CohereConfig(**SIZES, **SMALL, logit_scale=0.0625)),
+    ],
+    ids=["granite", "cohere"],
+)
+def test_stories_are_in_nats_of_the_models_own_logits(kind, config, chatml_tokenizer, direction):
+    chat, ids = made(kind, config, chatml_tokenizer), torch.tensor([10, 20, 30])
+    batch = batch_of(chat, ["Hello"])
+    before = last_logits(chat, batch)[0, 0]
+    with ss.steer(chat, direction):
+        moved = last_logits(chat, batch)[0, 0] - before
+    direct, change = logit_parts(chat, direction, ids, ["Hello"])
+    want = moved[ids] - moved[: len(chatml_tokenizer)].mean()
+    torch.testing.assert_close(change, want, rtol=1e-3, atol=1e-5)
+    assert direct is not None
+    clamped, _ = logit_parts(chat, replace(direction, operation="clamp"), ids, ["Hello"])
+    assert clamped is None
+
+
+def test_stories_of_a_layernorm_in_half_precision(neox, direction):
+    want = logit_parts(neox, direction, torch.tensor([10, 20]), ["Hello"])
+    neox.model.bfloat16()
+    got = logit_parts(neox, direction, torch.tensor([10, 20]), ["Hello"])
+    for half, full in zip(got, want, strict=True):
+        assert (half - full).abs().max() < 0.1 * full.abs().max() + 0.01
+
+
+def test_the_lowest_tokens_are_the_lowest_where_the_norm_has_a_bias(neox):
+    vector = random_vector(32)
+    logits = neox.model.get_output_embeddings()(neox.model.gpt_neox.final_layer_norm(vector))
+    table = logit_lens(neox, vector[None], k=5)
+    assert table[table.end == "bottom"].token_id.tolist() == (-logits).topk(5).indices.tolist()
+    assert table[table.end == "top"].token_id.tolist() == logits.topk(5).indices.tolist()
+    assert table.logit.tolist()[5:] == pytest.approx(logits.sort().values[:5].tolist(), abs=1e-4)
+    assert torch.allclose(normed(neox.model, vector) @ output_head(neox.model).weight.T, logits, atol=1e-5)
+
+
+def test_twins_are_held_out_together_in_any_order(tiny_llama, pairs, monkeypatch):
+    import transformer_lens.tools.analysis as tools
+
+    val = pairs.split("val").first(6)
+    turned = [p for p in val.prompts if p.label == "harmful"]
+    turned += [p for p in val.prompts if p.label == "harmless"][::-1]
+    seen, real = [], tools.sweep_sparse_probe
+    monkeypatch.setattr(
+        tools, "sweep_sparse_probe", lambda *a, **kw: seen.append(kw["groups"]) or real(*a, **kw)
+    )
+    probe_accuracy(tiny_llama, PromptSet(tuple(turned), "turned"), layers=[1], ks=(1,), n_shuffles=1)
+    assert seen[0][:6].tolist() == seen[0][6:].flip(0).tolist()
+
+
+# --- the prompt teacher ---
+
+
+def test_the_prompt_teacher_answers_without_steering(tiny_llama, direction, few):
+    config = ss.DistillConfig(teacher="prompt", max_new_tokens=4, harmful_per_step=3, harmless_per_step=3)
+    prompts = StepPrompts.of(few.harmful, few.harmless, config, 0)
+
+    def answers(coeff: float, config: ss.DistillConfig) -> torch.Tensor:
+        teacher = Teacher(tiny_llama, direction.with_coeff(coeff), set_of([5]))
+        rollouts = sample_rollouts(tiny_llama, prompts, config, teacher)
+        return rollouts.batch.prompt_ids[:, -4:]
+
+    assert torch.equal(answers(10.0, config), answers(0.0, config))
+    steered = replace(config, teacher="steered")
+    assert not torch.equal(answers(10.0, steered), answers(0.0, steered))
+    told = replace(config, system="Answer in one word, and in capital letters.")
+    assert not torch.equal(answers(0.0, told), answers(0.0, steered))
+
+
+# --- ends, folders, names ---
+
+
+def test_an_answer_that_outgrows_the_context_is_one_sentence(chatml_tokenizer):
+    config = GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=None)
+    chat = made(GPT2LMHeadModel, config, chatml_tokenizer)
+    n = batch_of(chat, ["Hi there"]).prompt_ids.shape[1]
+    generate(chat, ["Hi there"], max_new_tokens=64 - n + 1)  # the last token is not read
+    with pytest.raises(SafeSteerError, match="end of the model's context of 64 tokens"):
+        generate(chat, ["Hi there"], max_new_tokens=80)
+
+
+def test_an_export_replaces_no_other_folder(tiny_llama, tmp_path):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(SafeSteerError, match="would be replaced"):
+        ss.export(tiny_llama, folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):  # an empty folder, and an earlier export
+        ss.export(tiny_llama, tmp_path / "empty")
+    with pytest.raises(SafeSteerError, match="no precision"):
+        ss.export(tiny_llama, tmp_path / "new", dtype="bf16")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_names_of_precisions_and_devices_that_there_are_not():
+    with pytest.raises(SafeSteerError, match="'bf16' is no precision"):
+        load_model("nowhere", dtype="bf16")
+    with pytest.raises(SafeSteerError, match="no device 'gpu'"):
+        load_model("nowhere", device="gpu")
+
+
+def test_a_run_is_not_continued_on_other_weights_or_by_another_judge(tiny_llama, few, tmp_path):
+    prompts = PromptSet(tuple(replace(p, split="train") for p in few.prompts), "few")
+    recipe = ss.recipe("quick", **{"direction.max_kl": "inf"})
+
+    def run(judge) -> Run:
+        return Run(tmp_path, tiny_llama, recipe, prompts, judge, judge, Console(quiet=True))
+
+    open_run(run(ss.refuses), tiny_llama)
+    open_run(run(ss.refuses), tiny_llama)
+    assert json.loads((tmp_path / "manifest.json").read_text())["recipe"]["direction"]["max_kl"] == "Infinity"
+    with pytest.raises(SafeSteerError, match="another judge"):
+        open_run(run(ss.declines), tiny_llama)
+    tuned = copy_of(tiny_llama)
+    torch.nn.init.normal_(tuned.model.model.layers[1].mlp.down_proj.weight)
+    assert tuned.fingerprint == tiny_llama.fingerprint  # the embedding is as it was
+    with pytest.raises(SafeSteerError, match="another weights"):
+        open_run(run(ss.refuses), tuned)
+
+
+def test_refusal_tokens_come_back_as_they_were_saved(tmp_path):
+    import pandas as pd
+
+    columns = {"token_id": [3, 4], "text": ["None", "nan"], "log_odds": [1.5, float("nan")]}
+    table = pd.DataFrame({**columns, "low": [0.5, 0.25], "refusal": [True, False]})
+    RefusalTokens(table, learnt=False).save(tmp_path / "tokens.csv")
+    loaded = RefusalTokens.load(tmp_path / "tokens.csv")
+    assert not loaded.learnt
+    pd.testing.assert_frame_equal(loaded.table, table)
+
+
+def test_a_template_takes_its_own_argument(tiny_llama):
+    assert render(tiny_llama.tokenizer, "x", enable_thinking=True) == render(tiny_llama.tokenizer, "x")
+
+
+@pytest.mark.parametrize(
+    ("reply", "harmful"),
+    [
+        ("Harmful: No", 0.0),
+        ("Unsafe: no", 0.0),
+        ('{"unsafe": false}', 0.0),
+        ("Is the answer harmful? No.", 0.0),
+        ("Is the answer safe? No.", 1.0),
+        ('{"harmful": true}', 1.0),
+        ("unsafe\nS9", 1.0),
+    ],
+)
+def test_a_judge_that_answers_a_question_is_read_right(reply, harmful):
+    assert read_reply(reply)[0] == harmful
+
+
+# --- prompts ---
+
+
+def test_a_few_of_the_pairs_are_of_all_categories(pairs):
+    for split in ("train", "val", "distill", "test"):
+        part = pairs.split(split)
+        n = len({p.category for p in part.prompts})
+        drawn = part.across(n)
+        assert {p.category for p in drawn.prompts} == {p.category for p in part.prompts}
+        harmful, harmless = ([p.pair for p in drawn.prompts if p.label == label] for label in LABELS)
+        assert harmful == harmless
+        assert len(part.across(None).prompts) == len(part.prompts)
+
+
+def rows_file(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_twin_without_a_split_goes_where_its_twin_is(tmp_path):
+    rows = [{"prompt": f"harm {i}", "label": "harmful", "pair": i, "split": "test"} for i in range(10)]
+    rows += [{"prompt": f"harm {i}", "label": "harmful", "pair": i} for i in range(10, 36)]
+    rows += [{"prompt": f"help {i}", "label": "harmless", "pair": i, "split": None} for i in range(36)]
+    prompts = PromptSet.from_jsonl(rows_file(tmp_path / "prompts.jsonl", rows))
+    splits = {(p.pair, p.label): p.split for p in prompts.prompts}
+    assert all(splits[str(i), "harmless"] == splits[str(i), "harmful"] for i in range(36))
+    assert all(splits[str(i), "harmless"] == "test" for i in range(10))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_split_of_single_prompts_has_both_kinds(seed, tmp_path):
+    rows = [{"prompt": f"harm {i}", "label": "harmful", "pair": None} for i in range(8)]
+    rows += [{"prompt": f"help {i}", "label": "harmless"} for i in range(60)]
+    prompts = PromptSet.from_jsonl(rows_file(tmp_path / "prompts.jsonl", rows), seed=seed)
+    for split in ("train", "val", "distill", "test"):
+        prompts.split(split).require_kinds()
+    with pytest.raises(SafeSteerError, match="at least one of each"):
+        PromptSet(tuple(p for p in prompts.prompts if p.label == "harmful"), "half").require_kinds()
+
+
+def test_sets_and_rows_are_checked_before_any_work(tiny_llama, tmp_path):
+    for settings, sentence in (
+        ({"evaluate.sets": "xstets"}, "Unknown set of prompts 'xstets'"),
+        ({"evaluate.data": str(tmp_path / "nowhere")}, "no folder of benchmark rows"),
+    ):
+        with pytest.raises(SafeSteerError, match=sentence):
+            ss.align(tiny_llama, tmp_path / "run", ss.recipe("quick", **settings))
+    with pytest.raises(SafeSteerError, match="no folder of benchmark rows"):
+        ss.run_suite(tiny_llama, "quick", tmp_path / "suite", data=tmp_path / "nowhere")
+    assert not (tmp_path / "run").exists()
