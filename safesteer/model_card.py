@@ -131,7 +131,10 @@ def write_card(
     )
     origin, first = _origin(base), next(iter(scores.values()))
     metadata = ModelCardData(
-        **{key: origin.get(key) for key in ("base_model", "license", "license_name", "license_link")},
+        base_model=origin.get("base_model"),
+        license=origin.get("license"),
+        license_name=origin.get("license_name"),
+        license_link=origin.get("license_link"),
         pipeline_tag="text-generation",
         library_name="transformers",
         tags=["safesteer", "safety", "localized-distillation"],

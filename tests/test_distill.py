@@ -889,7 +889,9 @@ class TestWatching:
     def test_training_stops_where_refusals_are_lost_and_goes_on_with_warn(
         self, tiny_llama, direction, tokens
     ):
-        base_answers = set(generate(tiny_llama, load_prompts().split("val").across(16).harmful, max_new_tokens=16))
+        base_answers = set(
+            generate(tiny_llama, load_prompts().split("val").across(16).harmful, max_new_tokens=16)
+        )
         options = {**SMALL, "watch_every": 2, "lr": 0.3, "splits": ("distill",)}
 
         def judge(prompt, answer):

@@ -259,6 +259,11 @@ def test_the_prompt_teacher_answers_without_steering(tiny_llama, direction, few)
 # --- ends, folders, names ---
 
 
+def test_a_layer_of_the_lens_is_a_whole_number(tiny_llama, direction):
+    with pytest.raises(SafeSteerError, match=r"Layer 1\.5 is not in the model"):
+        View("Hello", layer=1.5, coeff=1.0).check(Subject(tiny_llama, direction, set_of([5])))
+
+
 def test_an_answer_that_outgrows_the_context_is_one_sentence(chatml_tokenizer):
     config = GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=None)
     chat = made(GPT2LMHeadModel, config, chatml_tokenizer)

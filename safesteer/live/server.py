@@ -148,6 +148,8 @@ async def _events(session: Session, view: View) -> AsyncIterator[str]:
             yield {"end": True}
         except SafeSteerError as error:
             yield {"error": str(error)}
+        except Exception as error:  # the stream has begun: nobody but the page can be told
+            yield {"error": f"{type(error).__name__}: {error}"}
 
     async for event in iterate_in_threadpool(all_steps()):
         yield f"data: {json.dumps(event)}\n\n"

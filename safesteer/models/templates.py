@@ -137,7 +137,7 @@ def _apply(
 ) -> str:
     """Apply the template. Thinking is switched off, where a template can and no default says otherwise."""
     defaults = _source(tokenizer).rpartition(_END)[0] if _source(tokenizer).startswith(_DEFAULTS) else ""
-    thinking = {} if "set enable_thinking " in defaults else {"enable_thinking": False}
+    thinking: dict[str, Any] = {} if "set enable_thinking " in defaults else {"enable_thinking": False}
     text = tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=answering, **(thinking | extra)
     )
