@@ -32,6 +32,7 @@ from safesteer.distillation.rollouts import StepPrompts, Teacher, sample_rollout
 from safesteer.distillation.state import prepare_student
 from safesteer.judges.judge import read_reply
 from safesteer.live.reading import Subject, View, read_prompt, stream_answers
+from safesteer.live.wire import view_of
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.forward import final_hidden, last_logits
 from safesteer.models.generation import generate
@@ -260,8 +261,9 @@ def test_the_prompt_teacher_answers_without_steering(tiny_llama, direction, few)
 
 
 def test_a_layer_of_the_lens_is_a_whole_number(tiny_llama, direction):
-    with pytest.raises(SafeSteerError, match=r"Layer 1\.5 is not in the model"):
-        View("Hello", layer=1.5, coeff=1.0).check(Subject(tiny_llama, direction, set_of([5])))
+    sent = {"prompt": "Hello", "layer": 1.5, "coeff": 1.0}
+    with pytest.raises(SafeSteerError, match=r"whole number, not 1\.5"):
+        view_of(Subject(tiny_llama, direction, set_of([5])), sent)
 
 
 def test_an_answer_that_outgrows_the_context_is_one_sentence(chatml_tokenizer):

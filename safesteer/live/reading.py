@@ -83,7 +83,7 @@ class View:
                 to 512, or a gate without a reader.
         """
         n_layers = subject.chat.n_layers
-        if not isinstance(self.layer, int) or not 0 <= self.layer < n_layers:
+        if not 0 <= self.layer < n_layers:
             raise SafeSteerError(f"Layer {self.layer} is not in the model: it has 0 to {n_layers - 1}.")
         if not abs(self.coeff) < 1e6:
             raise SafeSteerError(f"A strength of {self.coeff} is out of bounds: use less than a million.")

@@ -71,6 +71,8 @@ def view_of(subject: Subject, values: dict[str, Any]) -> View:
         raise SafeSteerError(
             f"Unknown intervention '{values['intervention']}': use one of {', '.join(known)}."
         )
+    if not isinstance(values["layer"], int):
+        raise SafeSteerError(f"A layer is a whole number, not {values['layer']}.")
     numbers = {"prompt": prompt_of(values["prompt"]), "coeff": float(values["coeff"])}
     view = View(**{**values, **numbers})
     view.check(subject)

@@ -213,13 +213,13 @@ class PromptSet:
 
     def _with_splits(self, seed: int) -> "PromptSet":
         """Deal what has no split: twins together, and single prompts of each kind by themselves."""
-        given = {p.pair: p.split for p in self.prompts if p.split}
+        fixed = {p.pair: p.split for p in self.prompts if p.split}
         kinds: dict[str, set[Label]] = {}
         for p in self.prompts:
             kinds.setdefault(p.pair, set()).add(p.label)
-        bounds, total = dict(given), sum(SPLITS.values())
+        bounds, total = dict(fixed), sum(SPLITS.values())
         for alike in ({*LABELS}, {LABELS[0]}, {LABELS[1]}):
-            pairs = sorted(pair for pair, labels in kinds.items() if labels == alike and pair not in given)
+            pairs = sorted(pair for pair, labels in kinds.items() if labels == alike and pair not in fixed)
             random.Random(seed).shuffle(pairs)
             used = 0
             for name, size in SPLITS.items():
