@@ -18,9 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import Continuation, PromptBatch, batches, cut_at_eos
-from safesteer.models.head import unhooked
 from safesteer.models.parts import blocks, hf_model, is_adapted, is_bridge, is_quantized, text_config
-from safesteer.models.passes import n_rows_in_order
+from safesteer.models.passes import n_rows_in_order, take_hooks_off
 from safesteer.models.placement import input_device, require_together
 from safesteer.models.templates import end_of_turn
 from safesteer.models.traits import check_table, require_padding, traits_of
@@ -77,7 +76,7 @@ class ChatModel:
     def copy(self) -> "ChatModel":
         """Copy the plain Hugging Face model: one that may be trained, changed or exported.
 
-        Steering that is on stays with the original: no hooks are copied.
+        Steering that is on stays with the original; hooks of your own are copied.
 
         Raises:
             SafeSteerError: For a model that a device map has spread, or that carries an adapter.
@@ -88,8 +87,9 @@ class ChatModel:
         inner = hf_model(self.model)
         if is_adapted(inner):
             raise SafeSteerError(f"'{self.name}' carries an adapter: merge it first (models.adapter.merged).")
-        with unhooked(inner):
-            return ChatModel(copy.deepcopy(inner), self.tokenizer, self.name)
+        model = copy.deepcopy(inner)
+        take_hooks_off(model)
+        return ChatModel(model, self.tokenizer, self.name)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without the special tokens that a tokenizer may add."""

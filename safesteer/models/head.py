@@ -63,7 +63,7 @@ def once_per_model(measure: Callable[[nn.Module], T]) -> Callable[[nn.Module], T
     def measured(model: nn.Module) -> T:
         inner = hf_model(model)
         if inner not in results:
-            with unhooked(inner), torch.autocast(input_device(inner).type, enabled=False):
+            with _unhooked(inner), torch.autocast(input_device(inner).type, enabled=False):
                 results[inner] = measure(model)
         return results[inner]
 
@@ -107,7 +107,7 @@ def probe_ids(model: nn.Module, n: int, seed: int = 0) -> Tensor:
 
 
 @contextmanager
-def unhooked(model: nn.Module) -> Iterator[None]:
+def _unhooked(model: nn.Module) -> Iterator[None]:
     """Run the model as it is, without gradients: hooks that are on (steering) are put aside for the block."""
     modules = list(model.modules())
     hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in modules]

@@ -32,6 +32,7 @@ _STAYING: ContextVar[tuple[nn.Module, ...]] = ContextVar("staying", default=())
 _BY_ROW: ContextVar[tuple[tuple[nn.Module, int], ...]] = ContextVar("by_row", default=())
 
 
+_OURS = "_of_safesteer"  # marks hooks that belong to a block of SafeSteer
 # How many blocks of `bare` are open: a hook acts in as many as were open when it was set.
 _DEPTH: ContextVar[int] = ContextVar("depth", default=0)
 
@@ -53,7 +54,16 @@ def unless_bare(hook: Callable[P, T]) -> Callable[P, T | None]:
     def acting(*args: P.args, **kwargs: P.kwargs) -> T | None:
         return hook(*args, **kwargs) if _DEPTH.get() == depth else None
 
+    vars(acting)[_OURS] = True
     return acting
+
+
+def take_hooks_off(model: nn.Module) -> None:
+    """Take the hooks of SafeSteer off a copy of a model; those of others stay."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hasattr(hook, _OURS)]:
+                del hooks[key]
 
 
 @contextmanager
