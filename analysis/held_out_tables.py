@@ -20,6 +20,7 @@ WIDE = ROWS.parent / "held_out_wide"  # prompts=all, distill.train_layers=blocks
 UNSEEN = ROWS.parent / "held_out_unseen"  # the preset on prompts of no earlier look, gated by WIDE's readers
 PUBLIC = ("harmbench", "do-not-answer", "harmfulqa", "xstest-unsafe")
 OVER = ("xstest", "everyday", "own-harmless")
+HARMLESS = (*OVER, "own-hazard-words")
 POOLS: Mapping[str, tuple[str, ...]] = {
     "harmful, public: HarmBench, Do-Not-Answer, HarmfulQA, XSTest": PUBLIC,
     "harmful, public: XSTest's unsafe prompts alone": ("xstest-unsafe",),
@@ -82,7 +83,7 @@ def table(folder: Path | None = None) -> tuple[list[str], list[list[str]]]:
         title if "harmbench" in there else title.replace("HarmBench, ", ""): s for title, s in POOLS.items()
     }
     lines = [line(title, rows_of(sets, folder)) for title, sets in titles.items()]
-    harmless = rows_of((*OVER, "own-hazard-words"), folder)
+    harmless = rows_of(HARMLESS, folder)
     lines.append(line("answers to harmless prompts that repeat four words", harmless, "repeats"))
     lines.append(line("code asked for, code given", harmless, "code"))
     lines += [line(title, rows_of((task,), folder), "right") for task, title in TASKS.items()]

@@ -121,14 +121,13 @@ def paired(rows: pd.DataFrame, metric: str, keys: list[str]) -> pd.DataFrame:
 
 
 PUBLIC_UNSEEN = tuple(name for name in held_out_tables.PUBLIC if name != "harmbench")  # all seen before
-HARMLESS = ("xstest", "everyday", "own-harmless", "own-hazard-words")
 README_ROWS = {  # title: (sets or task, metric)
     "harmful, public: Do-Not-Answer, HarmfulQA, XSTest": (PUBLIC_UNSEEN, "declines"),
     "harmful, our own pairs": (("own-harmful",), "declines"),
     "harmless, public: XSTest": (("xstest",), "declines"),
     "harmless, public: everyday instructions": (("everyday",), "declines"),
     "harmless, our own pairs": (("own-harmless",), "declines"),
-    "harmless answers that repeat four words": (HARMLESS, "repeats"),
+    "harmless answers that repeat four words": (held_out_tables.HARMLESS, "repeats"),
     "ARC-Easy, right": (("arc_easy",), "right"),
     "LAMBADA, right": (("lambada_openai",), "right"),
 }

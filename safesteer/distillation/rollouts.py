@@ -148,7 +148,7 @@ def sample_rollouts(
     by_teacher = (place % 2 == 0) & (teacher is not None)
     batch, eos = PromptBatch.of(student.tokenizer, ordered, device=student.device), student.eos_ids
     told = batch  # what the teacher reads: plain prompts, under its system prompt where it has one (Table 3)
-    if config.teacher == "prompt":
+    if teacher and config.teacher == "prompt":
         told = PromptBatch.of(student.tokenizer, ordered, system=config.system, device=student.device)
     if disguises_any(config):
         read = [disguise(student, texts[i], config, (*prompts.key, i)) for i in places]

@@ -158,9 +158,10 @@ def run_suite(
     if HUMANEVAL in selected.tasks and not allow_code:
         console.print("HumanEval runs what the model writes, and is left out unless you allow it.")
         selected = replace(selected, tasks=tuple(t for t in selected.tasks if t != HUMANEVAL))
-    check_sets(selected.sets, None if data is None else Path(data))
+    data = None if data is None else Path(data)
+    check_sets(selected.sets, data)
     models = load_target(target, run)
-    job = _Job(selected, models, folder, None if data is None else Path(data), judge)
+    job = _Job(selected, models, folder, data, judge)
     with locked(folder):
         _check_folder(job)
         rows = [*_measure(job, console), *_changes(job)]

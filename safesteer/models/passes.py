@@ -30,9 +30,8 @@ _DIFFERING: ContextVar[tuple[nn.Module, ...]] = ContextVar("differing", default=
 _STAYING: ContextVar[tuple[nn.Module, ...]] = ContextVar("staying", default=())
 # Decoders that are steered by vectors of the rows, with the number of the vectors.
 _BY_ROW: ContextVar[tuple[tuple[nn.Module, int], ...]] = ContextVar("by_row", default=())
-
-
-_OURS = "_of_safesteer"  # marks hooks that belong to a block of SafeSteer
+# Marks hooks that belong to a block of SafeSteer.
+_OURS = "_of_safesteer"
 # How many blocks of `bare` are open: a hook acts in as many as were open when it was set.
 _DEPTH: ContextVar[int] = ContextVar("depth", default=0)
 

@@ -85,12 +85,12 @@ class PromptSet:
             chosen += there
         return PromptSet(tuple(chosen), f"{self.name}/{'+'.join(names)}")
 
-    def require_kinds(self) -> None:
-        """Raise SafeSteerError where one kind of prompts is missing."""
+    def require_kinds(self, source: str | None = None) -> None:
+        """Raise SafeSteerError where one kind of prompts is missing; `source` is what the sentence names."""
         if not self.harmful or not self.harmless:
             raise SafeSteerError(
-                f"'{self.name}' holds {len(self.harmful)} harmful and {len(self.harmless)} harmless prompts;"
-                " at least one of each is needed."
+                f"{source or repr(self.name)} holds {len(self.harmful)} harmful and {len(self.harmless)}"
+                " harmless prompts; at least one of each is needed."
             )
 
     def first(self, n_pairs: int | None) -> "PromptSet":
@@ -105,7 +105,7 @@ class PromptSet:
         together, because both have one category.
         """
         kinds = ([p for p in self.prompts if p.label == label] for label in LABELS)
-        return PromptSet(tuple(p for kind in kinds for p in _in_turn(kind)[:n_pairs]), self.name)
+        return PromptSet(tuple(p for kind in kinds for p in _in_turn(kind)), self.name).first(n_pairs)
 
     def after(self, n_pairs: int | None) -> "PromptSet | None":
         """Return what `first` leaves over of both kinds; None if one kind has nothing left."""
@@ -198,11 +198,7 @@ class PromptSet:
         return cls((*dealt[0], *dealt[1]), name)
 
     def _checked(self, source: str) -> "PromptSet":
-        if not self.harmful or not self.harmless:
-            raise SafeSteerError(
-                f"{source} holds {len(self.harmful)} harmful and {len(self.harmless)} harmless"
-                " prompts; at least one of each is needed."
-            )
+        self.require_kinds(source)
         keys = (p.text if isinstance(p.text, Conversation) else p.text.strip() for p in self.prompts)
         text, n = Counter(keys).most_common(1)[0]
         if n > 1:
