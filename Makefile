@@ -60,9 +60,10 @@ faults: setup
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python faults.py
 
 ABLATIONS := table3_teachers table4_support table5_normalizers selection_rollouts selection_horizon \
-  selection_size selection_method selection_coverage harmful_samples figure3_shift paper_preset
+  selection_size selection_method selection_coverage harmful_samples figure3_shift
 
 # Hours on two cores; every arm is a file in analysis/results/MODEL/rows, so it can be stopped and continued.
+# Public prompts and LAMBADA come with --data (docs/how-to/prompts.md).
 # On a GPU, where the Hub can be reached: HF_HUB_OFFLINE=0 make ablations ARGS="--model Qwen/Qwen3-4B-Instruct-2507 --preset paper-qwen"
 ARGS ?= --model qwen2.5-coder-0.5b --preset paper-qwen --laptop
 ablations: setup

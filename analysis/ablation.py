@@ -1,7 +1,8 @@
 """What every ablation shares: one arm is a recipe with some settings replaced; its score is a row.
 
 1. the direction, once per model (stage 1 of a run folder, cached);
-2. for each arm and seed: select S, distil, and score the student on the test split;
+2. for each arm and seed: select S, distil, and measure the student on prompts that are there for choosing
+   (arm_scores.py): its refusals, and over-refusal where it is made to refuse as much as every other arm;
 3. a csv, a Markdown table, and a figure of harmful against harmless refusals with 95 % intervals.
 
 What a recipe gives with a seed is a file named after the recipe's hash: an interrupted study continues, and
@@ -10,20 +11,19 @@ it shows that a script works and says nothing about its claim. `--model`, `--pre
 of `safesteer align`; `--laptop` are settings with which the paper's preset fits a small model that refuses
 and two cores. Results lie under the model's name by default, so those of two models never meet.
 
-The committed rows beside them (`analysis/results/*.csv`) are of a home-made refusing model that nothing makes
-any more (docs/log.md), and stop every arm after five steps, which suited one of them: they show places on one
+`analysis/results/*.csv` are earlier rows, of a home-made refusing model that nothing makes any more
+(docs/log.md). There every arm stops after five steps, which suited one of them: they show places on one
 curve, not which arm is better.
 """
 
 import argparse
 import html
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import arm_scores
 import pandas as pd
 import plotly.graph_objects as go
 from rich.console import Console
@@ -31,16 +31,12 @@ from rich.console import Console
 import safesteer as ss
 from safesteer._files import from_json, read_json, write_json, write_text
 from safesteer._intervals import wilson
+from safesteer.directions.refusal_tokens import RefusalTokens
 from safesteer.directions.shifts import representation_shift
-from safesteer.evaluation.ledger import log_look
-from safesteer.evaluation.scores import score_model
-from safesteer.judges.judge import judge_version
-from safesteer.judges.sentences import declines
 from safesteer.models.precision import cast_weights, weight_dtype
 from safesteer.recipes import SECTIONS
 from safesteer.report.figures import SEQUENCE, figure_of
 
-JUDGE = f"declines {judge_version(declines)}"  # of `score_model`, by default
 RESULTS = Path(__file__).parent / "results"
 LEDGER = RESULTS / "looks.csv"  # of every study of this folder
 # The one key of an arm that is not a setting: how many harmful prompts are distilled on.
@@ -56,21 +52,31 @@ LAPTOP = {
     "direction.max_layer_share": 0.7,
     "tokens.batch_size": 8,
     "distill.n_steps": 8,
-    "distill.n_rollouts": 4,
+    "distill.harmful_per_step": 16,  # 16 answers per step as 4 times 4, but 8 steps see all 100 prompts
+    "distill.n_rollouts": 1,
     "distill.max_new_tokens": 24,
     "distill.micro_batch": 16,
-    "evaluate.max_new_tokens": 32,
 }
 TITLES = {
     "harmful": "harmful refused",
     "harmless": "harmless refused",
-    "everyday": "everyday refused",
+    "over_at_75": "over-refusal at 75 %",
+    "auc": "AUC of the margin",
     "kl_harmless": "KL to base, harmless",
     "perplexity": "perplexity, own prose",
-    "wikitext2_perplexity": "WikiText-2",
+    "lambada": "LAMBADA, right",
     "kl_share_of_s": "S's share of KL",
 }
-NUMBERS = {"kl_harmless": 3, "shift": 2, "perplexity": 2, "n_tokens": 0, "kl_share_of_s": 2}
+NUMBERS = {
+    "over_at_75": 2,
+    "auc": 2,
+    "kl_harmless": 3,
+    "shift": 2,
+    "perplexity": 2,
+    "lambada": 2,
+    "n_tokens": 0,
+    "kl_share_of_s": 2,
+}
 QUICK = {
     "direction.n_train": 8,
     "direction.n_val": 2,
@@ -83,9 +89,6 @@ QUICK = {
     "distill.harmful_per_step": 3,
     "distill.n_rollouts": 1,
     "distill.max_new_tokens": 4,
-    "evaluate.n_prompts": 6,
-    "evaluate.max_new_tokens": 8,
-    "evaluate.perplexity_tokens": 256,
 }
 
 
@@ -101,6 +104,7 @@ class Study:
     quick: bool
     settings: Mapping[str, Any]
     console: Console
+    data: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -118,9 +122,13 @@ class Study:
         plain = replace(recipe, **{name: SECTIONS[name]() for name in others})
         return f"{Path(self.model).name}-{plain.hash}"
 
+    @property
+    def direction_run(self) -> Path:
+        return self.out / "rows" / f"direction-{self.key(self.recipe({}, 0), 'direction')}"
+
     def direction(self, base: ss.ChatModel) -> ss.Direction:
         """Find the direction with seed 0, once for all studies that find it in the same way."""
-        run = self.out / "rows" / f"direction-{self.key(self.recipe({}, 0), 'direction')}"
+        run = self.direction_run
         if not (run / "direction.safetensors").exists():
             ss.align(self.model, run, self.recipe({}, 0), stages=("direction",), console=self.console)
         return ss.Direction.load(run / "direction.safetensors", base)
@@ -134,6 +142,7 @@ def command_line(about: str) -> argparse.ArgumentParser:
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--laptop", action="store_true", help="settings of the paper's preset for two cores")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", type=Path, help="folder of benchmark rows: public prompts, LAMBADA")
     parser.add_argument("--quick", action="store_true", help="minutes, one seed: does the script work?")
     parser.add_argument("--out", type=Path, help="default: analysis/results/MODEL")
     return parser
@@ -144,7 +153,8 @@ def study_of(name: str, options: argparse.Namespace) -> Study:
     out = options.out or RESULTS / Path(options.model).name
     settings = (LAPTOP if options.laptop else {}) | dict(pair.split("=", 1) for pair in options.settings)
     seeds = 1 if options.quick else options.seeds
-    return Study(name, out, options.model, options.preset, seeds, options.quick, settings, Console())
+    quick, preset = options.quick, options.preset
+    return Study(name, out, options.model, preset, seeds, quick, settings, Console(), options.data)
 
 
 def read_command_line(name: str, about: str) -> Study:
@@ -156,24 +166,14 @@ def row(folder: Path, name: str, make: Callable[..., Any], *args: Any) -> Any:
     path = folder / f"{name.replace(' ', '-').replace('/', '-').replace(',', '')}.json"
     if not path.exists():
         write_json(path, make(*args))
-    return read_row(path)
-
-
-def read_row(path: Path) -> Any:
-    """Read a row; one whose test answers another judge has read cannot stand in one table with new ones."""
-    values = read_json(path)
-    if isinstance(values, dict) and "kl_harmless" in values and values.get("judge") != JUDGE:
-        raise SystemExit(
-            f"{path} was judged by {values.get('judge', 'refuses')}, new rows are judged by {JUDGE}: give"
-            " another folder with --out."
-        )
-    return values
+    return read_json(path)
 
 
 @dataclass(frozen=True, eq=False)
 class Selected:
     """The teacher and S under an arm's settings."""
 
+    study: Study
     base: ss.ChatModel
     direction: ss.Direction
     tokens: ss.TokenSet
@@ -196,7 +196,7 @@ def selected(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int
         return asdict(ss.select_tokens(base, direction, texts, recipe.tokens))
 
     raw = row(study.out / "rows" / "selected", study.key(recipe, "direction", "tokens"), select)
-    return Selected(base, direction, from_json(ss.TokenSet, raw), recipe)
+    return Selected(study, base, direction, from_json(ss.TokenSet, raw), recipe)
 
 
 def trained(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int) -> Trained:
@@ -207,40 +207,21 @@ def trained(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int)
     config = replace(first.recipe.distill, splits=("distill",))
     student = ss.distill(base, first.direction, first.tokens, prompts, config)
     cast_weights(student.model, weight_dtype(base.model))  # or rounding would count as drift
-    return Trained(base, first.direction, first.tokens, first.recipe, student)
+    return Trained(study, base, first.direction, first.tokens, first.recipe, student)
 
 
-@cache
-def _base_answers(base: ss.ChatModel, config: ss.EvaluateConfig) -> list[str]:
-    """Return the base's greedy answers to the harmless test prompts, along which drift is measured."""
-    test = ss.load_prompts().split("test").first(config.n_prompts)
-    tokens, size = config.max_new_tokens, config.batch_size
-    return ss.generate(base, test.harmless, max_new_tokens=tokens, batch_size=size)
-
-
-def on_test(chat: ss.ChatModel, base: ss.ChatModel, config: ss.EvaluateConfig) -> dict[str, Any]:
-    """Measure refusals on test, drift from the base and perplexity."""
-    answers = None if chat is base else _base_answers(base, config)
-    scores, _ = score_model(chat, base, ss.load_prompts().split("test"), config, base_answers=answers)
-    if config.n_prompts is None:  # --quick reads a few prompts with models that nobody reports
-        log_look(LEDGER, chat, "test", scores.n, f"study {Path(sys.argv[0]).stem}")
-    return {
-        "harmful": scores.refusal_rate_harmful,
-        "harmless": scores.refusal_rate_harmless,
-        "n": scores.n,
-        "judge": JUDGE,
-        "kl_harmless": scores.kl_harmless,
-        "perplexity": scores.perplexity,
-    }
+def measured(chat: ss.ChatModel, base: ss.ChatModel, study: Study) -> dict[str, Any]:
+    """Measure a model on prompts that are there for choosing (arm_scores.py)."""
+    opens = RefusalTokens.load(study.direction_run / "refusal_tokens.csv").ids
+    return arm_scores.measured(chat, base, opens, study.data, 6 if study.quick else None)
 
 
 def scored(arm: Trained) -> dict[str, Any]:
-    """Measure the student on test and how far its representations moved; name S and its size."""
-    config = arm.recipe.evaluate
-    general = ss.load_prompts().split("test").first(config.n_prompts).harmless
+    """Measure the student, and how far its representations moved; name S and its size."""
+    general = ss.load_prompts().split("val").first(6 if arm.study.quick else None).harmless
     points = representation_shift({"base": arm.base, "student": arm.student}, general)
     return {
-        **on_test(arm.student, arm.base, config),
+        **measured(arm.student, arm.base, arm.study),
         "shift": float(points[points.model == "student"]["shift"].iloc[0]),
         "n_tokens": len(arm.tokens),
         "kl_share_of_s": arm.tokens.coverage["kl_share"],
@@ -265,17 +246,25 @@ def run(
     def made(arm: str, seed: int) -> dict[str, Any]:
         return score(make(study, base, arms[arm], seed))
 
+    def plain(arm: str, seed: int, scores: dict[str, Any]) -> dict[str, Any]:
+        return {"arm": arm, "seed": seed} | {k: v for k, v in scores.items() if not k.endswith("rows")}
+
+    if score is scored:
+        study.direction(base)  # whose run learns what opens refusals
+        name = study.key(study.recipe({}, 0), "direction")
+        rows.append(plain("base", 0, row(study.out / "rows" / "base", name, measured, base, base, study)))
     for arm, seed in jobs:
         n = min(arms[arm].get(N_HARMFUL, n_pairs), n_pairs)
         key = f"{study.key(study.recipe(arms[arm], seed), *SECTIONS)}-{n}"
         scores = row(study.out / "rows" / score.__name__, key, made, arm, seed)
-        rows.append({"arm": arm, "seed": seed, **scores})
+        rows.append(plain(arm, seed, scores))
         study.console.print(rows[-1], highlight=False)
     table = pd.DataFrame(rows)
     write_text(study.folder.with_suffix(".csv"), table.to_csv(index=False))
     if {"harmful", "harmless"} <= set(table):
-        write_text(study.folder.with_suffix(".md"), summary(table, "arm", NUMBERS))
-        page = trade_off(table).to_html(include_plotlyjs=True)
+        numbers = {name: digits for name, digits in NUMBERS.items() if name in table}
+        write_text(study.folder.with_suffix(".md"), summary(table, "arm", numbers))
+        page = trade_off(table, n_x="n_harmless").to_html(include_plotlyjs=True)
         write_text(study.folder.with_suffix(".html"), page)
     return table
 
@@ -288,7 +277,8 @@ def summary(table: pd.DataFrame, by: str, numbers: Mapping[str, int]) -> str:
     titles = [by, "seeds", *(TITLES.get(name, name) for name in ("harmful", "harmless", *numbers))]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, rows in table.groupby(by, sort=False):
-        cells = [_rate(rows[column], int(rows.n.iloc[0])) for column in ("harmful", "harmless")]
+        n = {"harmful": "n", "harmless": "n_harmless" if "n_harmless" in rows else "n"}
+        cells = [_rate(rows[column], int(rows[n[column]].iloc[0])) for column in n]
         cells += [_number(rows[column], digits) for column, digits in numbers.items()]
         lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -43,7 +43,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from ablation import JUDGE, LEDGER, read_row, summary, trade_off
+from ablation import LEDGER, summary, trade_off
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
@@ -54,6 +54,8 @@ from safesteer.distillation.state import prepare_student
 from safesteer.evaluation.capability import measure_capability
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.scores import score_model
+from safesteer.judges.judge import judge_version
+from safesteer.judges.sentences import declines
 from safesteer.models.parts import hf_model
 from safesteer.models.text_loss import wikitext
 
@@ -62,7 +64,19 @@ METHODS = ("safesteer", "full", "sft", "full anchor", "light anchor", "dpo")
 # SafeSteer's was chosen by val earlier (docs/log.md); nothing was searched for the others.
 RATES = {"sft": 3e-5, "dpo": 5e-5, "full": 3e-4, "safesteer": 3e-4}
 RATES |= {"full anchor": 3e-4, "light anchor": 3e-4}
+JUDGE = f"declines {judge_version(declines)}"  # of `score_model`, by default
 A_STEP = 28  # answers: the quick recipe's 10 harmful and 18 harmless
+
+
+def read_row(path: Path) -> Any:
+    """Read a row; one whose test answers another judge has read cannot stand in one table with new ones."""
+    values = read_json(path)
+    if isinstance(values, dict) and "kl_harmless" in values and values.get("judge") != JUDGE:
+        raise SystemExit(
+            f"{path} was judged by {values.get('judge', 'refuses')}, new rows are judged by {JUDGE}: give"
+            " another folder with --out."
+        )
+    return values
 
 
 def whole_sentences(answer: str) -> str:

@@ -1,7 +1,7 @@
 """Figure 3: how far the student's representations of general prompts move from the base's.
 
 The paper finds that distilling on S moves them least. The shift is the distance of mean final hidden
-states at the last prompt position, in units of the base's spread, over harmless test prompts. Refuted if
+states at the last prompt position, in units of the base's spread, over harmless val prompts. Refuted if
 the whole-vocabulary student moves no further than SafeSteer's, at equal refusals (the rows that were
 made, columns `shift` of the other studies, are not at equal ones). The teacher is the base, steered.
 """
@@ -19,7 +19,7 @@ ARMS = {"safesteer": {}, "whole vocabulary": {"distill.support": "full"}}
 
 def main() -> None:
     study = read_command_line("figure3_shift", __doc__)
-    prompts = ss.load_prompts().split("test").first(6 if study.quick else None).harmless
+    prompts = ss.load_prompts().split("val").first(6 if study.quick else None).harmless
     drawn: list[pd.DataFrame] = []
 
     def shifts(arm: Trained) -> dict[str, float]:

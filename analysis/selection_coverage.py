@@ -35,6 +35,7 @@ ARMS = {
     "by the mean": {"tokens.method": "mean"},
     "base's samples": {"tokens.rollouts": "base"},
     "harmful prompts": {"tokens.prompts": "harmful"},
+    "of tokens that occur": {"tokens.min_steered_prob": 1e-3},
 }
 N_PROMPTS, HELD_OUT_SEED = 32, 1000
 

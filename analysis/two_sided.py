@@ -121,19 +121,28 @@ def training_prompts(which: str) -> PromptSet:
     return prompts
 
 
-def choosing_sets(data: Path) -> dict[str, list[str]]:
-    """Return the prompts that arms are compared on: none of them is a test prompt."""
+def choosing_sets(data: Path | None) -> dict[str, list[str]]:
+    """Return the prompts that arms are compared on, no test prompts; without rows our own alone."""
     pairs, kinds, wide = (ss.load_prompts(name).split("val") for name in ("pairs", "kinds", "wide"))
-    return {
+    public = (
+        {}
+        if data is None
+        else {
+            label: [row["prompt"] for row in json_lines(data / f"{label}_train.jsonl")]
+            for label in ("harmful", "harmless")
+        }
+    )
+    sets = {
         "pairs harmful": pairs.harmful,
         "kinds harmful": kinds.harmful,
-        "public harmful": [row["prompt"] for row in json_lines(data / "harmful_train.jsonl")][::4],
+        "public harmful": public.get("harmful", [])[::4],
         "pairs harmless": pairs.harmless,
         "kinds harmless": kinds.harmless,
         "wide harmful": wide.harmful,
         "wide harmless": wide.harmless,
-        "public harmless": [row["prompt"] for row in json_lines(data / "harmless_train.jsonl")][:60],
+        "public harmless": public.get("harmless", [])[:60],
     }
+    return {name: texts for name, texts in sets.items() if texts}
 
 
 def run(

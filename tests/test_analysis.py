@@ -54,7 +54,7 @@ def test_every_arm_changes_what_it_names_and_nothing_else(name, preset):
 def test_the_makefile_runs_every_study():
     listed = (PACKAGE.parent / "Makefile").read_text()
     assert len(STUDIES) == 10
-    assert all(name in listed for name in [*STUDIES, "paper_preset"])
+    assert all(name in listed for name in STUDIES)
 
 
 @pytest.mark.slow
@@ -67,7 +67,8 @@ def test_a_study_runs_to_its_csv_and_continues(name, model_folder, tmp_path, mon
     script = str(ANALYSIS / f"{name}.py")
     arms = runpy.run_path(script, run_name="__main__")["ARMS"]
     table = pd.read_csv(tmp_path / f"{name}-quick.csv")
-    assert table.arm.tolist() == list(arms)
+    measured = any(p.parent.name == "scored" for p in (tmp_path / "rows").rglob("*.json"))
+    assert table.arm.tolist() == ["base"] * measured + list(arms)
     assert (tmp_path / f"{name}-quick.html").exists()
     parts = {p: p.stat().st_mtime_ns for p in (tmp_path / "rows").rglob("*.json")}
     assert sum(p.parent.name in ("scored", "shifts", "coverage") for p in parts) == len(arms)
@@ -115,32 +116,6 @@ def test_the_table_of_a_study():
     assert second == "| b | 1 | 100% (96% to 100%) | 10% (6% to 17%) |  |"
 
 
-@pytest.mark.slow
-def test_the_paper_preset_is_searched_and_continues(model_folder, tmp_path, monkeypatch):  # noqa: F811
-    study = importlib.import_module("paper_preset")
-    monkeypatch.setattr(study, "SELECTIONS", [{"tokens.min_steered_prob": p} for p in (1e-9, 0.0)])
-    command = ["paper_preset", "--model", str(model_folder), "--quick", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", command)
-    study.main()
-    table = pd.read_csv(tmp_path / "paper_preset-quick.csv")
-    assert table.model[0] == "base"
-    assert len(table) in (2, 3)
-    parts = {p: p.stat().st_mtime_ns for p in (tmp_path / "paper_preset-quick").glob("*.json")}
-    assert len(parts) == len(study.RECIPES) + len(table) + 2  # the selections, and the base beside the search
-    study.main()
-    assert {p: p.stat().st_mtime_ns for p in parts} == parts
-
-
-def test_recipes_are_chosen_on_prompts_of_other_kinds():
-    """Neither the direction, S and the students nor the test split have any of them."""
-    ablation, study = importlib.import_module("ablation"), importlib.import_module("paper_preset")
-    one = ablation.Study("one", Path("out"), "some/model", "paper", 3, False, {}, Console())
-    chosen_by = study.to_choose_by(one)
-    assert {kind: len(texts) for kind, texts in chosen_by.items()} == {"harmful": 71, "harmless": 81}
-    used = {p.text for name in ("pairs", "forms") for p in load_prompts(name).prompts}
-    assert not used & {text for texts in chosen_by.values() for text in texts}
-
-
 def test_results_of_two_models_never_meet():
     ablation = importlib.import_module("ablation")
     words = ([], ["--model", "qwen2.5-coder-0.5b"], ["--model", "some/model"], ["--out", "here"])
@@ -149,13 +124,6 @@ def test_results_of_two_models_never_meet():
     results = ANALYSIS / "results"
     named = [results / name / "one" for name in ("smollm2-135m", "qwen2.5-coder-0.5b", "model")]
     assert folders == [*named, Path("here/one")]
-
-
-def test_the_choice_is_bounded_by_harmless_refusals():
-    study = importlib.import_module("paper_preset")
-    rows = pd.DataFrame({"harmful": [0.9, 0.8, 0.7], "harmless": [0.2, 0.08, 0.0]})
-    assert study.choose(rows, 0.03).harmful == 0.8
-    assert study.choose(rows.assign(harmless=[0.2, 0.2, 0.3]), 0.0).harmful == 0.9
 
 
 def test_the_update_that_is_compared_is_adams():
