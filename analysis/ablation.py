@@ -19,8 +19,10 @@ curve, not which arm is better.
 import argparse
 import html
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import arm_scores
@@ -41,6 +43,7 @@ RESULTS = Path(__file__).parent / "results"
 LEDGER = RESULTS / "looks.csv"  # of every study of this folder
 # The one key of an arm that is not a setting: how many harmful prompts are distilled on.
 N_HARMFUL = "n_harmful"
+PER_ROW = {"prompts", "lambada_rows"}  # of the scores: a line per prompt or row, in a csv of its own
 # What fits a model of 0.5B that refuses, and two cores. Nothing passes the published selection there
 # (docs/log.md): the direction is found as in the preset "two-sided". Selection and loss are as published.
 LAPTOP = {
@@ -64,6 +67,7 @@ TITLES = {
     "auc": "AUC of the margin",
     "kl_harmless": "KL to base, harmless",
     "perplexity": "perplexity, own prose",
+    "wikitext2_perplexity": "WikiText-2",
     "lambada": "LAMBADA, right",
     "kl_share_of_s": "S's share of KL",
 }
@@ -229,15 +233,24 @@ def scored(arm: Trained) -> dict[str, Any]:
     }
 
 
+Untrained = Callable[[ss.ChatModel, ss.Direction], AbstractContextManager[ss.ChatModel]]
+
+
+def as_it_is(base: ss.ChatModel, direction: ss.Direction) -> AbstractContextManager[ss.ChatModel]:
+    return nullcontext(base)
+
+
 def run(
     study: Study,
     arms: Mapping[str, Mapping[str, Any]],
     score: Callable[..., dict[str, Any]] = scored,
     make: Callable[..., Selected] = trained,
+    untrained: Mapping[str, Untrained] = MappingProxyType({"base": as_it_is}),
 ) -> pd.DataFrame:
     """Score what `make` makes of every arm with every seed; return and write the table.
 
-    Rows lie in a folder of the name of `score`, so two ways of scoring need two names.
+    Rows lie in a folder of the name of `score`, so two ways of scoring need two names. Beside students stand
+    models without training, as contexts that yield them.
     """
     base = ss.load_model(study.model, dtype=study.recipe({}, 0).dtype)
     rows, n_pairs = [], len(ss.load_prompts().split("distill").harmful)
@@ -246,20 +259,25 @@ def run(
     def made(arm: str, seed: int) -> dict[str, Any]:
         return score(make(study, base, arms[arm], seed))
 
-    def plain(arm: str, seed: int, scores: dict[str, Any]) -> dict[str, Any]:
-        return {"arm": arm, "seed": seed} | {k: v for k, v in scores.items() if not k.endswith("rows")}
+    for name, model in untrained.items() if score is scored else ():
+        direction, key = study.direction(base), study.key(study.recipe({}, 0), "direction")
 
-    if score is scored:
-        study.direction(base)  # whose run learns what opens refusals
-        name = study.key(study.recipe({}, 0), "direction")
-        rows.append(plain("base", 0, row(study.out / "rows" / "base", name, measured, base, base, study)))
+        def beside(model: Untrained = model, direction: ss.Direction = direction) -> dict[str, Any]:
+            with model(base, direction) as chat:
+                return measured(chat, base, study)
+
+        rows.append({"arm": name, "seed": 0, **row(study.out / "rows" / name, key, beside)})
     for arm, seed in jobs:
         n = min(arms[arm].get(N_HARMFUL, n_pairs), n_pairs)
         key = f"{study.key(study.recipe(arms[arm], seed), *SECTIONS)}-{n}"
         scores = row(study.out / "rows" / score.__name__, key, made, arm, seed)
-        rows.append(plain(arm, seed, scores))
-        study.console.print(rows[-1], highlight=False)
+        rows.append({"arm": arm, "seed": seed, **scores})
+        study.console.print({k: v for k, v in rows[-1].items() if k not in PER_ROW}, highlight=False)
     table = pd.DataFrame(rows)
+    for name in PER_ROW.intersection(table):
+        single = pd.concat(pd.DataFrame(r[name]).assign(arm=r["arm"], seed=r["seed"]) for r in rows)
+        write_text(study.folder.with_suffix(f".{name}.csv"), single.to_csv(index=False))
+    table = table.drop(columns=PER_ROW, errors="ignore")
     write_text(study.folder.with_suffix(".csv"), table.to_csv(index=False))
     if {"harmful", "harmless"} <= set(table):
         numbers = {name: digits for name, digits in NUMBERS.items() if name in table}

@@ -6,9 +6,9 @@
     auc                 how well the first token's margin tells harmful from harmless
     kl_harmless         drift: KL(base || model) along the base's answers to harmless prompts
     perplexity          of the project's own prose
-    lambada             the share of rows of LAMBADA that are right, and which: pairs of models are compared
+    lambada             the share of rows of LAMBADA that are right, and which (`lambada_rows`)
 
-`rows` holds a verdict and a margin per prompt, without the prompts, which are partly other people's.
+`prompts` holds a verdict and a margin per prompt, without the prompts, which are partly other people's.
 """
 
 import tempfile
@@ -58,6 +58,7 @@ def measured(
     harmful = rows.set.str.endswith("harmful")
     prompts = ss.load_prompts().split("val").harmless[:limit]
     kls = [0.0] if chat is base else kl_on_answers(base, chat, prompts, base_answers(base, limit))
+    same_prompts = chat.tokenizer.chat_template == base.tokenizer.chat_template  # else no position matches
     scores = {
         "harmful": float(rows.refused[harmful].to_numpy().mean()),
         "harmless": float(rows.refused[~harmful].to_numpy().mean()),
@@ -65,12 +66,15 @@ def measured(
         "n_harmless": int((~harmful).sum()),
         "over_at_75": over_at_equal_harm(rows),
         "auc": float(roc_auc_score(harmful, rows.margin)),
-        "kl_harmless": sum(kls) / len(kls),
+        "kl_harmless": sum(kls) / len(kls) if same_prompts else None,
         "perplexity": perplexity(chat, general_text(), max_tokens=256 if limit else 4096),
-        "rows": rows.to_dict("list"),
+        "prompts": rows.to_dict("list"),
     }
     if data is not None:
         with tempfile.TemporaryDirectory() as folder:
             task = measure_capability(chat, (TASK,), folder, data=data, limit=limit or N_ROWS).iloc[0]
-        scores |= {"lambada": float(task.value), "lambada_rows": [int(right) for right in task.correct]}
+        scores |= {
+            "lambada": float(task.value),
+            "lambada_rows": {"right": [int(right) for right in task.correct]},
+        }
     return scores

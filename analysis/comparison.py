@@ -183,10 +183,10 @@ def trained(method: str, base, direction, prompts, rows, seed: int, steps: int, 
     return distilled(method, base, direction, prompts, seed, steps)
 
 
-def under_system(chat: ss.ChatModel) -> ss.ChatModel:
-    """Write the refusing system prompt into the model's chat template."""
+def under_system(chat: ss.ChatModel, system: str = REFUSING_SYSTEM) -> ss.ChatModel:
+    """Write a system prompt into the model's chat template."""
     tokenizer = deepcopy(chat.tokenizer)
-    first = json.dumps([{"role": "system", "content": REFUSING_SYSTEM}])
+    first = json.dumps([{"role": "system", "content": system}])
     tokenizer.chat_template = f"{{% set messages = {first} + messages %}}{tokenizer.chat_template}"
     return replace(chat, tokenizer=tokenizer)
 

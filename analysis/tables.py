@@ -12,25 +12,25 @@ A number that somebody edits by hand, or rows that change without their page, fa
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import control_tables
 import held_out_tables
 import numpy as np
 import pandas as pd
+import paper_tables
 import robust_tables
 import whole_tables
 from ablation import summary
 from table_text import markdown, percent, ranged, rate_ranged, with_interval
 
-from safesteer._files import json_lines, read_json
+from safesteer._files import json_lines
 from safesteer.evaluation.changes import paired_change
 from safesteer.evaluation.curves import bias_curve, curve_area, over_refusal_at
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "analysis" / "results"
-EARLIER = RESULTS / "earlier" / "paper_preset-149-pairs"
 PAGES = tuple(
     ROOT / name
     for name in (
@@ -47,27 +47,6 @@ HARMFUL = 0.7  # harmful refusals at which lines are compared: about the student
 N_DRAWS = 500
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.S)
 CAPABILITY = {"arc_easy": 3, "piqa": 3, "lambada_openai": 3}
-# The arms of the ablations that test something: (study, arm in its csv, name in the table). Vote against mean
-# and the number of prompts are left out: their arms are one arm (analysis/results/README.md).
-ABLATIONS = (
-    ("table4_support", "safety, reverse", "S, reverse, partial; H = 3, K = 50, teacher's samples"),
-    ("table3_teachers", "system-prompt teacher", "Table 3: system-prompt teacher"),
-    ("table4_support", "topk, reverse", "Table 4: top-k, reverse"),
-    ("table4_support", "full, reverse", "Table 4: whole vocabulary, reverse"),
-    ("table4_support", "safety, forward", "Table 4: S, forward"),
-    ("table4_support", "topk, forward", "Table 4: top-k, forward"),
-    ("table4_support", "full, forward", "Table 4: whole vocabulary, forward"),
-    ("table5_normalizers", "renormalized", "Table 5: renormalised"),
-    ("table5_normalizers", "generalized", "Table 5: generalized"),
-    ("table5_normalizers", "tail", "Table 5: tail"),
-    ("selection_horizon", "H = 1", "H = 1"),
-    ("selection_horizon", "H = 5", "H = 5"),
-    ("selection_horizon", "H = 7", "H = 7"),
-    ("selection_size", "K = 10", "K = 10"),
-    ("selection_size", "K = 25", "K = 25"),
-    ("selection_size", "K = 100", "K = 100, 200, 500: all that pass the minimum"),
-    ("selection_rollouts", "base's samples", "the base's samples"),
-)
 
 
 def suite(name: str) -> dict[tuple[str, str], tuple[float, int]]:
@@ -264,114 +243,15 @@ def comparison() -> str:
     return summary(table, "method", {"kl_harmless": 3, "wikitext2_perplexity": 2, **CAPABILITY})
 
 
-def coverage() -> str:
+def coverage(folder: Path) -> str:
     """Make the table of what S covers before training."""
-    table = pd.read_csv(RESULTS / "selection_coverage.csv")
+    table = pd.read_csv(folder / "selection_coverage.csv")
     lines = []
     for row in table.to_dict("records"):
         shares = [percent(row[f"kl_share_{kind}"]) for kind in ("harmful", "harmless")]
         first = re.findall(r"'[^']*'", row["tokens"])[:6]
         lines.append([row["arm"], str(row["n_tokens"]), *shares, " ".join(first)])
     return markdown(["arm", "tokens", "harmful prompts", "harmless prompts", "the first of them"], lines)
-
-
-def ablations() -> str:
-    """Make the table of the ablations: means of the seeds."""
-    before = read_json(EARLIER / "test" / "test-base.json")
-    lines = [["the model before", "", percent(before["harmful"]), percent(before["harmless"]), "", ""]]
-    for study, arm, title in ABLATIONS:
-        table = pd.read_csv(RESULTS / f"{study}.csv")
-        table = table[table.arm == arm]
-        mean, sizes = table.mean(numeric_only=True), sorted({str(n) for n in table.n_tokens})
-        size = "" if arm.startswith(("full", "topk")) else ", ".join(sizes)
-        rates = [percent(mean[kind]) for kind in ("harmful", "harmless")]
-        lines.append([title, size, *rates, f"{mean.kl_harmless:.3f}", f"{mean['shift']:.2f}"])
-    return markdown(["arm", "tokens", "harmful", "harmless", "KL", "shift"], lines)
-
-
-def paper_preset() -> str:
-    """Make the table of the recipes on the home-made refusing model taught 296 pairs."""
-    table = pd.read_csv(RESULTS / "paper_preset.csv")
-    return summary(table, "model", {"kl_harmless": 3, "perplexity": 2, "everyday": 3, **CAPABILITY})
-
-
-def paper_preset_earlier() -> str:
-    """Make the same table of the one taught 149 pairs."""
-    rows = []
-    for path in sorted((EARLIER / "test").glob("test-*.json")):
-        name = path.stem.removeprefix("test-")
-        model, seed = (name, 0) if name == "base" else (name[:-2], int(name[-1]))
-        rows.append({"model": model, "seed": seed, **read_json(path)})
-    titles = {
-        "base": "base",
-        "paper-lr-1e-5-5-steps": "Eq. 6, lr 1e-5, 5 of 25 steps",
-        "divergence-lr-1e-4-10-steps": "anchor and divergence, lr 1e-4, 10 of 25 steps",
-        "all-pairs-lr-1e-4-12-steps": "the same on 260 pairs, 12 of 15 steps",
-    }
-    table = pd.DataFrame(rows).sort_values("model", key=lambda m: m.map(list(titles).index), kind="stable")
-    return summary(table.replace({"model": titles}), "model", {"perplexity": 2, **CAPABILITY})
-
-
-def searched(folder: Path, titles: Mapping[str, str], base: str) -> str:
-    """Make the table of a search: harmful / harmless refusals by recipe and step, means of the seeds."""
-    before, rows = read_json(folder / f"{base}.json"), {}
-    for name in titles:
-        files = [folder / f"search-{name}.json", *sorted(folder.glob(f"search-{name}-[0-9].json"))]
-        looks = [look for path in files if path.exists() for look in read_json(path)]
-        rows[name] = pd.DataFrame(looks)[["steps", "harmful", "harmless"]].groupby("steps").mean()
-    steps = sorted({int(step) for table in rows.values() for step in table.index})
-
-    def cell(rates: Mapping[str, float]) -> str:
-        return f"{100 * rates['harmful']:.0f} / {100 * rates['harmless']:.0f} %"
-
-    lines = [["before", cell(before), *[""] * (len(steps) - 1)]]
-    for name, title in titles.items():
-        lines.append([title, *(cell(rows[name].loc[s]) if s in rows[name].index else "" for s in steps)])
-    return markdown(["recipe, refusals after step", *map(str, steps)], lines)
-
-
-def search_val() -> str:
-    """Make the table of the first search."""
-    titles = {
-        "paper-lr-1e-5": "Eq. 6, no anchor, 4 prompts x 8 answers, lr 1e-5",
-        "anchor-lr-5e-5": "Eq. 6, 16 prompts of each kind, anchor over the whole vocabulary, lr 5e-5",
-        "divergence-lr-1e-4": "symmetric generalized divergence in place of Eq. 6, lr 1e-4",
-    }
-    return searched(EARLIER / "val", titles, "val-base")
-
-
-def search_sixty() -> str:
-    """Make the table of the second search."""
-    titles = {
-        "paper-lr-1e-5": "Eq. 6, no anchor, lr 1e-5",
-        "divergence-lr-1e-4": "symmetric generalized, anchor, lr 1e-4",
-        "all-pairs-lr-1e-4": "the same on 260 pairs",
-    }
-    return searched(EARLIER / "sixty-pairs", titles, "search-base")
-
-
-def search_now() -> str:
-    """Make the table of the search on the home-made refusing model taught 296 pairs."""
-    titles = {
-        "paper-lr-1e-5": "Eq. 6, no anchor, 4 prompts x 8 answers, lr 1e-5",
-        "paper-lr-5e-6": "the same, lr 5e-6",
-        "generalized-lr-1e-5": "the same, lr 1e-5, generalized in place of partial",
-        "anchor-lr-5e-5": "anchor (three seeds), lr 5e-5",
-        "anchor-lr-3e-5": "the same, lr 3e-5",
-        "twice-the-anchor-lr-3e-5": "the same, twice the anchor",
-    }
-    return searched(RESULTS / "paper_preset", titles, "search-base")
-
-
-def selections() -> str:
-    """Make the table of S's share of KL by horizon and least probability, on both home-made models."""
-    earlier, now = (read_json(folder / "selections.json") for folder in (EARLIER, RESULTS / "paper_preset"))
-    lines = []
-    for a, b in zip(earlier, now, strict=True):
-        least = f"{a['tokens.min_steered_prob']:.0e}".replace("e-0", "e-")
-        names = [f"{a['tokens.horizon']}", least]
-        lines.append([*names, *(f"{row['kl_share']:.1%}".replace("%", " %") for row in (a, b))])
-    return markdown(["horizon", "minimum probability", "taught 149 pairs", "taught 296 pairs"], lines)
 
 
 JUDGES = {  # in judges.csv: name in the table
@@ -448,14 +328,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "judges-differ": judges_differ,
     "demo-suite": demo_suite,
     "comparison": comparison,
-    "coverage": coverage,
-    "ablations": ablations,
-    "paper-preset": paper_preset,
-    "paper-preset-earlier": paper_preset_earlier,
-    "selections": selections,
-    "search-val": search_val,
-    "search-sixty": search_sixty,
-    "search-now": search_now,
+    "coverage": lambda: coverage(RESULTS),
+    "paper-tables": lambda: markdown(*paper_tables.table()),
+    "paper-coverage": lambda: coverage(paper_tables.ROWS),
 }
 
 

@@ -44,6 +44,18 @@ IDEAS = {
     "mixed prompts": {"prompts": "mixed"},
     "slow": {"lr": 1e-4},
 }
+# Harmless answers held to the base over all tokens, by lighter weights: S holds a third of the divergence.
+WHOLE_ANCHOR = {"anchor_support": "full", "anchor_weight": 1.0, "late_anchor_weight": 4.0}
+COMBINED = {
+    "whole anchor": WHOLE_ANCHOR,
+    "whole anchor, later tokens count more": WHOLE_ANCHOR | {"decay": 0.95},
+    "whole anchor, lighter": WHOLE_ANCHOR | {"anchor_weight": 0.5, "late_anchor_weight": 1.5},
+    "whole anchor and texts": WHOLE_ANCHOR | IDEAS["texts"],
+    "whole anchor, texts and mixed prompts": WHOLE_ANCHOR | IDEAS["texts"] | IDEAS["mixed prompts"],
+    # Adam moves every weight by as much, also those whose gradient is noise: fewer directions, or a floor.
+    "LoRA": {"lora_rank": 16, "lr": 1e-3},
+    "Adam, eps 1e-4": {"eps": 1e-4, "lr": 6e-4},
+}
 SHORT = ("all", "all but slow")  # also in 30 steps: twelve minutes are all that a demo may take
 N_LONG, LONG = 64, 64  # everyday prompts that are answered at length, and that length
 
@@ -56,7 +68,7 @@ def arms() -> dict[str, dict]:
         for name, idea in IDEAS.items()
     }
     short = {f"{name}, 30 steps": ({"all": everything} | without)[name] | {"n_steps": 30} for name in SHORT}
-    return {"quick": {}, **IDEAS, "all": everything, **without, **short}
+    return {"quick": {}, **IDEAS, "all": everything, **without, **short, **COMBINED}
 
 
 def long_prompts() -> list[str]:
@@ -89,10 +101,13 @@ def student_of(changes: dict, base: ss.ChatModel, args: argparse.Namespace) -> s
     """Train an arm's student."""
     changes = dict(changes)
     prompts = ss.load_prompts(changes.pop("prompts", "pairs")).split("train", "distill")
+    eps = changes.pop("eps", 1e-8)
     config = replace(QUICK, seed=args.seed, **changes)
     direction = ss.Direction.load(args.run / "direction.safetensors", base)
     tokens = ss.TokenSet.load(args.run / "tokens.json")
     state = prepare_student(ss.load_model(args.model, dtype="float32"), direction, config)
+    for group in state.optimizer.param_groups:
+        group["eps"] = eps
     for record in training_steps(state, Teacher(base, direction, tokens), prompts):
         if record.step % 10 == 0:
             print(record.step, f"loss {record.loss:.4f} grad {record.grad_norm:.3f}", flush=True)
