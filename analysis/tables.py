@@ -243,9 +243,9 @@ def comparison() -> str:
     return summary(table, "method", {"kl_harmless": 3, "wikitext2_perplexity": 2, **CAPABILITY})
 
 
-def coverage(folder: Path) -> str:
+def coverage() -> str:
     """Make the table of what S covers before training."""
-    table = pd.read_csv(folder / "selection_coverage.csv")
+    table = pd.read_csv(RESULTS / "selection_coverage.csv")
     lines = []
     for row in table.to_dict("records"):
         shares = [percent(row[f"kl_share_{kind}"]) for kind in ("harmful", "harmless")]
@@ -328,9 +328,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "judges-differ": judges_differ,
     "demo-suite": demo_suite,
     "comparison": comparison,
-    "coverage": lambda: coverage(RESULTS),
+    "coverage": coverage,
     "paper-tables": lambda: markdown(*paper_tables.table()),
-    "paper-coverage": lambda: coverage(paper_tables.ROWS),
 }
 
 

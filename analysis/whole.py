@@ -52,8 +52,7 @@ COMBINED = {
     "whole anchor, lighter": WHOLE_ANCHOR | {"anchor_weight": 0.5, "late_anchor_weight": 1.5},
     "whole anchor and texts": WHOLE_ANCHOR | IDEAS["texts"],
     "whole anchor, texts and mixed prompts": WHOLE_ANCHOR | IDEAS["texts"] | IDEAS["mixed prompts"],
-    # Adam moves every weight by as much, also those whose gradient is noise: fewer directions, or a floor.
-    "LoRA": {"lora_rank": 16, "lr": 1e-3},
+    # Adam moves every weight by as much, also those whose gradient is noise: a floor leaves them alone.
     "Adam, eps 1e-4": {"eps": 1e-4, "lr": 6e-4},
 }
 SHORT = ("all", "all but slow")  # also in 30 steps: twelve minutes are all that a demo may take
