@@ -65,10 +65,11 @@ def test_a_study_runs_to_its_csv_and_continues(name, model_folder, tmp_path, mon
     command = [name, "--model", str(model_folder), "--quick", *changes, "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
     script = str(ANALYSIS / f"{name}.py")
-    arms = runpy.run_path(script, run_name="__main__")["ARMS"]
+    defined = runpy.run_path(script, run_name="__main__")
+    arms, untrained = defined["ARMS"], list(defined.get("UNTRAINED", ["base"]))
     table = pd.read_csv(tmp_path / f"{name}-quick.csv")
     measured = any(p.parent.name == "scored" for p in (tmp_path / "rows").rglob("*.json"))
-    assert table.arm.tolist() == ["base"] * measured + list(arms)
+    assert table.arm.tolist() == untrained * measured + list(arms)
     assert (tmp_path / f"{name}-quick.html").exists()
     parts = {p: p.stat().st_mtime_ns for p in (tmp_path / "rows").rglob("*.json")}
     assert sum(p.parent.name in ("scored", "shifts", "coverage") for p in parts) == len(arms)
