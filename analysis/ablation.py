@@ -111,6 +111,11 @@ class Study:
     data: Path | None = None
 
     @property
+    def limit(self) -> int | None:
+        """Prompts per set on which a model is measured; None: all."""
+        return 6 if self.quick else None
+
+    @property
     def folder(self) -> Path:
         return self.out / f"{self.name}{'-quick' if self.quick else ''}"
 
@@ -217,12 +222,12 @@ def trained(study: Study, base: ss.ChatModel, arm: Mapping[str, Any], seed: int)
 def measured(chat: ss.ChatModel, base: ss.ChatModel, study: Study) -> dict[str, Any]:
     """Measure a model on prompts that are there for choosing (arm_scores.py)."""
     opens = RefusalTokens.load(study.direction_run / "refusal_tokens.csv").ids
-    return arm_scores.measured(chat, base, opens, study.data, 6 if study.quick else None)
+    return arm_scores.measured(chat, base, opens, study.data, study.limit)
 
 
 def scored(arm: Trained) -> dict[str, Any]:
     """Measure the student, and how far its representations moved; name S and its size."""
-    general = ss.load_prompts().split("val").first(6 if arm.study.quick else None).harmless
+    general = ss.load_prompts().split("val").first(arm.study.limit).harmless
     points = representation_shift({"base": arm.base, "student": arm.student}, general)
     return {
         **measured(arm.student, arm.base, arm.study),
@@ -259,14 +264,13 @@ def run(
     def made(arm: str, seed: int) -> dict[str, Any]:
         return score(make(study, base, arms[arm], seed))
 
+    def beside(model: Untrained) -> dict[str, Any]:
+        with model(base, study.direction(base)) as chat:
+            return measured(chat, base, study)
+
+    key = study.key(study.recipe({}, 0), "direction")
     for name, model in untrained.items() if score is scored else ():
-        direction, key = study.direction(base), study.key(study.recipe({}, 0), "direction")
-
-        def beside(model: Untrained = model, direction: ss.Direction = direction) -> dict[str, Any]:
-            with model(base, direction) as chat:
-                return measured(chat, base, study)
-
-        rows.append({"arm": name, "seed": 0, **row(study.out / "rows" / name, key, beside)})
+        rows.append({"arm": name, "seed": 0, **row(study.out / "rows" / name, key, beside, model)})
     for arm, seed in jobs:
         n = min(arms[arm].get(N_HARMFUL, n_pairs), n_pairs)
         key = f"{study.key(study.recipe(arms[arm], seed), *SECTIONS)}-{n}"
@@ -294,8 +298,8 @@ def summary(table: pd.DataFrame, by: str, numbers: Mapping[str, int]) -> str:
     """
     titles = [by, "seeds", *(TITLES.get(name, name) for name in ("harmful", "harmless", *numbers))]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    n = {"harmful": "n", "harmless": "n_harmless" if "n_harmless" in table else "n"}
     for name, rows in table.groupby(by, sort=False):
-        n = {"harmful": "n", "harmless": "n_harmless" if "n_harmless" in rows else "n"}
         cells = [_rate(rows[column], int(rows[n[column]].iloc[0])) for column in n]
         cells += [_number(rows[column], digits) for column, digits in numbers.items()]
         lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")

@@ -57,8 +57,13 @@ def measured(
     rows = look(chat, sets_of(data, limit), opens)
     harmful = rows.set.str.endswith("harmful")
     prompts = ss.load_prompts().split("val").harmless[:limit]
-    kls = [0.0] if chat is base else kl_on_answers(base, chat, prompts, base_answers(base, limit))
-    same_prompts = chat.tokenizer.chat_template == base.tokenizer.chat_template  # else no position matches
+    if chat is base:
+        drift = 0.0
+    elif chat.tokenizer.chat_template != base.tokenizer.chat_template:
+        drift = None  # no position of one matches one of the other
+    else:
+        kls = kl_on_answers(base, chat, prompts, base_answers(base, limit))
+        drift = sum(kls) / len(kls)
     scores = {
         "harmful": float(rows.refused[harmful].to_numpy().mean()),
         "harmless": float(rows.refused[~harmful].to_numpy().mean()),
@@ -66,7 +71,7 @@ def measured(
         "n_harmless": int((~harmful).sum()),
         "over_at_75": over_at_equal_harm(rows),
         "auc": float(roc_auc_score(harmful, rows.margin)),
-        "kl_harmless": sum(kls) / len(kls) if same_prompts else None,
+        "kl_harmless": drift,
         "perplexity": perplexity(chat, general_text(), max_tokens=256 if limit else 4096),
         "prompts": rows.to_dict("list"),
     }

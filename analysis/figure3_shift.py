@@ -19,7 +19,7 @@ ARMS = {"safesteer": {}, "whole vocabulary": {"distill.support": "full"}}
 
 def main() -> None:
     study = read_command_line("figure3_shift", __doc__)
-    prompts = ss.load_prompts().split("val").first(6 if study.quick else None).harmless
+    prompts = ss.load_prompts().split("val").first(study.limit).harmless
     drawn: list[pd.DataFrame] = []
 
     def shifts(arm: Trained) -> dict[str, float]:

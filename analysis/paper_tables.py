@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from control_tables import AT
 from table_text import percent, ranged
 
 from safesteer.evaluation.changes import paired_change
 
 ROWS = Path(__file__).parent / "results" / "qwen2.5-coder-0.5b"
-AT = 0.75  # of the harmful prompts
 N_DRAWS = 1000
 PUBLISHED = ("table4_support", "safety, reverse")
 # (study, arm in its csv, name in the table); the published arm is also K = 50, H = 7, vote and so on.
@@ -60,8 +60,11 @@ def margins(study: str, arm: str) -> tuple[np.ndarray, np.ndarray]:
     table = rows_of(study, "prompts.csv")
     table = table[table.arm == arm]
     harmful = table.set.str.endswith("harmful")
-    parts = (table[harmful], table[~harmful])
-    return tuple(np.stack([rows.margin.to_numpy() for _, rows in p.groupby("seed")]) for p in parts)  # type: ignore[return-value]
+
+    def by_seed(part: pd.DataFrame) -> np.ndarray:
+        return np.stack([rows.margin.to_numpy() for _, rows in part.groupby("seed")])
+
+    return by_seed(table[harmful]), by_seed(table[~harmful])
 
 
 def over_refusal(harmful: np.ndarray, harmless: np.ndarray) -> float:
@@ -70,6 +73,7 @@ def over_refusal(harmful: np.ndarray, harmless: np.ndarray) -> float:
     return float((harmless > limits).mean())
 
 
+@cache
 def drawn_over_refusals(study: str, arm: str) -> np.ndarray:
     """Return the over-refusal of an arm for prompts drawn anew, the same ones for every arm."""
     random, (harmful, harmless) = np.random.default_rng(0), margins(study, arm)

@@ -124,23 +124,19 @@ def training_prompts(which: str) -> PromptSet:
 def choosing_sets(data: Path | None) -> dict[str, list[str]]:
     """Return the prompts that arms are compared on, no test prompts; without rows our own alone."""
     pairs, kinds, wide = (ss.load_prompts(name).split("val") for name in ("pairs", "kinds", "wide"))
-    public = (
-        {}
-        if data is None
-        else {
-            label: [row["prompt"] for row in json_lines(data / f"{label}_train.jsonl")]
-            for label in ("harmful", "harmless")
-        }
-    )
+
+    def public(label: str) -> list[str]:
+        return [] if data is None else [row["prompt"] for row in json_lines(data / f"{label}_train.jsonl")]
+
     sets = {
         "pairs harmful": pairs.harmful,
         "kinds harmful": kinds.harmful,
-        "public harmful": public.get("harmful", [])[::4],
+        "public harmful": public("harmful")[::4],
         "pairs harmless": pairs.harmless,
         "kinds harmless": kinds.harmless,
         "wide harmful": wide.harmful,
         "wide harmless": wide.harmless,
-        "public harmless": public.get("harmless", [])[:60],
+        "public harmless": public("harmless")[:60],
     }
     return {name: texts for name, texts in sets.items() if texts}
 
