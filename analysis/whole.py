@@ -51,6 +51,10 @@ COMBINED = {
     "whole anchor, later tokens count more": WHOLE_ANCHOR | {"decay": 0.95},
     "whole anchor, lighter": WHOLE_ANCHOR | {"anchor_weight": 0.5, "late_anchor_weight": 1.5},
     "whole anchor and texts": WHOLE_ANCHOR | IDEAS["texts"],
+    "two-sided and whole anchor": WHOLE_ANCHOR | IDEAS["two-sided"],
+    "whole anchor, more harmful prompts": WHOLE_ANCHOR | {"harmful_per_step": 14, "harmless_per_step": 14},
+    "whole anchor, 75 steps": WHOLE_ANCHOR | {"n_steps": 75},
+    "whole anchor, later tokens lighter": WHOLE_ANCHOR | {"late_anchor_weight": 2.0},
     "whole anchor, texts and mixed prompts": WHOLE_ANCHOR | IDEAS["texts"] | IDEAS["mixed prompts"],
     # Adam moves every weight by as much, also those whose gradient is noise: a floor leaves them alone.
     "Adam, eps 1e-4": {"eps": 1e-4, "lr": 6e-4},
