@@ -30,8 +30,12 @@ from safesteer.models.precision import in_precision_of
 from safesteer.models.text_loss import general_text, perplexity
 from safesteer.run_folder import STAGES
 
-QUICK = replace(
+QUICK = replace(  # as it was before this study
     ss.recipe("quick").distill,
+    n_steps=50,
+    anchor_support="same",
+    anchor_weight=2.0,
+    late_anchor_weight=6.0,
     micro_batch=28,
     splits=("train", "distill"),
     precision="bfloat16",

@@ -121,6 +121,7 @@ def our_steps(teacher: Teacher, student: ss.ChatModel, sizes: Sizes, **settings)
         max_new_tokens=sizes.new_tokens,
         rollouts="student",
         precision="bfloat16",
+        watch_every=0,  # what no other path does
         **settings,
     )
     state, prompts = prepare_student(student, teacher.direction, config), ss.load_prompts().split("distill")

@@ -188,7 +188,7 @@ def _shown(value: Any) -> str:
 
 def quick() -> Recipe:
     """Build the preset for small machines: it aligns models that refuse and models that do not."""
-    return Recipe()
+    return Recipe(dtype="auto", distill=DistillConfig(precision="auto"))
 
 
 def paper_qwen() -> Recipe:
@@ -258,6 +258,7 @@ def two_sided() -> Recipe:
         tokens=TokenConfig(k_vote=200, n_samples=8, batch_size=8),
         distill=DistillConfig(
             harmless_teacher="ablated",
+            anchor_support="same",
             splits=("distill", "train"),
             train_layers="all",
             n_steps=24,

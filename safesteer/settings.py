@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from safesteer._settings import (
     CountOrNone,
+    CountOrNone,
     PositiveOrNone,
     SizeOrNone,
     TextOrNone,
@@ -101,8 +102,14 @@ class DirectionConfig:
         3, "Candidates ranked by steering that are compared at several coefficients, by their answers.", ge=1
     )
     n_compare_prompts: int = setting(16, "Harmful prompts whose answers are compared for that.", ge=1)
-    batch_size: int = setting(8, "Prompts per forward pass.", ge=1)
-    tokens_per_pass: int = setting(1536, "Tokens up to which candidates are packed into one pass.", ge=1)
+    batch_size: CountOrNone = setting_or_none(
+        None, "Prompts per forward pass; none: 8 on a CPU, 32 on a GPU.", unit="prompts"
+    )
+    tokens_per_pass: CountOrNone = setting_or_none(
+        None,
+        "Tokens up to which candidates are packed into one pass; none: 1536 on a CPU, 8192 on a GPU.",
+        unit="tokens",
+    )
     seed: int = setting(0, "Seed of controls, intervals and shuffled labels.")
 
 
@@ -176,7 +183,7 @@ class DistillConfig:
         "What trains: all weights, all blocks but not the vocabulary's rows, or the blocks from the steered"
         " layer up.",
     )
-    n_steps: int = setting(50, "Optimizer steps.", ge=1)
+    n_steps: int = setting(75, "Optimizer steps.", ge=1)
     harmful_per_step: int = setting(10, "Harmful prompts per step.", ge=1)
     harmless_per_step: int = setting(
         18, "Harmless prompts per step, on which the student is held to the base; 0: no anchor, as published."
@@ -202,10 +209,10 @@ class DistillConfig:
     )
     max_opening: int = setting(16, "Longest of those openings.", unit="tokens", ge=1)
     anchor_support: Literal["same", "full"] = setting(
-        "same", "Tokens compared on harmless answers: as `support`, or the whole vocabulary."
+        "full", "Tokens compared on harmless answers: as `support`, or the whole vocabulary."
     )
-    anchor_weight: float = setting(2.0, "Weight of a harmless answer, in harmful ones.", ge=0, le=1e30)
-    late_anchor_weight: float = setting(6.0, "The same in the last third of the steps.", ge=0, le=1e30)
+    anchor_weight: float = setting(1.0, "Weight of a harmless answer, in harmful ones.", ge=0, le=1e30)
+    late_anchor_weight: float = setting(4.0, "The same in the last third of the steps.", ge=0, le=1e30)
     margin_weight: float = setting(
         0.0,
         "Weight of a margin beside the divergence: at each position the gap between the best logit of S and"
@@ -249,8 +256,11 @@ class DistillConfig:
     )
     weight_decay: float = setting(0.0, "Weight decay of AdamW.", ge=0, le=1e30)
     max_grad_norm: float = setting(1.0, "Norm at which gradients are clipped.", gt=0, le=1e30)
-    micro_batch: int = setting(
-        8, "Answers per forward pass: fewer need less memory; the loss is the same.", ge=1
+    micro_batch: CountOrNone = setting_or_none(
+        None,
+        "Answers per forward pass: fewer need less memory; the loss is the same; none: 8 on a CPU, 16 on a"
+        " GPU.",
+        unit="answers",
     )
     checkpoint_every: int = setting(20, "Steps between checkpoints.", ge=1)
     watch_every: int = setting(

@@ -90,3 +90,28 @@ def test_a_few_huge_elements_cost_no_short_cut():
     got[..., 3] += 0.24
     assert traits._misfit(got, want, torch.bfloat16) < traits.HALF_TOLERANCE
     assert traits._misfit(got, want, torch.float32) > 0.2
+
+
+def test_a_model_that_amplifies_rounding_keeps_its_short_cuts(monkeypatch):
+    """An 8B of random weights is off by more than the usual limit on a GPU, where kernels round otherwise."""
+    model = build("llama").model.bfloat16()
+    usual = traits._misfit
+    monkeypatch.setattr(traits, "HALF_TOLERANCE", 0.0)
+    monkeypatch.setattr(traits, "_misfit", lambda *args: usual(*args) + 1e-6)
+    limit = traits._rounding_limit(model, [[5, 6, 7, 8], [5, 6, 7, *range(20, 31)]])
+    assert 1e-5 < limit < 0.2
+    assert traits_of(model).pads and traits_of(model).decodes_cached
+
+
+def test_rounding_excuses_no_model_that_reads_its_padding(monkeypatch):
+    model = build("llama").model.bfloat16()
+    monkeypatch.setattr(model.model, "forward", _without_mask(model.model.forward))
+    assert not traits_of(model).pads
+
+
+def _without_mask(forward):
+    def read(*args, attention_mask=None, **kwargs):
+        mask = None if attention_mask is None else torch.ones_like(attention_mask)
+        return forward(*args, attention_mask=mask, **kwargs)
+
+    return read

@@ -177,7 +177,7 @@ def read_candidates(
         config: Settings of stage 1; those of scores and coefficients are not read.
         judge: Says which answers refuse.
     """
-    train, val = prompts.split("train").first(config.n_train), prompts.split("val")
+    train, val = prompts.split("train").across(config.n_train), prompts.split("val").across(None)
     refusal = learn_refusal_tokens(chat, val.harmful, val.harmless, judge)
     native = refusal_rate(chat, val.harmful, judge, ANSWER_TOKENS)
     extraction, read, suited = _readable(chat, train, val, refusal, native, config)

@@ -33,6 +33,7 @@ from safesteer.models.generation import with_greedy_tokens
 from safesteer.models.head import output_head
 from safesteer.models.logits import kl_divergence, logits_of, refusal_score
 from safesteer.models.parts import decoder
+from safesteer.models.pass_sizes import pass_sizes
 from safesteer.models.passes import select_rows
 from safesteer.models.processes import in_turns
 from safesteer.prompts.prompt_set import PromptSet
@@ -73,9 +74,11 @@ class PassLimits:
     seed: int = 0
 
     @classmethod
-    def of(cls, config: DirectionConfig) -> "PassLimits":
-        """Read the limits from the settings of stage 1."""
-        return cls(config.n_kl_tokens, config.batch_size, config.tokens_per_pass, seed=config.seed)
+    def of(cls, config: DirectionConfig, device: torch.device) -> "PassLimits":
+        """Read the limits from the settings of stage 1; what they leave open is the device's."""
+        sizes = pass_sizes(device)
+        n_prompts, n_tokens = config.batch_size or sizes.prompts, config.tokens_per_pass or sizes.tokens
+        return cls(config.n_kl_tokens, n_prompts, n_tokens, seed=config.seed)
 
 
 @torch.no_grad()
@@ -160,7 +163,8 @@ class _Texts:
     @classmethod
     def of(cls, chat: ChatModel, prompts: PromptSet, limits: PassLimits) -> "_Texts":
         """Split the prompts into batches; harmless ones get the base's own first greedy tokens."""
-        texts = PromptBatch.of(chat.tokenizer, [*prompts.harmful, *prompts.harmless], device=chat.device)
+        joined = [*prompts.harmful, *prompts.harmless]
+        texts = PromptBatch.of(chat.tokenizer, joined, device=chat.device, keep_shared=True)
         texts = earned(chat.model, texts)
         harmful, harmless = [], []
         for rows in batches(chat.tokenizer, prompts.harmful, limits.batch_size):

@@ -163,7 +163,7 @@ def sweep(
     """
     chat, config = as_chat(chat), config or DirectionConfig()
     prompts = prompts.first(config.n_val)
-    limits = PassLimits.of(config)
+    limits = PassLimits.of(config, chat.device)
     kinds = [k for k in config.controls if k == "random" or candidates.shuffled is not None]
     # Controls of all candidates cost as much as their scores; controls of a few cost next to nothing.
     share = 1 / (1 + len(kinds)) if config.n_controls is None else 1.0
@@ -262,7 +262,7 @@ def _add_controls(
         [layer for _, layer in places],
         prompts,
         refusal_ids,
-        PassLimits.of(config),
+        PassLimits.of(config, chat.device),
         placebo=kind == "random",
         progress=progress,
     )

@@ -183,7 +183,7 @@ def _best_tokens(
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Return the likeliest token of S and the likeliest other one at each position."""
     best = []
-    for part in hidden.split(positions_per_chunk(len(head.weight))):
+    for part in hidden.split(positions_per_chunk(head.weight)):
         z = logits_of(part, *head)
         inside = ids[z[:, ids].argmax(-1)]
         best.append(torch.stack([inside, z.index_fill_(1, ids, -torch.inf).argmax(-1)]))

@@ -78,7 +78,7 @@ def divergence_loss(
         The loss in nats; per position the divergence and both probabilities on S.
     """
     weight, bias, softcap, scale = head
-    chunk = chunk or CHUNKS * positions_per_chunk(len(weight))
+    chunk = chunk or CHUNKS * positions_per_chunk(weight)
     fixed = _Fixed(h_teacher, weights, softcap, scale, teacher_head, ids, config, chunk)
     terms = cast(tuple[Tensor, ...], _ChunkedLoss.apply(hidden, weight, bias, fixed))
     return LossTerms(*terms)

@@ -26,6 +26,10 @@ from safesteer.models.batch import PromptBatch, batches
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.forward import final_hidden
 from safesteer.models.generation import generate_ids, uniforms
+from safesteer.models.parts import is_quantized
+from safesteer.models.pass_sizes import pass_sizes
+from safesteer.models.placement import is_offloaded
+from safesteer.models.precision import in_precision, weight_dtype
 from safesteer.models.sharding import equal_passes
 from safesteer.settings import DistillConfig
 from safesteer.steering.direction import Direction, steer
@@ -166,7 +170,7 @@ def sample_rollouts(
             continue
         author = teacher.base if steered and teacher else student
         with (
-            _as_teacher(teacher, student, config) if steered and teacher else nullcontext(),
+            _as_teacher(teacher, student, config) if steered and teacher else _rounded_once(student, config),
             equal_passes(author.model),
         ):
             if not rows:  # entered all the same: another process may have some
@@ -219,6 +223,25 @@ def _fill_from_sampler(
 
 
 @contextmanager
+def _rounded_once(student: ChatModel, config: DistillConfig) -> Iterator[None]:
+    """Hold a student's weights in the precision of its passes while it answers.
+
+    Autocast would round all of them again for every new token. Weights that are sharded, quantized or not on
+    the device stay as they are.
+    """
+    model = student.model
+    if config.precision != "bfloat16" or config.sharded or is_offloaded(model) or is_quantized(model):
+        yield
+        return
+    mixed = weight_dtype(model) == torch.bfloat16  # a wide adapter on a narrow base needs autocast
+    with (
+        in_precision(model, torch.bfloat16),
+        torch.autocast(student.device.type, torch.bfloat16, enabled=mixed),
+    ):
+        yield
+
+
+@contextmanager
 def _as_teacher(teacher: Teacher, student: ChatModel, config: DistillConfig) -> Iterator[None]:
     """Make the base the teacher of harmful answers inside, without an adapter that `student` has on it."""
     with as_base(teacher.base, student), _reading_as(teacher, True, config):
@@ -232,16 +255,21 @@ def predicting_states(
     return hidden[:, -mask.shape[1] - 1 : -1][mask]
 
 
+def answers_per_pass(config: DistillConfig, device: torch.device) -> int:
+    """Return how many answers one pass of a step reads: the setting, or what it leaves to the device."""
+    return config.micro_batch or pass_sizes(device).answers
+
+
 @timed("teacher")
 @torch.no_grad()
 def teacher_hidden(teacher: Teacher, rollouts: Rollouts, config: DistillConfig) -> Float[Tensor, "n d_model"]:
     """Let the teacher read the answers; return its final hidden states at every counting position."""
     base, n_new = teacher.base, rollouts.mask.shape[1]
-    dtype = next(base.model.parameters()).dtype
+    dtype, n_rows = next(base.model.parameters()).dtype, answers_per_pass(config, base.device)
     out = torch.zeros((*rollouts.mask.shape, base.d_model), dtype=dtype, device=base.device)
     with equal_passes(base.model):
         for is_harmful in rollouts.harmful.unique().tolist():
-            for at in torch.nonzero(rollouts.harmful == is_harmful)[:, 0].split(config.micro_batch):
+            for at in torch.nonzero(rollouts.harmful == is_harmful)[:, 0].split(n_rows):
                 if is_harmful and (config.teacher == "prompt" or disguises_any(config)):
                     system = config.system if config.teacher == "prompt" else None
                     batch = _plain_rows(base, rollouts, at, system)

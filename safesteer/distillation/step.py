@@ -30,6 +30,7 @@ from safesteer._errors import SafeSteerError
 from safesteer.distillation.holding import BaseText, hold_texts, margin_loss
 from safesteer.distillation.loss import LossTerms, divergence_loss, kl_outside_set
 from safesteer.distillation.rollouts import (
+    answers_per_pass,
     Rollouts,
     Sampler,
     StepPrompts,
@@ -252,7 +253,7 @@ def _backward(
     # Neither recomputed nor sharded blocks have a use for a cache of the shared columns.
     without_cache = _recomputes(state) or config.sharded
     loss, terms = 0.0, torch.zeros((3, len(row)), dtype=torch.float32, device=row.device)
-    for at in torch.arange(len(rollouts.mask)).split(config.micro_batch):
+    for at in torch.arange(len(rollouts.mask)).split(answers_per_pass(config, student.device)):
         first = int(starts[at[0]])
         span = slice(first, first + int(rollouts.mask[at].sum()))
         rows = rollouts.batch.rows(at)

@@ -247,7 +247,7 @@ def best_tokens(
     """
     weight = cast(nn.Embedding, hf_model(chat.model).get_input_embeddings()).weight.detach()[: len(allowed)]
     k, chosen = min(k, int(allowed.sum())), []
-    for part in gradient.split(positions_per_chunk(len(weight))):
+    for part in gradient.split(positions_per_chunk(weight)):
         slopes = wide_matmul(part, weight, transposed=True)
         slopes = slopes.masked_fill(~allowed.to(slopes.device), torch.inf)
         chosen.append(slopes.topk(k, largest=False).indices.cpu())

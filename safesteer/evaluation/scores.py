@@ -130,7 +130,7 @@ def evaluate(
     """
     base, config = as_chat(chat), config or EvaluateConfig()
     student = None if student is None else as_chat(student)
-    test, cached = (prompts or load_prompts()).split("test").first(config.n_prompts), CachedJudge(judge)
+    test, cached = (prompts or load_prompts()).split("test").across(config.n_prompts), CachedJudge(judge)
     n_models = 1 + (direction is not None) + (student is not None)
     scores, answers = {}, {}
     with without_student(base, student):
@@ -195,7 +195,7 @@ def score_model(
         base_answers: The base's greedy answers to the harmless prompts; None: the base is asked.
     """
     config = config or EvaluateConfig()
-    prompts = prompts.first(config.n_prompts)
+    prompts = prompts.across(config.n_prompts)
     greedy = partial(generate, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
     answers = {str(label): greedy(chat, prompts.texts(label)) for label in LABELS}
     verdicts = [v for label in LABELS for v in judge_all(judge, prompts.texts(label), answers[label])]

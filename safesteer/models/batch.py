@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from safesteer.models.pass_sizes import pays_to_share
 from safesteer.models.templates import ids_of, render
 from safesteer.prompts.conversation import PromptLike, as_prompts
 
@@ -42,6 +43,7 @@ class PromptBatch:
         *,
         system: str | None = None,
         device: str | torch.device = "cpu",
+        keep_shared: bool = False,
     ) -> "PromptBatch":
         """Render and tokenize `prompts`, each followed by its continuation (text or ids) if there is one.
 
@@ -51,12 +53,16 @@ class PromptBatch:
             continuations: One per prompt: what stands after the template, such as an answer.
             system: A system prompt (None: what the template writes by itself).
             device: Where the tensors are put.
+            keep_shared: Share columns also where a pass of their own saves little on that device: one pass
+                will serve many batches.
         """
         heads = [ids_of(tokenizer, render(tokenizer, p, system=system)) for p in as_prompts(prompts)]
         tails: list[list[int]] = [[] for _ in prompts]
         if continuations is not None:
             tails = [ids_of(tokenizer, c) if isinstance(c, str) else list(c) for c in continuations]
-        return cls.from_ids(heads, tails, device=device)
+        batch = cls.from_ids(heads, tails, device=device)
+        saved = batch.n_shared * (len(heads) - 1)
+        return batch if keep_shared or pays_to_share(saved, device) else batch.plain()
 
     @classmethod
     def from_ids(

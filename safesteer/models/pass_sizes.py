@@ -1,0 +1,39 @@
+"""How much one forward pass holds where a setting leaves that to the device.
+
+A processor is busy with a few prompts, and more of them only take memory. A GPU takes longer to start the
+kernels of a small pass than to compute them (an H200 reads 32 prompts of a 0.5B model in the time of 8), so
+its passes are larger, and columns that rows share get a pass of their own only where that saves many.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class PassSizes(NamedTuple):
+    """Prompts and tokens of a pass of the sweep, answers of a pass of the training step."""
+
+    prompts: int
+    tokens: int
+    answers: int
+
+
+ON_CPU = PassSizes(prompts=8, tokens=1536, answers=8)
+ON_GPU = PassSizes(prompts=32, tokens=8192, answers=16)
+SAVED = 4096  # positions that a pass for shared columns has to save on a GPU: what it reads in that time
+
+
+def pass_sizes(device: torch.device | str) -> PassSizes:
+    """Return the sizes for a device.
+
+    Example:
+        >>> from safesteer.models.pass_sizes import pass_sizes
+        >>> pass_sizes("cpu").answers
+        8
+    """
+    return ON_CPU if torch.device(device).type == "cpu" else ON_GPU
+
+
+def pays_to_share(saved: int, device: torch.device | str) -> bool:
+    """Return whether a pass of their own for shared columns costs less than the positions that it saves."""
+    return torch.device(device).type == "cpu" or saved >= SAVED
