@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 
 from safesteer._settings import (
     CountOrNone,
-    CountOrNone,
     PositiveOrNone,
     SizeOrNone,
     TextOrNone,

@@ -100,7 +100,8 @@ def test_a_model_that_amplifies_rounding_keeps_its_short_cuts(monkeypatch):
     monkeypatch.setattr(traits, "_misfit", lambda *args: usual(*args) + 1e-6)
     limit = traits._rounding_limit(model, [[5, 6, 7, 8], [5, 6, 7, *range(20, 31)]])
     assert 1e-5 < limit < 0.2
-    assert traits_of(model).pads and traits_of(model).decodes_cached
+    assert traits_of(model).pads
+    assert traits_of(model).decodes_cached
 
 
 def test_rounding_excuses_no_model_that_reads_its_padding(monkeypatch):

@@ -30,11 +30,11 @@ from safesteer._errors import SafeSteerError
 from safesteer.distillation.holding import BaseText, hold_texts, margin_loss
 from safesteer.distillation.loss import LossTerms, divergence_loss, kl_outside_set
 from safesteer.distillation.rollouts import (
-    answers_per_pass,
     Rollouts,
     Sampler,
     StepPrompts,
     Teacher,
+    answers_per_pass,
     predicting_states,
     sample_rollouts,
     teacher_hidden,
