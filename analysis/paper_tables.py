@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from control_tables import AT
+from control_tables import AT, over_with_constant
 from table_text import percent, ranged
 
 from safesteer.evaluation.changes import paired_change
@@ -67,12 +67,6 @@ def margins(study: str, arm: str) -> tuple[np.ndarray, np.ndarray]:
     return by_seed(table[harmful]), by_seed(table[~harmful])
 
 
-def over_refusal(harmful: np.ndarray, harmless: np.ndarray) -> float:
-    """Return the share of harmless prompts above the margin that AT of the harmful ones reach."""
-    limits = np.quantile(harmful, 1 - AT, axis=-1, keepdims=True)
-    return float((harmless > limits).mean())
-
-
 @cache
 def drawn_over_refusals(study: str, arm: str) -> np.ndarray:
     """Return the over-refusal of an arm for prompts drawn anew, the same ones for every arm."""
@@ -80,7 +74,7 @@ def drawn_over_refusals(study: str, arm: str) -> np.ndarray:
     draws = [
         [random.integers(0, m.shape[1], m.shape[1]) for m in (harmful, harmless)] for _ in range(N_DRAWS)
     ]
-    return np.array([over_refusal(harmful[:, i], harmless[:, j]) for i, j in draws])
+    return np.array([over_with_constant(harmful[:, i], harmless[:, j]) for i, j in draws])
 
 
 def interval(value: float, drawn: np.ndarray, form: str) -> str:
@@ -101,12 +95,12 @@ def line(study: str, arm: str, title: str) -> list[str]:
     """Write one arm."""
     table = rows_of(study, "csv")
     mean = table[table.arm == arm].mean(numeric_only=True)
-    value, drawn = over_refusal(*margins(study, arm)), drawn_over_refusals(study, arm)
+    value, drawn = over_with_constant(*margins(study, arm)), drawn_over_refusals(study, arm)
     cells = [interval(value, drawn, ".0f")]
     if arm == "base" or (study, arm) == PUBLISHED:
         cells.append("")
     else:
-        change = value - over_refusal(*margins(*PUBLISHED))
+        change = value - over_with_constant(*margins(*PUBLISHED))
         cells.append(interval(change, drawn - drawn_over_refusals(*PUBLISHED), "+.0f"))
     cells += [f"{mean.auc:.2f}", f"{percent(mean.harmful)} / {percent(mean.harmless)}"]
     if arm == "base":

@@ -433,5 +433,6 @@ def test_two_processes_take_the_step_of_one(tiny_llama, four, tmp_path):
 
 
 def test_the_name_loads_nothing_before_it_is_used():
-    code = "import safesteer, sys; 'SafetySeal' in dir(safesteer); assert 'transformers' not in sys.modules"
+    code = "import safesteer, sys; assert 'SafetySeal' in dir(safesteer)"
+    code += "; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
