@@ -245,8 +245,7 @@ def two_sided() -> Recipe:
     """Build the preset for models that refuse by themselves: steer harmful answers, ablate on harmless ones.
 
     A teacher that only adds the direction refuses more of everything, and so does its student. Here harmless
-    answers are compared with a base that has lost the direction, and both kinds on S alone, by a divergence
-    whose minimum is the teacher. Early positions count most: there the model decides.
+    answers are compared with a base that has lost the direction, and both kinds on S alone.
     """
     return Recipe(
         preset="two-sided",

@@ -33,7 +33,7 @@ from safesteer.models.generation import with_greedy_tokens
 from safesteer.models.head import output_head
 from safesteer.models.logits import kl_divergence, logits_of, refusal_score
 from safesteer.models.parts import decoder
-from safesteer.models.pass_sizes import pass_sizes
+from safesteer.models.pass_sizes import sizes_on
 from safesteer.models.passes import select_rows
 from safesteer.models.processes import in_turns
 from safesteer.prompts.prompt_set import PromptSet
@@ -76,7 +76,7 @@ class PassLimits:
     @classmethod
     def of(cls, config: DirectionConfig, device: torch.device) -> "PassLimits":
         """Read the limits from the settings of stage 1; what they leave open is the device's."""
-        sizes = pass_sizes(device)
+        sizes = sizes_on(device)
         n_prompts, n_tokens = config.batch_size or sizes.prompts, config.tokens_per_pass or sizes.tokens
         return cls(config.n_kl_tokens, n_prompts, n_tokens, seed=config.seed)
 

@@ -27,7 +27,7 @@ from safesteer.models.chat_model import ChatModel
 from safesteer.models.forward import final_hidden
 from safesteer.models.generation import generate_ids, uniforms
 from safesteer.models.parts import is_quantized
-from safesteer.models.pass_sizes import pass_sizes
+from safesteer.models.pass_sizes import sizes_on
 from safesteer.models.placement import is_offloaded
 from safesteer.models.precision import in_precision, weight_dtype
 from safesteer.models.sharding import equal_passes
@@ -257,7 +257,7 @@ def predicting_states(
 
 def answers_per_pass(config: DistillConfig, device: torch.device) -> int:
     """Return how many answers one pass of a step reads: the setting, or what it leaves to the device."""
-    return config.micro_batch or pass_sizes(device).answers
+    return config.micro_batch or sizes_on(device).answers
 
 
 @timed("teacher")

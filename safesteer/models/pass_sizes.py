@@ -23,12 +23,12 @@ ON_GPU = PassSizes(prompts=32, tokens=8192, answers=16)
 SAVED = 4096  # positions that a pass for shared columns has to save on a GPU: what it reads in that time
 
 
-def pass_sizes(device: torch.device | str) -> PassSizes:
+def sizes_on(device: torch.device | str) -> PassSizes:
     """Return the sizes for a device.
 
     Example:
-        >>> from safesteer.models.pass_sizes import pass_sizes
-        >>> pass_sizes("cpu").answers
+        >>> from safesteer.models.pass_sizes import sizes_on
+        >>> sizes_on("cpu").answers
         8
     """
     return ON_CPU if torch.device(device).type == "cpu" else ON_GPU
