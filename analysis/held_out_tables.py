@@ -17,6 +17,7 @@ from safesteer.evaluation.curves import bias_curve, over_refusal_at
 
 ROWS = Path(__file__).parent / "results" / "held_out"
 WIDE = ROWS.parent / "held_out_wide"  # prompts=all, distill.train_layers=blocks
+QUICK = ROWS.parent / "held_out_quick"  # the preset "quick" on SmolLM2-135M-Instruct
 UNSEEN = ROWS.parent / "held_out_unseen"  # the preset on prompts of no earlier look, gated by WIDE's readers
 PUBLIC = ("harmbench", "do-not-answer", "harmfulqa", "xstest-unsafe")
 OVER = ("xstest", "everyday", "own-harmless")
@@ -70,9 +71,9 @@ def line(title: str, rows: pd.DataFrame, metric: str = "declines") -> list[str]:
     return [title, str(int(keep.sum())), *cells]
 
 
-def short(sets: Sequence[str], metric: str = "declines") -> tuple[str, str]:
-    """Write how the preset's students changed on unseen prompts, "base -> student", and the gated base."""
-    _, _, base, gated, student, _ = line("", rows_of(sets, UNSEEN), metric)
+def short(sets: Sequence[str], metric: str = "declines", folder: Path = UNSEEN) -> tuple[str, str]:
+    """Write how students changed, "base -> student", and the gated base."""
+    _, _, base, gated, student, _ = line("", rows_of(sets, folder), metric)
     return f"{base} → {student.split(' (')[0]}", gated.split(" (")[0]
 
 
@@ -88,7 +89,9 @@ def table(folder: Path | None = None) -> tuple[list[str], list[list[str]]]:
     lines.append(line("code asked for, code given", harmless, "code"))
     lines += [line(title, rows_of((task,), folder), "right") for task, title in TASKS.items()]
     titles = ["refused, unless said otherwise", "n", "base", "gated, no training", "students"]
-    return [*titles, "students - base, points"], lines
+    titles.append("students - base, points")
+    shown = [i for i in range(len(titles)) if any(cells[i] for cells in lines)]  # not all looks are gated
+    return [titles[i] for i in shown], [[cells[i] for i in shown] for cells in lines]
 
 
 def margins_table(folder: Path | None = None) -> tuple[list[str], list[list[str]]]:

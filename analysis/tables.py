@@ -114,16 +114,10 @@ README_ROWS = {  # title: (sets or task, metric)
 
 def readme() -> str:
     """Make the table of the README: two students beside their bases, and gated steering."""
-    prompts = pd.read_csv(RESULTS / "demo-protocol-prompts.csv")
-    tasks = pd.read_csv(RESULTS / "demo-protocol-tasks.csv")
     lines = []
     for title, (names, metric) in README_ROWS.items():
-        if metric == "right":
-            both = paired(tasks[tasks.task.isin(names)], metric, ["row"])
-        else:
-            both = paired(prompts[prompts.set.isin(names)], metric, ["set", "row"])
-        small = f"{percent(both.base.mean())} → {percent(both.student.mean())}"
         student, gated = held_out_tables.short(names, metric)
+        small, _ = held_out_tables.short(names, metric, held_out_tables.QUICK)
         lines.append([title, student, gated, small])
     titles = ["refused, unless said otherwise", "Qwen2.5-Coder-0.5B, student"]
     return markdown([*titles, "the same, gated steering", "SmolLM2-135M, student"], lines)
@@ -314,6 +308,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "held-out-wide-margins": lambda: markdown(*held_out_tables.margins_table(held_out_tables.WIDE)),
     "held-out-unseen": lambda: markdown(*held_out_tables.table(held_out_tables.UNSEEN)),
     "held-out-unseen-margins": lambda: markdown(*held_out_tables.margins_table(held_out_tables.UNSEEN)),
+    "demo-seeds": lambda: markdown(*held_out_tables.table(held_out_tables.QUICK)),
+    "demo-seeds-margins": lambda: markdown(*held_out_tables.margins_table(held_out_tables.QUICK)),
     "two-sided-arms": lambda: markdown(*control_tables.two_sided_arms()),
     "two-sided-sets": lambda: markdown(*control_tables.sets_of_tokens()),
     "whole": lambda: markdown(*whole_tables.table()),
