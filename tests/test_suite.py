@@ -1,12 +1,14 @@
 """Suites and capability: resumed parts, refused folders, and the harness's own command line."""
 
 import json
+import math
 import subprocess
 import sys
 from importlib.util import find_spec
 
 import pandas as pd
 import pytest
+import torch
 from test_pipeline import model_folder  # noqa: F401
 
 from conftest import SHARED
@@ -21,6 +23,8 @@ from safesteer.evaluation.ledger import looks
 from safesteer.evaluation.sets import score_sets
 from safesteer.evaluation.suite import SUITES, Suite, run_suite
 from safesteer.judges.judge import ModelJudge, Verdict
+from safesteer.models.batch import PromptBatch
+from safesteer.models.generation import generate
 from safesteer.models.loading import load_model
 from safesteer.prompts.benchmarks import KNOWN as BENCHMARKS
 from safesteer.prompts.prompt_set import load_prompts
@@ -156,6 +160,38 @@ def test_a_run_is_measured_as_base_and_student(model_folder, tmp_path, data):  #
     assert [bar.name for bar in suite_figure(table).data] == ["base", "student"]
 
 
+def test_a_student_that_refuses_more_rises_and_its_drift_starts_from_the_base(
+    model_folder,  # noqa: F811
+    tmp_path,
+):
+    """A student of equal logits says the first token, always: of that, change and drift are known exactly."""
+    run, base = tmp_path / "run", load_model(str(model_folder))
+    run.mkdir()
+    (run / "manifest.json").write_text(json.dumps({"model": str(model_folder)}))
+    student = load_model_like(base)
+    with torch.no_grad():
+        student.model.model.norm.weight.zero_()
+    student.model.save_pretrained(run / "model")
+    student.tokenizer.save_pretrained(run / "model")
+    n, says = 4, generate(student, ["Hello"], max_new_tokens=4)[0]
+    harmful, harmless = ("own-harmful", "own-harmless")
+    small = Suite((harmful, harmless), n_prompts=n, max_new_tokens=4, perplexity_tokens=64)
+    table = run_suite(run, small, judge=lambda prompt, answer: answer == says)
+    changes = table[table.kind == "change"].set_index("name")
+    assert changes.value.to_dict() == {harmful: 1.0, harmless: 1.0}
+    assert changes.metric[harmful].startswith(f"refused, student - base ({n} more, 0 less")
+    prompts, kls = load_prompts().split("test").across(n).harmless, []
+    for prompt, answer in zip(prompts, generate(base, prompts, max_new_tokens=16), strict=True):
+        tail = base.encode(answer)[:16]
+        ids = PromptBatch.of(base.tokenizer, [prompt], [tail]).prompt_ids
+        with torch.no_grad():
+            logp = base.model(ids).logits[0, -len(tail) - 1 :].double().log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum(-1)
+        kls.append(float(math.log(logp.shape[-1]) - entropy.mean()))
+    drift = table[table.metric.str.startswith("KL(base || student)")].value.item()
+    assert drift == pytest.approx(sum(kls) / n, rel=1e-3)
+
+
 def test_an_open_model_is_measured_as_its_folder_is(model_folder, tiny_llama, tmp_path, data):  # noqa: F811
     small = Suite(("own-harmful",), n_prompts=2, max_new_tokens=3, perplexity_tokens=64)
     want = run_suite(model_folder, small, tmp_path / "a")
@@ -179,9 +215,6 @@ def test_a_judge_of_harm_counts_what_is_safe(tiny_llama, tmp_path):
 
 
 def test_the_shift_is_the_distance_of_means_in_spreads_of_the_base(tiny_llama):
-    import torch
-
-    from safesteer.models.batch import PromptBatch
     from safesteer.models.forward import final_hidden
 
     prompts = load_prompts().split("val").first(6)
