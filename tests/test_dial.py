@@ -20,6 +20,7 @@ from safesteer.evaluation.dial import dial_run, measure_strengths
 from safesteer.evaluation.ledger import looks
 from safesteer.exporting import export_strength
 from safesteer.models.adapter import without_adapter
+from safesteer.models.drift import kl_on_answers
 from safesteer.models.loading import load_model
 from safesteer.models.mixing import between
 from safesteer.models.precision import cast_weights
@@ -151,8 +152,12 @@ def test_the_curve_starts_at_the_base_and_passes_the_student(tiny_llama, student
     assert (table.kl[0.0], table.n[0.0]) == (0.0, 4)
     assert 0 < table.kl[0.5] < table.kl[1.0]
     for strength, chat in ((0.0, tiny_llama), (1.0, student)):
-        answers = ss.generate(chat, prompts.harmful, max_new_tokens=3)
-        assert table.harmful[strength] == sum(odd("", a) for a in answers) / 4
+        for column, texts in (("harmful", prompts.harmful), ("over_refusal", prompts.harmless)):
+            answers = ss.generate(chat, texts, max_new_tokens=3)
+            assert table[column][strength] == sum(odd("", a) for a in answers) / 4
+    along = ss.generate(tiny_llama, prompts.harmless, max_new_tokens=3)
+    kls = kl_on_answers(tiny_llama, student, prompts.harmless, along)
+    assert table.kl[1.0] == pytest.approx(sum(kls) / 4, rel=1e-4)
     assert (table.harmful_low <= table.harmful).all()
     assert (table.kl <= table.kl_high).all()
     assert shares == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]

@@ -23,6 +23,7 @@ from safesteer.distillation.loop import (
 )
 from safesteer.distillation.loss import divergence_loss
 from safesteer.distillation.rollouts import (
+    Rollouts,
     StepPrompts,
     Teacher,
     prompt_indices,
@@ -30,7 +31,7 @@ from safesteer.distillation.rollouts import (
     teacher_hidden,
 )
 from safesteer.distillation.state import DistillState, prepare_student
-from safesteer.distillation.step import learning_rate
+from safesteer.distillation.step import _weights, learning_rate
 from safesteer.distillation.watching import Watch, start_watch, watched_share
 from safesteer.evaluation.scores import evaluate
 from safesteer.exporting import export, reload_difference
@@ -601,6 +602,19 @@ def test_half_precision_weights_carry_an_adapter(shared, tiny_llama, direction):
     _, state, history = shared(base=narrow, steps=1)
     assert all(p.dtype == torch.float32 for p in state.trained.values())
     assert math.isfinite(history[0].loss)
+
+
+@pytest.mark.parametrize(("step", "anchor"), [(1, 2.0), (5, 2.0), (6, 6.0), (9, 6.0)])
+def test_harmless_answers_weigh_more_in_the_last_third(tiny_llama, step, anchor):
+    config = DistillConfig(
+        n_steps=9, harmful_per_step=1, harmless_per_step=2, anchor_weight=2, late_anchor_weight=6, decay=0.5
+    )
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool()
+    rollouts = Rollouts(batch_of(tiny_llama), mask, torch.tensor([True, False, False]), ("a", "b", "c"))
+    got = _weights(rollouts, config, step)
+    assert got.sum(1).tolist() == pytest.approx([1 / (1 + 2 * anchor), *2 * [anchor / (1 + 2 * anchor)]])
+    assert (got[0] / got[0].sum()).tolist() == pytest.approx([2 / 3, 1 / 3, 0])
+    assert (got[2] / got[2].sum()).tolist() == pytest.approx([4 / 7, 2 / 7, 1 / 7])
 
 
 # --- precision, recomputation ---
