@@ -2,9 +2,8 @@
 
 "paper-qwen" and "paper-llama" are what the authors of arXiv 2606.02530 ran on either family; "paper" is the
 one of the two that fits the model (`for_family`). "quick" is for small machines, found by measurement on
-SmolLM2-135M-Instruct (4-bit weights, Q4_1); it also aligns a model that never refused. "two-sided" is for a
-model that refuses by itself, found on Qwen2.5-Coder-0.5B-Instruct: the student learns to tell harmful from
-harmless, where the other presets move a threshold.
+SmolLM2-135M-Instruct (4-bit weights); it also aligns a model that never refused. "two-sided" is for one that
+refuses by itself, found on Qwen2.5-Coder-0.5B-Instruct: the student learns to tell harmful from harmless.
 A recipe file holds any of the settings, over those of the preset that it names:
 
     preset = "quick"
@@ -188,7 +187,8 @@ def _shown(value: Any) -> str:
 
 def quick() -> Recipe:
     """Build the preset for small machines: it aligns models that refuse and models that do not."""
-    return Recipe(dtype="auto", distill=DistillConfig(precision="auto"))
+    evaluate = EvaluateConfig(n_prompts=50)  # half of the pairs, and of the minutes
+    return Recipe(dtype="auto", distill=DistillConfig(precision="auto"), evaluate=evaluate)
 
 
 def paper_qwen() -> Recipe:
@@ -244,8 +244,8 @@ def paper_llama() -> Recipe:
 def two_sided() -> Recipe:
     """Build the preset for models that refuse by themselves: steer harmful answers, ablate on harmless ones.
 
-    A teacher that only adds the direction refuses more of everything, and so does its student. Here harmless
-    answers are compared with a base that has lost the direction, and both kinds on S alone.
+    A student of a teacher that only adds the direction refuses more of everything. Here harmless answers
+    are compared with a base that has lost the direction, and both kinds on S alone.
     """
     return Recipe(
         preset="two-sided",
