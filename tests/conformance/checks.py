@@ -187,7 +187,7 @@ def _greedy(case: Case, prompt: str, edits: Callable[[int], dict[int, Edit]] | N
     while len(new) < N_NEW and not (new and new[-1] in case.chat.eos_ids):
         logits = case.logits([*ids, *new], edits(len(ids)) if edits else None)[-1]
         top = logits.topk(2)
-        if float(top.values[0] - top.values[1]) < 2e-3 * float(logits.std()) or case.half:
+        if float(top.values[0] - top.values[1]) < (0.5 if case.half else 2e-3) * float(logits.std()):
             return new  # a tie: either is right
         new.append(int(top.indices[0]))
     return new
@@ -500,7 +500,8 @@ def check_loss(case: Case) -> None:
         with torch.no_grad():
             q = own_logits(case.chat, base, ids, steer if harmful else None)[-n - 1 : -1]
         p = own_logits(case.chat, wide, ids)[-n - 1 : -1]
-        p, q = (logits.double().log_softmax(-1)[:, S] for logits in (p, q))
+        compared = S if harmful else slice(None)  # harmless answers are held over the whole vocabulary
+        p, q = (logits.double().log_softmax(-1)[:, compared] for logits in (p, q))
         terms = (p.exp() - q.exp()) * (p - q) / 2  # the symmetric divergence: its - p + q cancel
         early = torch.tensor([config.decay**j for j in range(n)]).double()
         losses.append((terms.sum(-1) * early).sum() / early.sum())
