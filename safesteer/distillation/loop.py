@@ -114,8 +114,8 @@ class Student(ChatModel):
             return f"Student({self.name!r}, not trained)"
         first, last = self.history[0], self.history[-1]
         return (
-            f"Student({self.name!r}, {last.step} steps: loss {first.loss:.4f} -> {last.loss:.4f}, mass on S"
-            f" {last.mass_on_s_student:.3f} (teacher {last.mass_on_s_teacher:.3f}))"
+            f"Student({self.name!r}, {last.step} steps: mass on S {first.mass_on_s_student:.3f} ->"
+            f" {last.mass_on_s_student:.3f}, teacher {last.mass_on_s_teacher:.3f})"
         )
 
     def _repr_html_(self) -> str:
