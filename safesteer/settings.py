@@ -51,10 +51,10 @@ class DirectionConfig:
         ge=0,
     )
     n_train: CountOrNone = setting_or_none(
-        64, "Pairs of the train split that candidates are read from; none: all."
+        64, "Pairs of the train split, of all categories in turn, that candidates are read from; none: all."
     )
     n_val: CountOrNone = setting_or_none(
-        8, "Pairs of the val split that candidates are scored on; none: all."
+        8, "Pairs of the val split, of all categories in turn, that candidates are scored on; none: all."
     )
     n_val_first: CountOrNone = setting_or_none(
         8,
@@ -298,7 +298,9 @@ class ExportConfig:
 class EvaluateConfig:
     """Stage 5: measure base, teacher and student on the test split."""
 
-    n_prompts: CountOrNone = setting_or_none(None, "Pairs of the test split; none: all.")
+    n_prompts: CountOrNone = setting_or_none(
+        None, "Pairs of the test split, of all categories in turn; none: all."
+    )
     sets: Annotated[tuple[str, ...], Words] = setting(
         ("own-short", "own-questions", "own-hazard-words"),
         "Other sets of prompts that base and student answer: the project's own in other forms, or public ones"
