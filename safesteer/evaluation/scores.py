@@ -188,7 +188,7 @@ def score_model(
     Args:
         chat: The model.
         base: The base that drift is measured from; a model that is itself the base has no drift.
-        prompts: Harmful and harmless prompts, of which `config.n_prompts` of each are used, of all categories in turn.
+        prompts: Harmful and harmless prompts: `config.n_prompts` of each are used, of all categories in turn.
         config: How much is measured.
         judge: Says which answers refuse.
         text: Plain text for the perplexity; None: the project's own prose.
