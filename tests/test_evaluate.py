@@ -114,7 +114,7 @@ def test_without_its_answers_the_base_writes_them(tiny_llama, moved):
 
 def test_an_evaluation_holds_the_scores_of_each_model_by_itself(tiny_llama, moved, direction):
     """Teacher: the base, steered; drift of all along the base's answers; the base is left as it was."""
-    test, shares, pairs = load_prompts().split("test").first(3), [], []
+    test, shares, pairs = load_prompts().split("test").across(3), [], []
     weights = {n: p.clone() for n, p in tiny_llama.model.named_parameters()}
 
     def judge(prompt: str, answer: str) -> bool:

@@ -188,14 +188,14 @@ def score_model(
     Args:
         chat: The model.
         base: The base that drift is measured from; a model that is itself the base has no drift.
-        prompts: Harmful and harmless prompts: `config.n_prompts` of each are used, of all categories in turn.
+        prompts: Harmful and harmless prompts, of which the first `config.n_prompts` of each are used.
         config: How much is measured.
         judge: Says which answers refuse.
         text: Plain text for the perplexity; None: the project's own prose.
         base_answers: The base's greedy answers to the harmless prompts; None: the base is asked.
     """
     config = config or EvaluateConfig()
-    prompts = prompts.across(config.n_prompts)
+    prompts = prompts.first(config.n_prompts)
     greedy = partial(generate, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
     answers = {str(label): greedy(chat, prompts.texts(label)) for label in LABELS}
     verdicts = [v for label in LABELS for v in judge_all(judge, prompts.texts(label), answers[label])]
