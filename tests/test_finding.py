@@ -137,7 +137,7 @@ def test_a_refusing_model_of_which_few_first_tokens_say_so(tiny_llama, monkeypat
 
 def test_prompts_that_are_scored_are_those_that_pass_the_filter(tiny_llama, pairs, monkeypatch):
     """The first of those that pass, not those that pass of the first."""
-    seen, val = {}, pairs.split("val")
+    seen, val = {}, pairs.split("val").across(None)
 
     def passing(chat, prompts, ids):
         return prompts.after(len(prompts.harmful) // 2)

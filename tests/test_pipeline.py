@@ -29,6 +29,8 @@ from safesteer.tokens.token_set import TokenSet
 
 QUIET = Console(quiet=True)
 SMALL = {
+    "dtype": "float32",
+    "distill.precision": "float32",  # exact comparisons, on every processor
     "direction.extraction": "prefill",
     "direction.n_train": 6,
     "direction.n_val": 3,
@@ -283,7 +285,7 @@ def test_the_preset_paper_becomes_that_of_the_model(tiny_llama, tiny_qwen2, tiny
 
 def test_the_preset_two_sided_teaches_both_sides_on_s_alone(model_folder, tmp_path):
     """Harmless answers move the student too."""
-    settings = {**SMALL, "direction.n_train": 6, "dtype": "float32", "distill.precision": "float32"}
+    settings = {**SMALL, "direction.n_train": 6}
     stages, runs = STAGES[:3], {}
     for teacher in ("ablated", "base"):
         changes = settings | {"distill.harmless_teacher": teacher}

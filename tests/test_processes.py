@@ -148,6 +148,8 @@ def test_the_command_line_under_torchrun_writes_one_run_folder(folder, tmp_path,
     if "lora_rank" in changes:
         pytest.importorskip("peft")
     settings = {
+        "dtype": "float32",
+        "distill.precision": "float32",
         "direction.n_train": 6,
         "direction.n_val": 3,
         "direction.extraction": "prefill",

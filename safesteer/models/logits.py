@@ -98,14 +98,14 @@ def wide_matmul(
     than products in float32. Elsewhere rows of `weight` are widened a few at a time.
     """
     wide = torch.promote_types(torch.promote_types(a.dtype, weight.dtype), torch.float32)
-    factor = weight.T if transposed else weight
     if a.dtype == weight.dtype == wide:
         count_product(len(a), weight, wide, a.device)
-        return a @ factor
+        return a @ (weight.T if transposed else weight)
     splits = a.dtype == torch.float32 and weight.dtype == torch.bfloat16
     if (splits or a.dtype == weight.dtype) and _multiplies_wide(str(a.device), weight.dtype):
         parts = _halves(a) if splits else (a,)
         count_product(len(parts) * len(a), weight, weight.dtype, a.device)
+        factor = weight.T if transposed else weight
         return reduce(Tensor.add_, (torch.mm(part, factor, out_dtype=wide) for part in parts))
     count_product(len(a), weight, wide, a.device)
     a = a.to(wide)
