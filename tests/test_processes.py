@@ -142,14 +142,22 @@ def test_two_processes_take_the_steps_of_one(folder, tiny_llama, direction, few,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"sharded": True}, {"sharded": True, "lora_rank": 4}])
-def test_the_command_line_under_torchrun_writes_one_run_folder(folder, tmp_path, changes):
+@pytest.mark.parametrize(
+    ("changes", "precision"),
+    [
+        ({}, "float32"),
+        ({"sharded": True}, "float32"),
+        ({"sharded": True}, "bfloat16"),
+        ({"sharded": True, "lora_rank": 4}, "float32"),
+    ],
+)
+def test_the_command_line_under_torchrun_writes_one_run_folder(folder, tmp_path, changes, precision):
     """The first process does the other stages and writes; the second helps to distil."""
     if "lora_rank" in changes:
         pytest.importorskip("peft")
     settings = {
-        "dtype": "float32",
-        "distill.precision": "float32",
+        "dtype": precision,
+        "distill.precision": precision,
         "direction.n_train": 6,
         "direction.n_val": 3,
         "direction.extraction": "prefill",
@@ -171,7 +179,7 @@ def test_the_command_line_under_torchrun_writes_one_run_folder(folder, tmp_path,
     histories = [json_lines(path / "history.jsonl") for path in (alone, shared)]
     assert [record["step"] for record in histories[1]] == [1, 2, 3]
     for ours, theirs in zip(*histories, strict=True):
-        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4 if precision == "float32" else 0.1)
 
 
 def test_one_process_has_nobody_to_share_with(folder, tiny_llama, direction, tmp_path):

@@ -20,6 +20,7 @@ from safesteer.models.adapter import shares_weights
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.parts import hf_model, tensors_put_back
 from safesteer.models.placement import is_offloaded
+from safesteer.models.sharding import is_sharded
 
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # of processors, as torch lists them
 
@@ -120,9 +121,11 @@ def _kept_wide(model: nn.Module, dtype: torch.dtype) -> set[str]:
 def in_precision_of(base: ChatModel, student: ChatModel) -> Iterator[None]:
     """Let a student have its base's precision inside the block, or rounding would count as drift.
 
-    An adapter on the base shares it already.
+    An adapter on the base shares it already. A sharded student keeps its own: a block is put together from
+    the processes in the precision that trains.
     """
-    with in_precision(student.model, None if shares_weights(base, student) else weight_dtype(base.model)):
+    keeps = shares_weights(base, student) or is_sharded(student.model)
+    with in_precision(student.model, None if keeps else weight_dtype(base.model)):
         yield
 
 
