@@ -38,7 +38,7 @@ from two_sided import COEFF, choosing_sets, look_while_training, opening_ids, tr
 
 import safesteer as ss
 from safesteer.distillation.loop import training_steps
-from safesteer.distillation.rollouts import StepPrompts, Teacher
+from safesteer.distillation.rollouts import StepPrompts, Teacher, answers_per_pass
 from safesteer.distillation.state import DistillState, prepare_student
 from safesteer.distillation.step import learning_rate
 from safesteer.models.batch import PromptBatch
@@ -219,14 +219,15 @@ def supervised_steps(
     What is not `known` has no answer to learn, and counts for nothing.
     """
     config, params = state.config, list(state.trained.values())
+    n_rows = answers_per_pass(config, state.student.device)
     while state.step < config.n_steps:
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.step, config)
         state.optimizer.zero_grad(set_to_none=True)
         drawn = StepPrompts.of(prompts.harmful, prompts.harmless, config, state.step)
         for texts, harmful in ((drawn.harmful, True), (drawn.harmless, False)):
-            for start in range(0, len(texts), config.micro_batch):
-                part = [p for p in texts[start : start + config.micro_batch] if p in known]
+            for start in range(0, len(texts), n_rows):
+                part = [p for p in texts[start : start + n_rows] if p in known]
                 if not part:
                     continue
                 weight = 1.0 if harmful else config.anchor_weight

@@ -10,6 +10,7 @@ from conformance.families import build
 
 from conftest import PROMPTS, _used, copy_of
 from safesteer.models import generation, traits
+from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.generation import generate_ids, uniforms
 from safesteer.models.head import logit_shape
@@ -98,7 +99,11 @@ def test_a_model_that_amplifies_rounding_keeps_its_short_cuts(monkeypatch):
     usual = traits._misfit
     monkeypatch.setattr(traits, "HALF_TOLERANCE", 0.0)
     monkeypatch.setattr(traits, "_misfit", lambda *args: usual(*args) + 1e-6)
-    limit = traits._rounding_limit(model, [[5, 6, 7, 8], [5, 6, 7, *range(20, 31)]])
+    rows = [[5, 6, 7, 8], [5, 6, 7, *range(20, 31)]]
+    texts = [PromptBatch.from_ids([row], [[]]) for row in rows]
+    padded = PromptBatch.from_ids(rows, [[], []], share=False)
+    with torch.no_grad():
+        limit = traits._rounding_limit(model, texts, padded, traits._ends(model, texts))
     assert 1e-5 < limit < 0.2
     assert traits_of(model).pads
     assert traits_of(model).decodes_cached

@@ -33,7 +33,7 @@ from safesteer.models.generation import with_greedy_tokens
 from safesteer.models.head import output_head
 from safesteer.models.logits import kl_divergence, logits_of, refusal_score
 from safesteer.models.parts import decoder
-from safesteer.models.pass_sizes import sizes_on
+from safesteer.models.pass_sizes import ON_CPU, sizes_on
 from safesteer.models.passes import select_rows
 from safesteer.models.processes import in_turns
 from safesteer.prompts.prompt_set import PromptSet
@@ -68,8 +68,8 @@ class PassLimits:
     """How much one forward pass holds, how many answer tokens KL covers, and the seed of the controls."""
 
     n_kl_tokens: int = 3
-    batch_size: int = 8
-    tokens_per_pass: int = 1536
+    batch_size: int = ON_CPU.prompts
+    tokens_per_pass: int = ON_CPU.tokens
     candidates_per_group: int = 32
     seed: int = 0
 

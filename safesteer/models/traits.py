@@ -89,25 +89,26 @@ def traits_of(model: nn.Module) -> Traits:
     common, others = ids[:N_COMMON], ids[N_COMMON:]
     rows = [[*common, *others[sum(LENGTHS[:i]) :][: n - N_COMMON]] for i, n in enumerate(LENGTHS)]
     device, empty = input_device(model), [[] for _ in rows]
-    single = [read_states(model, PromptBatch.from_ids([r], [[]], device=device))[0, -2:] for r in rows]
-    want = torch.stack(single).double()
+    texts = [PromptBatch.from_ids([row], [[]], device=device) for row in rows]
+    single = _ends(model, texts)
+    want = single.double()
     if not bool(want.isfinite().all()):  # damaged weights: the passes that follow say where
         return Traits(deviations=tuple((name, None, "the model's states are not finite") for name in CHECKS))
-    limit = tolerance(_coarsest(model, single[0]), HALF_TOLERANCE)
+    limit = tolerance(_coarsest(model, single), HALF_TOLERANCE)
 
-    plain = PromptBatch.from_ids(rows, empty, device=device, share=False)
+    padded = plain = PromptBatch.from_ids(rows, empty, device=device, share=False)
     shared = PromptBatch.from_ids(rows, empty, device=device)
     window = _window(model)
     off = partial(_deviation, model)
-    pads = off(lambda: read_states(model, plain)[:, -2:], want)
-    shares = None if window else off(lambda: read_states(model, shared)[:, -2:], want)
+    pads = off(lambda: _ends(model, [plain]), want)
+    shares = None if window else off(lambda: _ends(model, [shared]), want)
     if pads is None or pads > limit:  # the longest row has no padding
         plain, want = plain.rows(torch.tensor([len(rows) - 1])), want[-1:]
     repeats = off(lambda: _from_repeated_cache(model, plain), want)
     decodes = _decoding_deviation(model, plain)
     deviations = (pads, shares, repeats, decodes)
     if limit == HALF_TOLERANCE and any(d is not None and d > limit for d in deviations):
-        limit = max(limit, _rounding_limit(model, rows))
+        limit = max(limit, _rounding_limit(model, texts, padded, single))
     ok = [d is not None and d <= limit for d in deviations]
     remarks = (
         "" if ok[0] else "only texts of one length share a batch; sweep and training are refused",
@@ -119,24 +120,23 @@ def traits_of(model: nn.Module) -> Traits:
     return Traits(*ok, deviations=tuple(checks))
 
 
-def _rounding_limit(model: nn.Module, rows: list[list[int]]) -> float:
+def _ends(model: nn.Module, texts: list[PromptBatch]) -> Float[Tensor, "rows 2 d_model"]:
+    """Read the states of the last two columns of each batch."""
+    return torch.cat([read_states(model, batch)[:, -2:] for batch in texts])
+
+
+def _rounding_limit(
+    model: nn.Module, texts: list[PromptBatch], padded: PromptBatch, want: Float[Tensor, "rows 2 d_model"]
+) -> float:
     """Return how far this model's states may be off below float32 by rounding alone."""
-    device, empty = input_device(model), [[] for _ in rows]
-    single = [PromptBatch.from_ids([row], [[]], device=device) for row in rows]
-    padded = PromptBatch.from_ids(rows, empty, device=device, share=False)
     blind = replace(padded, attention_mask=torch.ones_like(padded.attention_mask))
-
-    def read(batch: PromptBatch) -> Tensor:
-        return read_states(model, batch)[:, -2:]
-
-    want = torch.cat([read(batch) for batch in single])
     try:
         with _rounded_otherwise(model):
-            rounded = torch.cat([read(batch) for batch in single])
+            rounded = _ends(model, texts)
     except SafeSteerError:  # no list of blocks
         return 0.0
     moved = _misfit(rounded, want, _coarsest(model, want))
-    wrong = _deviation(model, lambda: read(blind), want) or 0.0
+    wrong = _deviation(model, lambda: _ends(model, [blind]), want) or 0.0
     return min(ROUNDINGS * moved, SHARE_OF_WRONG * wrong)
 
 
