@@ -122,7 +122,8 @@ def answer_logits(
 
 def logp_of(logits: Float[Tensor, "new_pos d_vocab"], ids: Sequence[int]) -> Float[Tensor, " new_pos"]:
     """Return the log-probability of each token of an answer."""
-    return logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
+    at = torch.tensor(ids, device=logits.device)[:, None]
+    return logits.log_softmax(-1).gather(-1, at)[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +151,8 @@ class Supervised:
         for z, z_base in zip(answer_logits(student, prompts, answers), before, strict=True):
             logps, base_logps = z.log_softmax(-1), z_base.log_softmax(-1)
             kl = (base_logps.exp() * (base_logps - logps)).sum(-1).mean()
-            margin = z[0, self.opens].max() - z[0].index_fill(0, self.opens, -torch.inf).max()
+            opens = self.opens.to(z.device)
+            margin = z[0, opens].max() - z[0].index_fill(0, opens, -torch.inf).max()
             total.append(kl + MARGIN_WEIGHT * softplus(margin))
         return torch.stack(total).sum()
 
@@ -194,7 +196,7 @@ def null_spaces(base: ss.ChatModel, prompts: Sequence[str]) -> dict[str, Float[T
     for key, moment in moments.items():
         values, vectors = torch.linalg.eigh(moment)
         used = vectors[:, values.cumsum(0) > (1 - VARIANCE) * values.sum()]  # in ascending order
-        spaces[key] = torch.eye(len(moment)) - used @ used.T
+        spaces[key] = torch.eye(len(moment), device=moment.device) - used @ used.T
     return spaces
 
 

@@ -18,9 +18,10 @@ from safesteer.distillation.loop import training_steps
 from safesteer.distillation.rollouts import Teacher
 from safesteer.distillation.state import prepare_student
 from safesteer.models.batch import PromptBatch
-from safesteer.models.forward import last_logits
+from safesteer.models.forward import final_hidden, last_logits
 
 N_PROMPTS, LIMIT, TRAINED_LIMIT = 8, 0.01, 0.1  # of the spread
+LENGTHS = 63, 64, 65, 192  # cuDNN's attention returned NaN at 64 and 192 (pytorch issue 196678)
 STEPS = {
     "n_steps": 3,
     "harmful_per_step": 4,
@@ -50,6 +51,8 @@ def compared(chat: ss.ChatModel, device: torch.device) -> Iterator[dict]:
         yield difference(f"{name}, read by both", *read)
     read = (logits(on(student, chat.device), prompts) for student in (of_cpu, of_device))
     yield difference("students, both read by the CPU", *read, TRAINED_LIMIT)
+    finite = all(has_finite_gradient(there, n) for n in LENGTHS)
+    yield {"what": f"finite gradients at {LENGTHS} columns, in bfloat16", "right": finite}
     earned = [c.check().right.tolist() for c in chats]
     yield {"what": "short cuts that the model earns", "right": earned[0] == earned[1]}
 
@@ -93,6 +96,19 @@ def train(
     records = training_steps(state, Teacher(chat, direction, tokens), prompts.split("distill"))
     rows = [(r.loss, r.mass_on_s_student, r.mass_on_s_teacher) for r in records]
     return student, torch.tensor(rows)
+
+
+def has_finite_gradient(chat: ss.ChatModel, n_columns: int) -> bool:
+    """Say whether a padded batch of so many columns gives every weight a finite gradient."""
+    student = on(chat, chat.device)
+    student.model.requires_grad_(True)
+    ids = chat.encode(" tide" * (2 * n_columns))
+    batch = PromptBatch.from_ids(
+        [ids[:n_columns], ids[: n_columns // 2]], [[], []], device=chat.device, share=False
+    )
+    with torch.autocast(chat.device.type, torch.bfloat16):
+        final_hidden(student.model, batch).float().pow(2).sum().backward()
+    return all(p.grad.isfinite().all() for p in student.model.parameters() if p.grad is not None)
 
 
 def difference(what: str, want: torch.Tensor, got: torch.Tensor, limit: float = LIMIT) -> dict:

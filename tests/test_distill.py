@@ -661,6 +661,21 @@ def test_recomputing_activations_changes_nothing_but_the_work(run, tiny_llama):
     assert not state.student.model.training
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_gradient_comes_from_the_attention_kernel_that_returns_nan(run, tiny_llama, checkpointing):
+    """cuDNN's on an H100 (pytorch issue 196678); the second pass of recomputed blocks included."""
+    student, seen = copy_of(tiny_llama), []
+
+    def look(module, args):
+        seen.append((torch.is_grad_enabled(), torch.backends.cuda.cudnn_sdp_enabled()))
+
+    blocks(student.model)[2].self_attn.register_forward_pre_hook(look)
+    run(steps=1, student=student, checkpointing=checkpointing)
+    assert [on for grad, on in seen if grad] == [False, False]
+    assert all(on for grad, on in seen if not grad)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 DROPOUT = {
     "llama": {"attention_dropout": 0.3},
     "qwen2": {"attention_dropout": 0.3},

@@ -46,6 +46,7 @@ from safesteer.models.forward import earned, final_hidden
 from safesteer.models.head import Head, output_head
 from safesteer.models.logits import logps_on
 from safesteer.models.parts import blocks
+from safesteer.models.passes import without_cudnn_attention
 from safesteer.models.placement import is_offloaded
 from safesteer.models.sharding import equal_passes, gather, split_sharded, total_norm
 from safesteer.settings import DistillConfig
@@ -197,7 +198,8 @@ def _recomputed(student: ChatModel, enabled: bool) -> Iterator[None]:
     try:
         for block in selected:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        yield
+        with without_cudnn_attention():  # in the second pass too
+            yield
     finally:
         for block, forward in zip(selected, before, strict=True):
             vars(block).pop("forward", None)  # the class's own is back
@@ -247,7 +249,6 @@ def _backward(
     config, student, rollouts = state.config, state.student, reading.rollouts
     head, row = output_head(student.model), rollouts.mask.nonzero()[:, 0]
     base_head, ids = output_head(teacher.base.model), teacher.tokens.ids.to(student.device)
-    on_full = replace(config, support="full")
     starts = rollouts.mask.sum(1).cumsum(0) - rollouts.mask.sum(1)
     h_student = reading.h_teacher.new_zeros(reading.h_teacher.shape, dtype=head[0].dtype)
     # Neither recomputed nor sharded blocks have a use for a cache of the shared columns.
@@ -265,7 +266,7 @@ def _backward(
         h_student[span] = hidden.detach().to(h_student)
         whole = ~rollouts.harmful[row[span]] & (config.anchor_support == "full")
         losses = []
-        for settings, selected in ((config, ~whole), (on_full, whole)):
+        for settings, selected in ((config, ~whole), (replace(config, support="full"), whole)):
             n = selected.nonzero()[:, 0]
             if len(n):
                 part = divergence_loss(

@@ -7,10 +7,11 @@ SafeSteer aside for a pass inside a pass.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar, cast
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationConfig
@@ -196,6 +197,22 @@ def select_rows(cache: Cache, at: Int[Tensor, " some"]) -> None:
         layer.batch_select_indices(at.to(getattr(layer, "device", at.device)))
 
 
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Compute attention inside the block by other kernels than cuDNN's, whose gradients can be NaN.
+
+    torch 2.11 takes that kernel by default on an H100 or H200. With a mask of padding and 64, 192, 320 ...
+    columns its backward pass is wrong (github.com/pytorch/pytorch/issues/196678): one training step in twelve
+    ended in NaN there. A pass that is recomputed for its gradient must run in the block a second time.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 @timed("prompts")
 def read_states(
     model: nn.Module, batch: PromptBatch, cache: Cache | None = None
@@ -218,7 +235,7 @@ def read_states(
     if cache is None and batch.n_shared > 0:
         cache = read_cache(model, batch, batch.n_shared)
     n = 0 if cache is None else cache.get_seq_length()
-    with reading(batch):
+    with reading(batch), without_cudnn_attention() if torch.is_grad_enabled() else nullcontext():
         out = decoder(model)(
             batch.prompt_ids[:, n:],
             attention_mask=batch.attention_mask,
