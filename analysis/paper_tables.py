@@ -96,7 +96,8 @@ def line(study: str, arm: str, title: str) -> list[str]:
     table = rows_of(study, "csv")
     mean = table[table.arm == arm].mean(numeric_only=True)
     value, drawn = over_with_constant(*margins(study, arm)), drawn_over_refusals(study, arm)
-    cells = [interval(value, drawn, ".0f")]
+    n_runs = "" if study == PUBLISHED[0] and arm == "base" else str(int((table.arm == arm).sum()))
+    cells = [n_runs, interval(value, drawn, ".0f")]
     if arm == "base" or (study, arm) == PUBLISHED:
         cells.append("")
     else:
@@ -116,5 +117,5 @@ def table() -> tuple[list[str], list[list[str]]]:
     for study, arm, title in ARMS_OF_THE_PAPER:
         if (ROWS / f"{study}.csv").exists() and arm in set(rows_of(study, "csv").arm):
             lines.append(line(study, arm, title))
-    titles = ["arm", f"over-refusal at {percent(AT)}", "against the published arm, points", "AUC"]
+    titles = ["arm", "runs", f"over-refusal at {percent(AT)}", "against the published arm, points", "AUC"]
     return [*titles, "refused, harmful / harmless", "KL", "shift", "perplexity", "LAMBADA"], lines

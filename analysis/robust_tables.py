@@ -1,63 +1,125 @@
-"""The table of the page on depth, from what `safesteer evaluate --suite robust` wrote.
+"""The tables of the page on depth, from what `safesteer evaluate --suite robust` wrote.
 
-A file of analysis/results/robust is the `results.csv` of one suite under the name of its model.
+A file of analysis/results/robust is the `results.csv` of one suite: NAME.csv, or NAME--SEED.csv of one seed.
+The seeds of a name stand in one line: prompts are counted once per seed, and a model that all seeds share
+(the base) once.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
-from table_text import markdown, rate_ranged
+from table_text import markdown, percent, with_interval
 
 from safesteer.report.robust_table import (
     ATTACKED,
     CHANGED,
+    COST,
+    KL_HARMFUL,
+    KL_HARMLESS,
     OPENED,
+    OPENED_BY_BASE,
     PLAIN,
+    SPENT,
     WRAPPED_HARMFUL,
     WRAPPED_HARMLESS,
     opened_by,
 )
 
 ROWS = Path(__file__).parent / "results" / "robust"
-OPENINGS = (0, 5, 20, 50)
+OPENINGS = (0, 1, 2, 5, 10, 20, 50)
+POSITIONS = (1, 2, 5, 10, 20, 50)
+NOTHING = "Not measured yet."
+CHANGES = {  # how the names of changed weights begin, and what the table calls them
+    "best direction ablated": "best direction ablated",
+    "4 main directions": "four main directions ablated",
+    "training's change removed": "training's change removed",
+    "training's change at rank 1": "at rank 1",
+    "training's change at rank 8": "at rank 8",
+}
 
 
-def table(folder: Path = ROWS) -> str:
-    """Write a row per measured model, or that there is none."""
-    rows = [
-        _line(path.stem, str(model), part)
-        for path in sorted(folder.glob("*.csv"))
-        for model, part in pd.read_csv(path).groupby("model", sort=False)
-    ]
-    if not rows:
-        return "Not measured yet."
-    heads = ["measured", "model", "n", *(f"opened by {k}" for k in OPENINGS)]
-    heads += [
-        "worst wrapper",
-        "best direction ablated",
-        "harmless, worst wrapper",
-        "attacked, of those refused",
-    ]
-    return markdown(heads, rows)
+def models(folder: Path) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Yield (name, model, rows of all seeds) of what was measured."""
+    names = sorted({path.stem.partition("--")[0] for path in folder.glob("*.csv")})
+    for name in names:
+        paths = sorted([*folder.glob(f"{name}.csv"), *folder.glob(f"{name}--*.csv")])
+        tables = [pd.read_csv(path).assign(seed=i) for i, path in enumerate(paths)]
+        for model in tables[0].model.unique():
+            parts = [table[table.model == model] for table in tables]
+            same = all(part.drop(columns="seed").equals(parts[0].drop(columns="seed")) for part in parts)
+            yield name, str(model), pd.concat(parts[:1] if same else parts)
 
 
-def _line(file: str, model: str, part: pd.DataFrame) -> list[str]:
-    """Write one model's row; what was not measured stays empty."""
-    opened = part[part.kind == OPENED].set_index("name")
-    cells = [_rate(opened.loc[opened_by(k)]) if opened_by(k) in opened.index else "" for k in OPENINGS]
-    wrapped, harmless = (
-        part[(part.kind == kind) & (part["name"] != PLAIN)].sort_values("value")
-        for kind in (WRAPPED_HARMFUL, WRAPPED_HARMLESS)
+def _rate(rows: pd.DataFrame) -> str:
+    """Write the rate over all seeds, with its interval; nothing where there is none."""
+    n = int(rows.n.sum())
+    return with_interval(float((rows.value * rows.n).sum() / n), n) if n else ""
+
+
+def _mean(rows: pd.DataFrame, digits: int) -> str:
+    return f"{rows.value.mean():.{digits}f}" if len(rows) else ""
+
+
+def depth_table(folder: Path = ROWS) -> str:
+    """Write refusals where k tokens have opened the answer, and how far base and student are apart there."""
+    lines = []
+    for name, model, rows in models(folder):
+        for kind, title in ((OPENED, "our text"), (OPENED_BY_BASE, "the base's answer")):
+            part = rows[rows.kind == kind]
+            if len(part):
+                cells = [_rate(part[part["name"] == opened_by(k)]) for k in OPENINGS]
+                lines.append([name, model, str(rows.seed.nunique()), f"refused, opened by {title}", *cells])
+        for kind, title in ((KL_HARMFUL, "harmful"), (KL_HARMLESS, "harmless")):
+            part = rows[rows.kind == kind]
+            if len(part):
+                at = {k: part[part["name"] == f"position {k}"] for k in POSITIONS}
+                cells = ["", *(_mean(at[k], 2) for k in POSITIONS)]
+                lines.append([name, model, str(rows.seed.nunique()), f"KL at token k, {title}", *cells])
+    heads = ["measured", "model", "seeds", "", *(f"k = {k}" for k in OPENINGS)]
+    return markdown(heads, lines) if lines else NOTHING
+
+
+def wrapper_table(folder: Path = ROWS) -> str:
+    """Write refusals of harmful / harmless requests by family of wrappers."""
+    measured = list(models(folder))
+    if not measured:
+        return NOTHING
+    families = dict.fromkeys(
+        str(name).partition(":")[0]
+        for _, _, rows in measured
+        for name in rows[rows.kind == WRAPPED_HARMLESS]["name"]
     )
-    changed = part[part.kind == CHANGED]
-    cells.append(f"{_rate(wrapped.iloc[0])}, {wrapped.iloc[0]['name']}" if len(wrapped) else "")
-    cells.append(_rate(changed.iloc[0]) if len(changed) else "")
-    cells.append(f"{_rate(harmless.iloc[-1])}, {harmless.iloc[-1]['name']}" if len(harmless) else "")
-    attacked = part[part.kind == ATTACKED]
-    cells.append(f"{_rate(attacked.iloc[0])}, n = {int(attacked.iloc[0].n)}" if len(attacked) else "")
-    return [file, model, str(int(opened.n.iloc[0])), *cells]
+
+    def cell(rows: pd.DataFrame, family: str) -> str:
+        harmful, harmless = (
+            rows[(rows.kind == kind) & rows["name"].str.startswith(family)]
+            for kind in (WRAPPED_HARMFUL, WRAPPED_HARMLESS)
+        )
+        if family == PLAIN:
+            harmful = rows[(rows.kind == OPENED) & (rows["name"] == opened_by(0))]
+        pooled = ((part.value * part.n).sum() / part.n.sum() for part in (harmful, harmless))
+        return " / ".join(percent(value) for value in pooled)
+
+    lines = [[name, model, *(cell(rows, family) for family in families)] for name, model, rows in measured]
+    return markdown(["measured", "model", *families], lines)
 
 
-def _rate(row: pd.Series) -> str:
-    """Write a rate with its interval."""
-    return rate_ranged(row.value, row.low, row.high)
+def weight_table(folder: Path = ROWS) -> str:
+    """Write refusals left after changes of the weights, with their KL, and after the gradient attack."""
+    lines = []
+    for name, model, rows in models(folder):
+        left = [_changed(rows, start) for start in CHANGES]
+        before = _rate(rows[(rows.kind == OPENED) & (rows["name"] == opened_by(0))])
+        steps = rows[(rows.kind == SPENT) & (rows["name"] == "steps taken")]
+        attacked = rows[rows.kind == ATTACKED]
+        left.append(f"{_rate(attacked)}, n = {int(attacked.n.sum())}" if len(attacked) else "")
+        lines.append([name, model, before, *left, _mean(steps, 0)])
+    heads = ["measured", "model", "as it is", *CHANGES.values(), "attacked, of those refused", "steps"]
+    return markdown(heads, lines) if lines else NOTHING
+
+
+def _changed(rows: pd.DataFrame, start: str) -> str:
+    """Write the refusals left after one change, and what it costs in KL."""
+    left, cost = (rows[(rows.kind == kind) & rows["name"].str.startswith(start)] for kind in (CHANGED, COST))
+    return f"{_rate(left)}, KL {_mean(cost, 2)}" if len(left) else ""

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -507,15 +509,35 @@ def test_the_line_of_the_card_is_that_of_the_rows():
     assert "plainly" not in robustness_line(a_table()[1:])
 
 
-def test_the_page_on_depth_has_the_numbers_of_rows_that_are_there(tmp_path, monkeypatch):
+def test_the_page_on_depth_pools_the_seeds_that_are_there(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(PACKAGE.parent / "analysis"))
-    import robust_tables
+    import robust_tables as tables
 
-    assert robust_tables.table(tmp_path) == "Not measured yet."
-    a_table().to_csv(tmp_path / "small.csv", index=False)
-    line = robust_tables.table(tmp_path).splitlines()[-1]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[:4] == ["small", "student", "8", "75 % (0 to 100)"]
-    assert cells[5:7] == ["", ""]  # opened by 20 and 50 tokens: not measured
-    assert cells[7].endswith("ROT13")
-    assert cells[9:11] == ["38 % (0 to 100), fiction (test): story", "25 % (0 to 100), n = 8"]
+    def cells(table: Callable[[Path], str]) -> list[list[str]]:
+        return [
+            [cell.strip() for cell in line.strip("|").split("|")] for line in table(tmp_path).splitlines()
+        ]
+
+    assert tables.depth_table(tmp_path) == "Not measured yet."
+    base, other = a_table().assign(model="base"), a_table()
+    other["value"] = [0.5, 0.0, 0.25, 0.125, 0.5, 0.125, 0.5, 0.08, 0.75]
+    for seed, student in enumerate((a_table(), other)):
+        pd.concat([base, student]).to_csv(tmp_path / f"small--{seed}.csv", index=False)
+    titles, _, of_base, of_student = cells(tables.depth_table)
+    assert titles[4:] == ["k = 0", "k = 1", "k = 2", "k = 5", "k = 10", "k = 20", "k = 50"]
+    # The base is the same in both files and counts once: 6 of 8. The student: (6 + 4) of 16, (2 + 0) of 16.
+    assert of_base[:5] == ["small", "base", "1", "refused, opened by our text", "75 % (41 to 93)"]
+    assert of_student[2:8] == [
+        "2",
+        "refused, opened by our text",
+        "62 % (39 to 82)",
+        "",
+        "",
+        "12 % (3 to 36)",
+    ]
+    titles, _, _, of_student = cells(tables.wrapper_table)
+    assert titles[2:] == ["plain", "fiction (test)"]
+    assert of_student[2:] == ["62 % / 75 %", "38 % / 25 %"]
+    titles, _, _, of_student = cells(tables.weight_table)
+    assert of_student[2:4] == ["62 % (39 to 82)", "25 % (10 to 49), KL 0.06"]
+    assert of_student[4:9] == ["", "", "", "", "50 % (28 to 72), n = 16"]
