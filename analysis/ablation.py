@@ -170,9 +170,13 @@ def read_command_line(name: str, about: str) -> Study:
     return study_of(name, command_line(about).parse_args())
 
 
+def as_file_name(name: str) -> str:
+    return name.replace(" ", "-").replace("/", "-").replace(",", "")
+
+
 def row(folder: Path, name: str, make: Callable[..., Any], *args: Any) -> Any:
     """Return what the file of that name holds; on the first call it is made by `make(*args)`."""
-    path = folder / f"{name.replace(' ', '-').replace('/', '-').replace(',', '')}.json"
+    path = folder / f"{as_file_name(name)}.json"
     if not path.exists():
         write_json(path, make(*args))
     return read_json(path)
@@ -270,7 +274,9 @@ def run(
 
     key = study.key(study.recipe({}, 0), "direction")
     for name, model in untrained.items() if score is scored else ():
-        rows.append({"arm": name, "seed": 0, **row(study.out / "rows" / name, key, beside, model)})
+        rows.append(
+            {"arm": name, "seed": 0, **row(study.out / "rows" / as_file_name(name), key, beside, model)}
+        )
     for arm, seed in jobs:
         n = min(arms[arm].get(N_HARMFUL, n_pairs), n_pairs)
         key = f"{study.key(study.recipe(arms[arm], seed), *SECTIONS)}-{n}"

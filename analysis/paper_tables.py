@@ -26,6 +26,8 @@ ARMS_OF_THE_PAPER = (
     ("table4_support", "topk, forward", "Table 4: the teacher's top k, forward"),
     ("table4_support", "full, reverse", "Table 4: whole vocabulary, reverse"),
     ("table4_support", "full, forward", "Table 4: whole vocabulary, forward"),
+    ("table4_support", "topk, reverse, lr 2e-6", "Table 4: top k, reverse, a fifth of the rate"),
+    ("table4_support", "full, reverse, lr 2e-6", "Table 4: whole vocabulary, reverse, a fifth of the rate"),
     ("table5_normalizers", "renormalized", "Table 5: renormalised on S"),
     ("table5_normalizers", "generalized", "a divergence on S: generalized"),
     ("table5_normalizers", "tail", "a divergence on S: with a tail"),
