@@ -116,9 +116,8 @@ def test_system_contrast_equals_naive_means(chat, few):
         return torch.stack(residuals).mean(0)
 
     got = system_contrast(chat, few, refusing="Say no.", complying="Say yes.")
-    if "system" not in chat.tokenizer.chat_template and got.vectors.abs().max() < 1e-4:
-        pytest.skip("this template drops the system turn")
     assert_near(got.vectors, mean("Say no.") - mean("Say yes."))
+    assert got.vectors[-1, LAYER].norm() > 0.01  # the system turn is there, and its words count
     assert got.extraction == "system"
 
 
