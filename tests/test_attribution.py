@@ -4,6 +4,7 @@ import html
 import json
 from dataclasses import asdict, replace
 from math import isclose, log
+from statistics import median
 
 import pandas as pd
 import pytest
@@ -150,6 +151,44 @@ def test_votes_of_the_story_are_the_votes_of_the_selection(tiny_llama, direction
         assert story.lift > 0
         if best.p_steered - best.p_base == place.p_steered - place.p_base:
             assert place.answer_so_far == best.answer_so_far
+
+
+def test_lift_and_ranks_of_a_story_are_those_of_the_models_own_probabilities(
+    tiny_llama, direction, sampled, chosen
+):
+    """Base and steered model read each answer up to each counting position, one at a time."""
+    allowed = torch.ones(tiny_llama.d_vocab, dtype=torch.bool)
+    allowed[int(chosen.ids[0]) + 1 :: 2] = False  # other tokens take no part in the vote, but in the ranks
+    stories = token_stories(tiny_llama, direction, chosen, sampled, allowed, k_vote=5)
+    votes = {token: [] for token in chosen.ids.tolist()}
+    for row, step in sampled.valid.nonzero().tolist():
+        so_far = sampled.completion_ids[row, :step].tolist()
+        batch = PromptBatch.of(tiny_llama.tokenizer, [sampled.prompts[row]], [so_far])
+        base = naive_logits(tiny_llama, batch)[0, -1].double().softmax(-1)
+        with steer(tiny_llama, direction):
+            steered = naive_logits(tiny_llama, batch)[0, -1].double().softmax(-1)
+        lift = (steered / base).log()
+        for token in lift.masked_fill(~allowed, -torch.inf).topk(5).indices.tolist():
+            if token in votes:
+                ranks = [1 + int((p > p[token]).sum()) for p in (base, steered)]
+                numbers = (float(lift[token]), float(base[token]), float(steered[token]), *ranks)
+                votes[token].append((sampled.prompts[row], step + 1, *numbers))
+    assert sum(len(voted) > 1 for voted in votes.values()) > 3
+    for token, voted in votes.items():
+        story = stories[token]
+        assert story.votes == len(voted)
+        if not voted:
+            assert (story.lift, story.rank_base, story.rank_steered) == (None, None, None)
+            continue
+        _, _, *columns = zip(*voted, strict=True)
+        means = [sum(column) / len(voted) for column in columns[:3]]
+        assert (story.lift, story.p_base, story.p_steered) == pytest.approx(tuple(means), rel=1e-3)
+        assert (story.rank_base, story.rank_steered) == tuple(median(column) for column in columns[3:])
+        best = max(voted, key=lambda vote: vote[4] - vote[3])
+        place = story.places[0]
+        got = (place.p_base, place.p_steered, place.rank_base, place.rank_steered)
+        assert (place.prompt, place.step) == best[:2]
+        assert got == pytest.approx(best[3:], rel=1e-3)
 
 
 def test_logit_parts_equal_the_plain_formula(chat):
