@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+import tomllib
 
 import pandas as pd
 import pytest
 from test_pipeline import SMALL, model_folder  # noqa: F401
 
 from safesteer._errors import SafeSteerError
+from safesteer.recipes import recipe
 
 
 def cli(*args: str) -> subprocess.CompletedProcess:
@@ -92,11 +94,20 @@ def test_report_needs_a_run(tmp_path):
     fails_with("is not a run folder", "report", str(tmp_path))
 
 
-def test_settings_are_printed_and_start_a_recipe_file(tmp_path, model_folder):  # noqa: F811
+def test_settings_are_printed_and_start_a_recipe_file(tmp_path, model_folder, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("COLUMNS", "300")  # wide enough for every name and value to stand in one line
     done = cli("settings", "paper")
-    assert done.returncode == 0
-    assert "min_steered_prob" in done.stdout.replace("\n", "") or "tokens.min" in done.stdout
+    assert done.returncode == 0, done.stderr
+    lines = [[cell.strip() for cell in line.split("│")] for line in done.stdout.splitlines()]
+    shown = {name: value for _, name, value, *_ in (line for line in lines if len(line) > 3 and line[1])}
+    assert list(shown) == [name for name, *_ in recipe("paper").rows()]
+    assert (shown["preset"], shown["tokens.min_steered_prob"], shown["distill.lr"]) == (
+        "paper-qwen",
+        "1e-08",
+        "1e-05",
+    )
     done = cli("settings", "--toml")
+    assert tomllib.loads(done.stdout)["distill"]["lr"] == recipe().distill.lr == 0.0003
     path = tmp_path / "mine.toml"
     path.write_text(done.stdout.replace("lr = 0.0003", "lr = -1.0"))
     fails_with("distill.lr must be above 0", "align", str(model_folder), "--recipe", str(path))
