@@ -10,12 +10,14 @@ from rich.console import Console
 from test_pipeline import SMALL, model_folder  # noqa: F401
 
 import safesteer as ss
-from conftest import assert_near, n_hooks
+from conftest import assert_near, n_hooks, naive_logits
 from safesteer._errors import SafeSteerError
 from safesteer.alignment import align
 from safesteer.directions import finding
 from safesteer.directions.finding import find_direction
 from safesteer.evaluation.ledger import looks
+from safesteer.models.batch import PromptBatch
+from safesteer.models.generation import generate
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.recipes import Recipe, recipe
 from safesteer.run_folder import Run
@@ -74,14 +76,20 @@ def test_every_trial_is_a_row_with_its_settings(folder):
         values = table[entry.name]
         assert values.between(entry.low * 0.99, entry.high * 1.01).all(), entry.name
         assert values.nunique() > 1, entry.name
-    complete = table[table.state == "complete"]
-    assert len(complete)
+    complete = table[table.state == "complete"].set_index("trial")
+    assert len(complete) > 1
     assert (complete.n_pairs == 18).all()
-    for number in complete.trial:
-        record = json.loads((folder / "trials" / f"{number:03d}.json").read_text())
-        harmful = np.mean(record["measured"]["harmful"])
-        assert harmful == pytest.approx(complete.set_index("trial").harmful[number])
-        assert len(record["measured"]["kls"]) == 18
+    for number, row in complete.iterrows():
+        measured = json.loads((folder / "trials" / f"{number:03d}.json").read_text())["measured"]
+        for label, rate in (("harmful", row.harmful), ("harmless", row.over_refusal)):
+            assert measured[label] == [odd("", answer) for answer in measured[f"{label}_answers"]]
+            assert len(measured[label]) == 18
+            assert rate == pytest.approx(sum(measured[label]) / 18)
+        assert len(measured["kls"]) == 18
+        assert row.kl == pytest.approx(sum(measured["kls"]) / 18)
+    for column in ("harmful", "over_refusal", "kl"):  # numbers that are all alike would hide a mix-up
+        assert complete[column].nunique() > 1
+    assert (complete.harmful != complete.over_refusal).any()
 
 
 def test_the_first_trial_is_the_recipe_as_it_is(folder):
@@ -130,10 +138,18 @@ def test_the_recipe_is_taken_as_it_is_and_repeats_its_trial(folder, model_folder
     assert repr(run.load_direction(base)) == record["direction"]
     assert [t.text for t in run.load_tokens().tokens] == record["tokens"]
     val = drawn_val(small_prompts(), chosen.seed)
-    measured = study_module.measure(run.load_student(), base, val, chosen.evaluate, odd)
-    assert list(measured.harmful) == record["measured"]["harmful"]
-    assert_near(measured.kls, record["measured"]["kls"], 1e-3)
-    assert measured.objectives[2] == pytest.approx(table.set_index("trial").kl[number], rel=1e-3)
+    student, measured = run.load_student(), record["measured"]
+    of_base = json.loads((folder / "trials" / "base.json").read_text())["measured"]
+    answers = generate(student, val.harmful, max_new_tokens=SMALLER["evaluate.max_new_tokens"])
+    assert measured["harmful_answers"] == answers != of_base["harmful_answers"]
+    kls = []
+    for prompt, answer in zip(val.harmless, of_base["harmless_answers"], strict=True):
+        ids = base.encode(answer)
+        batch = PromptBatch.of(base.tokenizer, [prompt], [ids])
+        p, q = (naive_logits(c, batch)[0, -len(ids) - 1 :].double().log_softmax(-1) for c in (base, student))
+        kls.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    assert measured["kls"] == pytest.approx(kls, rel=0.01)
+    assert table.set_index("trial").kl[number] == pytest.approx(sum(kls) / len(kls), rel=1e-3)
 
 
 def test_a_search_that_is_cut_off_repeats_an_uninterrupted_one(folder, model_folder, tmp_path, monkeypatch):  # noqa: F811
