@@ -474,6 +474,24 @@ def test_lone_bytes_are_shown_as_bytes(tiny_llama):
 
 # Report --------------------------------------------------------------------------------------
 
+EVALUATION = {  # no number twice, so that none can stand in another's place
+    name: {
+        "refusal_rate_harmful": harmful,
+        "refusal_rate_harmful_ci": [harmful - 0.11, harmful + 0.04],
+        "refusal_rate_harmless": harmless,
+        "refusal_rate_harmless_ci": [harmless - 0.02, harmless + 0.15],
+        "kl_harmless": kl,
+        "kl_harmless_ci": [kl * 0.75, kl * 1.5],
+        "perplexity": perplexity,
+        "n": 100,
+    }
+    for name, harmful, harmless, kl, perplexity in (
+        ("base", 0.25, 0.03, 0.0, 12.5),
+        ("teacher", 0.94, 0.42, 1.236, 31.25),
+        ("student", 0.81, 0.07, 0.124, 14.14),
+    )
+}
+
 
 def answer_rows(n: int, texts: tuple[str, ...] = ("Sure, here is a plan.\n1. Begin",)) -> list[dict]:
     """n harmful and n harmless rows of answers.jsonl."""
@@ -527,17 +545,7 @@ def fill_run(path, tokens: TokenSet, attribution: Attribution | None, answers: l
         for i in range(1, 11)
     ]
     (path / "history.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
-    scores = {
-        "refusal_rate_harmful": 0.5,
-        "refusal_rate_harmful_ci": [0.4, 0.6],
-        "refusal_rate_harmless": 0.1,
-        "refusal_rate_harmless_ci": [0.05, 0.2],
-        "kl_harmless": 0.2,
-        "kl_harmless_ci": [0.1, 0.3],
-        "perplexity": 12.5,
-        "n": 100,
-    }
-    (path / "evaluation.json").write_text(json.dumps(dict.fromkeys(("base", "teacher", "student"), scores)))
+    (path / "evaluation.json").write_text(json.dumps(EVALUATION))
     (path / "answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in answers))
     if attribution:
         attribution.save(path / "attribution.json")
@@ -628,6 +636,26 @@ def test_a_story_in_the_page_is_the_story(tmp_path, chosen, attribution):
         for shown, place in zip(row["story"]["places"], story.places, strict=True):
             assert (shown["step"], shown["rank_steered"]) == (place.step, place.rank_steered)
             assert shown["answer_so_far"] == readable(place.answer_so_far)
+
+
+def test_the_evaluation_in_the_page_is_that_of_its_file(tmp_path, chosen):
+    run = fill_run(tmp_path / "run", chosen, None, [])
+    page = write_report(run).read_text(encoding="utf-8")
+    start = page.index('id="data">') + len('id="data">')
+    shown = json.loads(page[start : page.index("</script>", start)])
+    scores = json.loads((run / "evaluation.json").read_text())
+    assert list(shown["evaluation"]) == list(scores)
+    bars = shown["figures"]["evaluation"]["data"]
+    for bar, (name, of_model) in zip(bars, scores.items(), strict=True):
+        for key, value in of_model.items():
+            assert shown["evaluation"][name][key] == pytest.approx(value, abs=1e-4)
+        rates = [of_model["refusal_rate_harmful"], of_model["refusal_rate_harmless"]]
+        limits = [of_model["refusal_rate_harmful_ci"], of_model["refusal_rate_harmless_ci"]]
+        whiskers = zip(bar["y"], bar["error_y"]["arrayminus"], bar["error_y"]["array"], strict=True)
+        assert (bar["name"], bar["x"]) == (name, ["harmful prompts", "harmless prompts"])
+        assert bar["y"] == pytest.approx(rates, abs=1e-4)
+        for (y, minus, plus), (low, high) in zip(whiskers, limits, strict=True):
+            assert (y - minus, y + plus) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_a_trace_in_the_page_is_the_trace(tmp_path, chosen, attribution):

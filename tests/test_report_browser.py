@@ -314,6 +314,22 @@ def test_the_evaluation_table_is_whole_on_a_laptop(page):
     assert 0 < needed <= there
 
 
+def test_the_numbers_of_the_evaluation_stand_on_the_page(page):
+    """The table's cells with their intervals, and the tiles: base and student of `EVALUATION`."""
+    rows = [
+        [" ".join(cell.text.split()) for cell in row.find_elements(By.CSS_SELECTOR, "td")]
+        for row in all_of(page, "#evaluation-table tbody tr")
+    ]
+    assert rows == [
+        ["base", "25 % 14 % to 29 %", "3.0 % 1.0 % to 18 %", "0.000 0.000 to 0.000", "12.50"],
+        ["teacher", "94 % 83 % to 98 %", "42 % 40 % to 57 %", "1.236 0.927 to 1.854", "31.25"],
+        ["student", "81 % 70 % to 85 %", "7.0 % 5.0 % to 22 %", "0.124 0.093 to 0.186", "14.14"],
+    ]
+    assert "100 prompts of each kind" in page.find_element(By.ID, "evaluation-table").text
+    tiles = [" ".join(tile.text.split()) for tile in all_of(page, "#tiles .value")]
+    assert tiles == ["25 % → 81 %", "3.0 % → 7.0 %", "0.124", "12.5 → 14.1"]
+
+
 def test_hostile_text_is_only_text(driver, tmp_path, tokens, attribution):
     texts = {t.id: HOSTILE[i % len(HOSTILE)] for i, t in enumerate(tokens.tokens)}
     stories = {
