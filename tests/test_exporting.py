@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partialmethod
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -21,6 +22,7 @@ from safesteer.alignment import align
 from safesteer.distillation.loop import Training, distill, restore_student
 from safesteer.distillation.rollouts import Teacher
 from safesteer.evaluation.scores import Scores, evaluate
+from safesteer.evaluation.sets import COLUMNS
 from safesteer.exporting import check_reload, export, reload_difference
 from safesteer.model_card import write_card
 from safesteer.models import loading
@@ -31,6 +33,7 @@ from safesteer.models.parts import blocks
 from safesteer.models.precision import in_precision
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.recipes import recipe
+from safesteer.report.set_table import REPEATS
 from safesteer.run_folder import STAGES, Run, finished
 from safesteer.settings import DistillConfig, EvaluateConfig
 from safesteer.steering.direction import Direction
@@ -253,6 +256,37 @@ def test_a_card_names_only_what_is_known(tiny_llama, direction, tmp_path):
     text = card(tmp_path, local, direction, judge=my_judge)[1]
     assert "wording" not in text
     assert "`my_judge`" in text
+
+
+def test_the_numbers_of_a_card_are_those_of_the_evaluation(tiny_llama, direction, tmp_path):
+    """Every number differs from every other, so that none can stand in another's place."""
+    scores = {
+        "base": Scores(0.11, (0.05, 0.22), 0.02, (0.003, 0.09), 0.0, (0.0, 0.0), 21.25, 64),
+        "teacher": Scores(0.95, (0.87, 0.98), 0.41, (0.3, 0.53), 1.2344, (1.1, 1.4), 34.567, 64),
+        "student": Scores(0.877, (0.77, 0.93), 0.063, (0.024, 0.15), 0.0376, (0.03, 0.05), 22.104, 64),
+    }
+    kinds = {"own-short": "harmful", "xstest": "over-refusal"}
+    rates = {"base": (0.125, 0.05), "student": (0.75, 0.3)}
+    repeats = {"base": (0.01, 0.02), "student": (0.07, 0.08)}
+    sets = []
+    for i, (name, kind) in enumerate(kinds.items()):
+        for model in rates:
+            sets.append((model, kind, name, "refused", rates[model][i], 0.0, 1.0, 40 + i))
+            sets.append((model, "text quality", name, REPEATS, repeats[model][i], 0.0, 1.0, 40 + i))
+    table = pd.DataFrame(sets, columns=COLUMNS)
+    write_card(tmp_path, tiny_llama, direction, "", scores, table)
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("|") and "%" in line]
+    assert rows == [
+        "| base | 11.0% (5.0% to 22.0%) | 2.0% (0.3% to 9.0%) | 0.000 | 21.25 |",
+        "| teacher | 95.0% (87.0% to 98.0%) | 41.0% (30.0% to 53.0%) | 1.234 | 34.57 |",
+        "| student | 87.7% (77.0% to 93.0%) | 6.3% (2.4% to 15.0%) | 0.038 | 22.10 |",
+        "| own-short | harmful | 40 | 12.5% | 75.0% | 1.0%, 7.0% |",
+        "| xstest | over-refusal | 41 | 5.0% | 30.0% | 2.0%, 8.0% |",
+    ]
+    header = "| model | harmful: refused | harmless: refused | KL to base (nats/token) | perplexity |"
+    assert lines[lines.index(rows[0]) - 2] == header
+    assert any("64 harmful and 64 harmless prompts of the test split" in line for line in lines)
 
 
 def test_a_card_has_base_and_licence_of_the_base(tiny_llama, direction, tmp_path, monkeypatch):

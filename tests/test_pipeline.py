@@ -328,6 +328,28 @@ def test_spine_on_the_real_model(tmp_path):
     assert (out / "report.html").stat().st_size > 1_000_000
 
 
+def test_the_card_of_a_run_holds_the_numbers_of_its_evaluation(run):
+    scores, card = (
+        json.loads((run / "evaluation.json").read_text()),
+        (run / "model" / "README.md").read_text(),
+    )
+    assert list(scores) == ["base", "teacher", "student"]
+    for name, s in scores.items():
+        rates = [
+            f"{s[rate]:.1%} ({s[f'{rate}_ci'][0]:.1%} to {s[f'{rate}_ci'][1]:.1%})"
+            for rate in ("refusal_rate_harmful", "refusal_rate_harmless")
+        ]
+        assert (
+            f"| {name} | {rates[0]} | {rates[1]} | {s['kl_harmless']:.3f} | {s['perplexity']:.2f} |" in card
+        )
+    sets = pd.read_csv(run / "held_out.csv")
+    rates = sets[sets.metric == "refused"].set_index(["name", "model"]).value
+    for name in sets["name"].unique():
+        assert (
+            f"| {rates[name, 'base']:.1%} | {rates[name, 'student']:.1%} |" in card.split(f"| {name} | ")[1]
+        )
+
+
 def test_an_adapter_run_exports_a_merged_model_and_its_adapter(model_folder, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'safesteer[lora]')")
     settings = {**SMALL, "distill.lora_rank": 4, "distill.keep_adapter": "true", "distill.lr": 1e-2}
