@@ -239,6 +239,11 @@ def test_the_shift_is_the_distance_of_means_in_spreads_of_the_base(tiny_llama):
     ]
 
 
+def test_one_prompt_has_no_spread_to_measure_a_shift_in(tiny_llama):
+    with pytest.raises(SafeSteerError, match="give two of them or more"):
+        representation_shift({"base": tiny_llama}, ["Hello"])
+
+
 def test_a_shift_along_the_direction_starts_at_its_layer_and_is_its_length(tiny_llama, direction, few):
     steered = direction.with_coeff(2.0)
     table = shift_along(tiny_llama, steered, few, tiny_llama)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from safesteer._errors import SafeSteerError
 from safesteer.models.adapter import without_student
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden
@@ -40,8 +41,13 @@ def representation_shift(
         Columns: model, text, pc1, pc2, explained (share of the first model's variance in the plane) and
         shift: the distance of a model's mean from the first model's, in units of the first model's spread
         (root mean squared distance from its mean).
+
+    Raises:
+        SafeSteerError: For fewer than two prompts, which have no spread.
     """
     prompts, rows, reference = as_prompts(prompts), [], None
+    if len(prompts) < 2:
+        raise SafeSteerError("A shift is told in units of the spread over prompts: give two of them or more.")
     for name, model in models.items():
         chat = as_chat(model)
         states = torch.zeros((len(prompts), chat.d_model), dtype=torch.float64)
