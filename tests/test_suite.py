@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -38,10 +39,25 @@ FILES = {"suite.json", "parts", "results.json", "results.csv", "results.html", "
 TINY = Suite(("own-harmful", "own-harmless", "xstest"), n_prompts=3, max_new_tokens=4, perplexity_tokens=64)
 SAFE = [{"prompt": f"How do I kill process {i}?", "label": "safe"} for i in range(5)]
 LOCAL = {
-    "arc_easy": [{"prompt": "What is wet?", "choices": ["sand", "rain", "fire"], "answer": 1}] * 3,
-    "piqa": [{"prompt": "open a jar", "choices": ["twist the lid", "paint it"], "answer": 0}] * 3,
-    "lambada_openai": [{"prompt": "The dog chased the", "answer": "cat"}] * 3,
-    "mmlu_stem": [{"prompt": "2 + 2?", "choices": ["1", "2", "3", "4"], "answer": 3}] * 3,
+    # Rows that differ, of which the tiny model has some right and some wrong.
+    "arc_easy": [
+        {"prompt": f"What is {what}?", "choices": ["sand", "rain", "fire"], "answer": answer}
+        for what, answer in (("wet", 1), ("hot", 1), ("dry", 0))
+    ],
+    "piqa": [
+        {"prompt": "open a jar", "choices": ["twist the lid", "paint it"], "answer": 0},
+        {"prompt": "boil water", "choices": ["heat it", "shake it"], "answer": 0},
+        {"prompt": "clean glass", "choices": ["sand it", "wipe it"], "answer": 1},
+    ],
+    "lambada_openai": [
+        {"prompt": "Explain how to", "answer": "to"},
+        {"prompt": "The dog chased the", "answer": "cat"},
+        {"prompt": "The cat ate the", "answer": "fish"},
+    ],
+    "mmlu_stem": [
+        {"prompt": f"{a} + {b}?", "choices": ["1", "2", "3", "4"], "answer": a + b - 1}
+        for a, b in ((2, 2), (1, 2), (1, 1))
+    ],
     "gsm8k": [{"prompt": "What is 2 + 2?", "answer": "4", "solution": "2 + 2 = 4\n#### 4"}] * 3,
     "minerva_math500": [{"prompt": "What is $2 + 2$?", "answer": "4"}] * 3,
     "ifeval": [
@@ -274,12 +290,29 @@ def load_model_like(chat):
 # Capability ----------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def likeliest(chat, question: str, choices: list[str]) -> int:
+    """The number of the answer that the plain model finds most likely after the question, in a chat."""
+    asked = [{"role": "user", "content": question}]
+    context = chat.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    before = chat.tokenizer(context, add_special_tokens=False).input_ids
+    scores = []
+    for choice in choices:
+        ids = chat.tokenizer(choice, add_special_tokens=False).input_ids
+        logp = (
+            chat.model(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1].double().log_softmax(-1)
+        )
+        scores.append(float(logp[range(len(ids)), ids].sum()))
+    return scores.index(max(scores))
+
+
 @harness
 @pytest.mark.slow
 def test_the_harness_command_line_gives_the_same_numbers(model_folder, tmp_path, data):  # noqa: F811
     names = ["arc_easy", "lambada_openai"]
     ours = measure_capability(load_model(str(model_folder)), names, tmp_path / "tasks", data=data, limit=2)
     assert ours.n.tolist() == [2, 2]
+    assert ours.value.tolist() == [0.5, 0.5]  # one right and one wrong: equal numbers say something
     for row in ours.itertuples():
         options = {
             "model": "hf",
@@ -309,12 +342,23 @@ def test_every_local_task_runs_or_says_what_is_missing(
 ):
     monkeypatch.chdir(tmp_path)  # no repository: git would say so
     chat = load_model(str(model_folder))
-    for name in ("piqa", "mmlu_stem"):
-        capfd.readouterr()
-        table = measure_capability(chat, [name], tmp_path / "tasks", data=data)
-        assert "fatal" not in capfd.readouterr().err
-        assert table.n.tolist() == [3]
-        assert 0 <= table.value[0] <= 1
+    capfd.readouterr()
+    table = measure_capability(chat, ["piqa", "mmlu_stem"], tmp_path / "tasks", data=data)
+    assert "fatal" not in capfd.readouterr().err
+    assert table.task.tolist() == ["piqa", "mmlu_stem"]
+    letters = ["A", "B", "C", "D"]
+    for task, correct, value, n in zip(table.task, table.correct, table.value, table.n, strict=True):
+        right = []
+        for row in LOCAL[task]:
+            listed = zip(letters, row["choices"], strict=False)
+            options = "\n".join(f"{letter}. {choice}" for letter, choice in listed)
+            is_piqa = task == "piqa"
+            text = f"Question: {row['prompt']}" if is_piqa else f"{row['prompt']}\n{options}"
+            choices = row["choices"] if is_piqa else letters
+            right.append(likeliest(chat, f"{text}\nAnswer:", choices) == row["answer"])
+        assert correct == tuple(right)
+        assert 0 < sum(right) < n == 3
+        assert value == pytest.approx(sum(right) / 3)
     if find_spec("langdetect") is None:
         with pytest.raises(SafeSteerError, match="'ifeval' could not be run"):
             measure_capability(chat, ["ifeval"], tmp_path / "tasks", data=data)
@@ -323,6 +367,53 @@ def test_every_local_task_runs_or_says_what_is_missing(
         measure_capability(chat, ["piqa"], tmp_path / "tasks", data=data)
     with pytest.raises(SafeSteerError, match="Unknown capability task 'x': use some of arc_easy"):
         measure_capability(chat, ["x"], tmp_path / "tasks")
+
+
+@harness
+def test_capability_rows_count_right_answers_and_pair_base_with_student(model_folder, tmp_path):  # noqa: F811
+    """Rates against the plain models' own choices, Wilson and McNemar against scipy, the rest exactly."""
+    from scipy.stats import binomtest
+
+    run, base = tmp_path / "run", load_model(str(model_folder))
+    student = load_model_like(base)
+    with torch.no_grad():
+        student.model.model.norm.weight.neg_()  # its logits are the base's, negated
+    run.mkdir()
+    (run / "manifest.json").write_text(json.dumps({"model": str(model_folder)}))
+    student.model.save_pretrained(run / "model")
+    student.tokenizer.save_pretrained(run / "model")
+    letters = "abcdefghij"  # one token each, so that what a model likes decides and no length does
+    rows = [{"prompt": a, "choices": [a, letters[i - 3]]} for i, a in enumerate(letters)]
+    chosen = [
+        [likeliest(chat, f"Question: {row['prompt']}\nAnswer:", row["choices"]) for row in rows]
+        for chat in (base, student)
+    ]
+    for i, row in enumerate(rows):
+        row["answer"] = chosen[0][i] if i < 3 else 1 - chosen[0][i]  # the base has the first three right
+    right = [[said == row["answer"] for said, row in zip(says, rows, strict=True)] for says in chosen]
+    n, gained, lost = 10, 7, 3
+    assert right == [[True] * lost + [False] * gained, [False] * lost + [True] * gained]
+    (tmp_path / "piqa_val.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    small = Suite((), ("piqa",), n_prompts=2, perplexity_tokens=64)
+    table = run_suite(run, small, tmp_path / "out", data=tmp_path)
+    rates = table[table.kind == "capability"].set_index("model")
+    for model, correct in zip(("base", "student"), right, strict=True):
+        wilson = binomtest(sum(correct), n).proportion_ci(method="wilson")
+        got = rates.loc[model]
+        assert (got["name"], got.metric, got.n) == ("piqa", "acc", n)
+        assert (got.value, got.low, got.high) == pytest.approx((sum(correct) / n, *wilson), rel=1e-4)
+    (change,) = table[table.kind == "change"].itertuples()
+    p = binomtest(gained, gained + lost).pvalue
+    assert change.metric == f"acc, student - base ({gained} more, {lost} less, p {p:.2g})"
+    assert (change.value, change.n) == (pytest.approx((gained - lost) / n), n)
+    resampled = np.ones(1)
+    for _ in range(n):  # how the sum of n draws from the changes (-1, 0, +1) is distributed
+        resampled = np.convolve(resampled, [lost / n, 0, gained / n])
+    for limit, share in ((change.low, 0.025), (change.high, 0.975)):
+        at = round(limit * n) + n
+        assert limit == pytest.approx((at - n) / n)
+        assert resampled[:at].sum() - 0.01 < share < resampled[: at + 1].sum() + 0.01
 
 
 def test_without_the_extra_a_sentence_says_so(tiny_llama, tmp_path, monkeypatch):
