@@ -45,7 +45,7 @@ from safesteer.models.generation import generate
 from safesteer.models.head import output_head
 from safesteer.models.parts import blocks
 from safesteer.models.precision import cast_weights
-from safesteer.prompts.prompt_set import load_prompts
+from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.recipes import recipe
 from safesteer.settings import DistillConfig, EvaluateConfig
 from safesteer.steering.direction import Direction, steer
@@ -833,6 +833,44 @@ def test_a_training_that_is_good_enough_stops_early_and_stays_there(
     never = replace(config, stop_kl=0.0)
     student = distill(tiny_llama, direction, tokens, pairs, never, training=Training(judge=judge))
     assert len(student.history) == 4
+
+
+def test_training_stops_at_the_first_look_at_which_both_limits_hold(tiny_llama, direction, tokens, pairs):
+    """What each look sees comes from a training without early stopping, and KL from the plain models."""
+    val = pairs.split("val").first(4)
+    prompts = PromptSet((*pairs.split("distill").first(6).prompts, *val.prompts))
+    config = one_call(n_steps=6, check_every=2, watch_every=0, splits=("distill",))
+    heard = [tiny_llama.encode(a) for a in generate(tiny_llama, val.harmless, max_new_tokens=16)]
+    state, kl, answers = prepare_student(copy_of(tiny_llama), direction, config), {}, {}
+    teacher = Teacher(tiny_llama, direction, tokens)
+    for record in training_steps(state, teacher, prompts.split("distill")):
+        values = []
+        for prompt, ids in zip(val.harmless, heard, strict=True):
+            batch = PromptBatch.of(tiny_llama.tokenizer, [prompt], [ids])
+            logits = [naive_logits(c, batch)[0, -len(ids) - 1 :] for c in (tiny_llama, state.student)]
+            p, q = (at.double().log_softmax(-1) for at in logits)
+            values.append(float((p.exp() * (p - q)).sum(-1).mean()))
+        kl[record.step] = sum(values) / len(values)
+        answers[record.step] = generate(state.student, val.harmful, max_new_tokens=16)
+
+    def judge(prompt: str, answer: str) -> bool:
+        return answer not in (*answers[2], answers[4][0])
+
+    refused = sum(judge("", answer) for answer in answers[4]) / 4
+    assert 0 < kl[4] < 0.9 * kl[2]
+    assert kl[1] < 0.9 * kl[4]  # step 1 would do, but nobody looks there
+    assert 0 < refused < 1  # and none at step 2
+    for stop_refusal, stop_kl, n_steps in (
+        (0.0, 1.02 * kl[2], 2),
+        (0.0, 0.98 * kl[2], 4),
+        (0.0, 1.02 * kl[4], 4),
+        (0.0, 0.98 * kl[4], 6),
+        (refused, 1.02 * kl[2], 4),
+        (refused + 0.01, 1.02 * kl[2], 6),
+    ):
+        limits = replace(config, stop_refusal=stop_refusal, stop_kl=stop_kl)
+        student = distill(tiny_llama, direction, tokens, prompts, limits, training=Training(judge=judge))
+        assert len(student.history) == n_steps, (stop_refusal, stop_kl)
 
 
 def test_what_early_stopping_measures_is_not_trained_on(
