@@ -237,9 +237,9 @@ def comparison() -> str:
     return summary(table, "method", {"kl_harmless": 3, "wikitext2_perplexity": 2, **CAPABILITY})
 
 
-def coverage() -> str:
+def coverage(folder: Path = RESULTS) -> str:
     """Make the table of what S covers before training."""
-    table = pd.read_csv(RESULTS / "selection_coverage.csv")
+    table = pd.read_csv(folder / "selection_coverage.csv")
     lines = []
     for row in table.to_dict("records"):
         shares = [percent(row[f"kl_share_{kind}"]) for kind in ("harmful", "harmless")]
@@ -327,6 +327,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo-suite": demo_suite,
     "comparison": comparison,
     "coverage": coverage,
+    "coverage-refusing": lambda: coverage(paper_tables.ROWS),
     "paper-tables": lambda: markdown(*paper_tables.table()),
 }
 

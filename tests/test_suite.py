@@ -256,7 +256,7 @@ def test_the_shift_is_the_distance_of_means_in_spreads_of_the_base(tiny_llama):
 
 
 def test_one_prompt_has_no_spread_to_measure_a_shift_in(tiny_llama):
-    with pytest.raises(SafeSteerError, match="give two of them or more"):
+    with pytest.raises(SafeSteerError, match="at least two"):
         representation_shift({"base": tiny_llama}, ["Hello"])
 
 

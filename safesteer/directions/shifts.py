@@ -47,7 +47,7 @@ def representation_shift(
     """
     prompts, rows, reference = as_prompts(prompts), [], None
     if len(prompts) < 2:
-        raise SafeSteerError("A shift is told in units of the spread over prompts: give two of them or more.")
+        raise SafeSteerError("A shift is measured in units of the spread over prompts: give at least two.")
     for name, model in models.items():
         chat = as_chat(model)
         states = torch.zeros((len(prompts), chat.d_model), dtype=torch.float64)
