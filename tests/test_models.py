@@ -27,7 +27,7 @@ from safesteer.models.generation import generate, generate_ids
 from safesteer.models.head import output_head
 from safesteer.models.loading import load_model
 from safesteer.models.logits import logits_of
-from safesteer.models.parts import decoder, hf_model, is_bridge
+from safesteer.models.parts import blocks, decoder, hf_model, is_bridge
 from safesteer.models.templates import template_hash
 from safesteer.steering import interventions as steering
 from safesteer.steering.direction import Direction
@@ -77,6 +77,19 @@ def test_final_hidden_with_shared_prefix_equals_plain_forward(chat):
         got = logits_of(final_hidden(chat.model, batch), *output_head(chat.model))
     real = batch.attention_mask[:, n:].bool()
     assert_near(got[real], naive_logits(chat, batch)[:, n:][real])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_only_passes_with_a_gradient_leave_out_cudnns_attention(tiny_llama, grad):
+    """Its gradient can be NaN (pytorch issue 196678); the pass over shared columns has one too."""
+    model, seen = copy_of(tiny_llama).model, []
+    blocks(model)[0].register_forward_pre_hook(
+        lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+    )
+    with torch.set_grad_enabled(grad):
+        final_hidden(model, batch_of(tiny_llama))
+    assert seen == [not grad] * 2
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_layout_does_not_change_the_result(chat):

@@ -232,17 +232,18 @@ def read_states(
         SafeSteerError: Where the batch is longer than the model's context.
     """
     _check_length(model, batch)
-    if cache is None and batch.n_shared > 0:
-        cache = read_cache(model, batch, batch.n_shared)
-    n = 0 if cache is None else cache.get_seq_length()
-    with reading(batch), without_cudnn_attention() if torch.is_grad_enabled() else nullcontext():
-        out = decoder(model)(
-            batch.prompt_ids[:, n:],
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids[:, n:],
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+    with without_cudnn_attention() if torch.is_grad_enabled() else nullcontext():
+        if cache is None and batch.n_shared > 0:
+            cache = read_cache(model, batch, batch.n_shared)
+        n = 0 if cache is None else cache.get_seq_length()
+        with reading(batch):
+            out = decoder(model)(
+                batch.prompt_ids[:, n:],
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids[:, n:],
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
     states = out.last_hidden_state.to(batch.prompt_ids.device)  # with a map the last block may lie elsewhere
     n_keys = batch.prompt_ids.shape[1]
     count_pass(text_config(model), 1, len(states) * (n_keys - n), n_keys, 2 * states.requires_grad)
