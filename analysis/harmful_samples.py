@@ -3,7 +3,8 @@
 The paper finds 100 enough and fewer already useful. Refuted if 100 are no better than 10 (then fewer
 would do), or if the curve has not flattened by 100. Steps and answers per step stay the same.
 
-The committed rows are void: five steps of 4 prompts use 20 distinct prompts at most. More steps are needed.
+The rows of the home-made model are void: five steps of 4 prompts use 20 distinct prompts at most. More
+steps are needed.
 """
 
 from ablation import N_HARMFUL, read_command_line, run

@@ -151,8 +151,7 @@ class Supervised:
         for z, z_base in zip(answer_logits(student, prompts, answers), before, strict=True):
             logps, base_logps = z.log_softmax(-1), z_base.log_softmax(-1)
             kl = (base_logps.exp() * (base_logps - logps)).sum(-1).mean()
-            opens = self.opens.to(z.device)
-            margin = z[0, opens].max() - z[0].index_fill(0, opens, -torch.inf).max()
+            margin = z[0, self.opens].max() - z[0].index_fill(0, self.opens, -torch.inf).max()
             total.append(kl + MARGIN_WEIGHT * softplus(margin))
         return torch.stack(total).sum()
 
@@ -252,7 +251,8 @@ def steps_of(
         for record in training_steps(state, Teacher(base, direction, tokens), prompts):
             yield record.step
         return
-    supervised = Supervised(base, targets_of(base, direction, prompts), opening_ids(args.run))
+    opens = opening_ids(args.run).to(base.device)
+    supervised = Supervised(base, targets_of(base, direction, prompts), opens)
     known = {*supervised.targets.refusals, *prompts.harmless} & supervised.targets.answers.keys()
     losses = {"kl and margin": supervised.kl_and_margin, "dpo": supervised.dpo}
     spaces = null_spaces(base, prompts.harmless) if method == "null space" else None

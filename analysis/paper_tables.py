@@ -98,7 +98,7 @@ def line(study: str, arm: str, title: str) -> list[str]:
     table = rows_of(study, "csv")
     mean = table[table.arm == arm].mean(numeric_only=True)
     value, drawn = over_with_constant(*margins(study, arm)), drawn_over_refusals(study, arm)
-    n_runs = "" if study == PUBLISHED[0] and arm == "base" else str(int((table.arm == arm).sum()))
+    n_runs = "" if arm == "base" else str(int((table.arm == arm).sum()))
     cells = [n_runs, interval(value, drawn, ".0f")]
     if arm == "base" or (study, arm) == PUBLISHED:
         cells.append("")

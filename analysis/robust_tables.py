@@ -23,6 +23,7 @@ from safesteer.report.robust_table import (
     SPENT,
     WRAPPED_HARMFUL,
     WRAPPED_HARMLESS,
+    of_kind,
     opened_by,
 )
 
@@ -51,10 +52,24 @@ def models(folder: Path) -> Iterator[tuple[str, str, pd.DataFrame]]:
             yield name, str(model), pd.concat(parts[:1] if same else parts)
 
 
+def _named(rows: pd.DataFrame, kind: str, name: str) -> pd.DataFrame:
+    """Return the rows of a kind that have this name."""
+    return pd.DataFrame(rows[(rows.kind == kind) & (rows["name"] == name)])
+
+
+def _beginning(rows: pd.DataFrame, kind: str, start: str) -> pd.DataFrame:
+    """Return the rows of a kind whose names begin so."""
+    return pd.DataFrame(rows[(rows.kind == kind) & rows["name"].str.startswith(start)])
+
+
+def _pooled(rows: pd.DataFrame) -> float:
+    """Return the rate over all prompts of some rows."""
+    return float((rows.value * rows.n).sum() / rows.n.sum())
+
+
 def _rate(rows: pd.DataFrame) -> str:
     """Write the rate over all seeds, with its interval; nothing where there is none."""
-    n = int(rows.n.sum())
-    return with_interval(float((rows.value * rows.n).sum() / n), n) if n else ""
+    return with_interval(_pooled(rows), int(rows.n.sum())) if len(rows) else ""
 
 
 def _mean(rows: pd.DataFrame, digits: int) -> str:
@@ -66,15 +81,12 @@ def depth_table(folder: Path = ROWS) -> str:
     lines = []
     for name, model, rows in models(folder):
         for kind, title in ((OPENED, "our text"), (OPENED_BY_BASE, "the base's answer")):
-            part = rows[rows.kind == kind]
-            if len(part):
-                cells = [_rate(part[part["name"] == opened_by(k)]) for k in OPENINGS]
+            if len(of_kind(rows, kind)):
+                cells = [_rate(_named(rows, kind, opened_by(k))) for k in OPENINGS]
                 lines.append([name, model, str(rows.seed.nunique()), f"refused, opened by {title}", *cells])
         for kind, title in ((KL_HARMFUL, "harmful"), (KL_HARMLESS, "harmless")):
-            part = rows[rows.kind == kind]
-            if len(part):
-                at = {k: part[part["name"] == f"position {k}"] for k in POSITIONS}
-                cells = ["", *(_mean(at[k], 2) for k in POSITIONS)]
+            if len(of_kind(rows, kind)):
+                cells = ["", *(_mean(_named(rows, kind, f"position {k}"), 2) for k in POSITIONS)]
                 lines.append([name, model, str(rows.seed.nunique()), f"KL at token k, {title}", *cells])
     heads = ["measured", "model", "seeds", "", *(f"k = {k}" for k in OPENINGS)]
     return markdown(heads, lines) if lines else NOTHING
@@ -88,18 +100,14 @@ def wrapper_table(folder: Path = ROWS) -> str:
     families = dict.fromkeys(
         str(name).partition(":")[0]
         for _, _, rows in measured
-        for name in rows[rows.kind == WRAPPED_HARMLESS]["name"]
+        for name in of_kind(rows, WRAPPED_HARMLESS)["name"]
     )
 
     def cell(rows: pd.DataFrame, family: str) -> str:
-        harmful, harmless = (
-            rows[(rows.kind == kind) & rows["name"].str.startswith(family)]
-            for kind in (WRAPPED_HARMFUL, WRAPPED_HARMLESS)
-        )
+        harmful, harmless = (_beginning(rows, kind, family) for kind in (WRAPPED_HARMFUL, WRAPPED_HARMLESS))
         if family == PLAIN:
-            harmful = rows[(rows.kind == OPENED) & (rows["name"] == opened_by(0))]
-        pooled = ((part.value * part.n).sum() / part.n.sum() for part in (harmful, harmless))
-        return " / ".join(percent(value) for value in pooled)
+            harmful = _named(rows, OPENED, opened_by(0))
+        return " / ".join(percent(_pooled(part)) for part in (harmful, harmless))
 
     lines = [[name, model, *(cell(rows, family) for family in families)] for name, model, rows in measured]
     return markdown(["measured", "model", *families], lines)
@@ -110,9 +118,8 @@ def weight_table(folder: Path = ROWS) -> str:
     lines = []
     for name, model, rows in models(folder):
         left = [_changed(rows, start) for start in CHANGES]
-        before = _rate(rows[(rows.kind == OPENED) & (rows["name"] == opened_by(0))])
-        steps = rows[(rows.kind == SPENT) & (rows["name"] == "steps taken")]
-        attacked = rows[rows.kind == ATTACKED]
+        before = _rate(_named(rows, OPENED, opened_by(0)))
+        steps, attacked = _named(rows, SPENT, "steps taken"), of_kind(rows, ATTACKED)
         left.append(f"{_rate(attacked)}, n = {int(attacked.n.sum())}" if len(attacked) else "")
         lines.append([name, model, before, *left, _mean(steps, 0)])
     heads = ["measured", "model", "as it is", *CHANGES.values(), "attacked, of those refused", "steps"]
@@ -121,5 +128,5 @@ def weight_table(folder: Path = ROWS) -> str:
 
 def _changed(rows: pd.DataFrame, start: str) -> str:
     """Write the refusals left after one change, and what it costs in KL."""
-    left, cost = (rows[(rows.kind == kind) & rows["name"].str.startswith(start)] for kind in (CHANGED, COST))
+    left, cost = (_beginning(rows, kind, start) for kind in (CHANGED, COST))
     return f"{_rate(left)}, KL {_mean(cost, 2)}" if len(left) else ""

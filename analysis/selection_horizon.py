@@ -2,7 +2,7 @@
 
 The paper finds that short horizons select words that open a refusal, longer ones words that explain it.
 The column `tokens` shows the first of S; refuted if they are the same kinds of words at every H.
-Refusals and drift of the committed rows are after five steps, not at equal refusals.
+Refusals and drift of the home-made model's rows are after five steps, not at equal refusals.
 """
 
 from ablation import read_command_line, run

@@ -2,7 +2,7 @@
 
 The paper finds that samples of the base break the selection on a shallowly aligned model, because its
 answers never reach the states where refusing tokens are lifted. Refuted if S from the base's samples
-trains as well. The committed rows compare after five steps, not at equal refusals.
+trains as well. The home-made model's rows compare after five steps, not at equal refusals.
 """
 
 from ablation import read_command_line, run

@@ -3,8 +3,8 @@
 The paper finds about 50 enough: fewer lose safety, more add drift without safety. Refuted if harmful
 refusals go on rising past 50, or if 500 drifts no more than 50.
 
-In the committed rows K = 100, 200 and 500 are one arm, as 61 to 64 tokens pass the minimum probability; and
-all arms stop after five steps, not at equal refusals.
+In the home-made model's rows K = 100, 200 and 500 are one arm, as 61 to 64 tokens pass the minimum
+probability; and all arms stop after five steps, not at equal refusals.
 """
 
 from ablation import read_command_line, run

@@ -5,8 +5,8 @@ vocabulary, or forward KL, refuses as many harmful prompts at less drift (KL on 
 perplexity). The arms of one direction of the KL differ in the support alone; top k and the whole vocabulary
 stand there with a rate of their own too.
 
-The committed rows do not test it: after five steps, which suited the published arm, the arms lie at different
-places of one curve.
+The rows of the home-made model do not test it: after five steps, which suited the published arm, the arms
+lie at different places of one curve.
 """
 
 from ablation import read_command_line, run

@@ -4,8 +4,8 @@ The paper finds that not renormalising is better: renormalised, the loss cannot 
 form ("partial", Eq. 6) has no minimum at the teacher; "generalized" and "tail" have. Refuted if
 "renormalized" refuses as many harmful prompts; ours is refuted if "partial" does as well as "generalized".
 
-The committed rows do not test it: the paper's claim is about capability (-4.76 and -3.04 points), they have
-refusals and drift after five steps. Their drift goes the paper's way.
+The rows of the home-made model do not test it: the paper's claim is about capability (-4.76 and -3.04
+points), they have refusals and drift after five steps. Their drift goes the paper's way.
 """
 
 from ablation import read_command_line, run

@@ -250,6 +250,14 @@ def naive_logits(chat: ChatModel, batch: PromptBatch) -> torch.Tensor:
     return chat.model(batch.prompt_ids, use_cache=False, **inputs).logits
 
 
+def naive_kl(base: ChatModel, student: ChatModel, prompt: str, ids: list[int]) -> float:
+    """KL(base || student) at an answer's positions and after it, a mean, from plain passes."""
+    batch = PromptBatch.of(base.tokenizer, [prompt], [ids])
+    logits = (naive_logits(chat, batch)[0, -len(ids) - 1 :] for chat in (base, student))
+    p, q = (at.double().log_softmax(-1) for at in logits)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
 def reference_kl(a: list[float], b: list[float], generalized: bool) -> float:
     value = sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
     return value + (sum(b) - sum(a) if generalized else 0.0)

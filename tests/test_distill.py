@@ -10,7 +10,7 @@ import torch
 from conformance.families import VARIANTS, build
 from transformers import TrainingArguments, get_cosine_schedule_with_warmup
 
-from conftest import assert_near, batch_of, copy_of, naive_logits, reference_divergence, set_of
+from conftest import assert_near, batch_of, copy_of, naive_kl, naive_logits, reference_divergence, set_of
 from safesteer._errors import SafeSteerError
 from safesteer.distillation.early_stopping import look_at
 from safesteer.distillation.loop import (
@@ -844,12 +844,8 @@ def test_training_stops_at_the_first_look_at_which_both_limits_hold(tiny_llama, 
     state, kl, answers = prepare_student(copy_of(tiny_llama), direction, config), {}, {}
     teacher = Teacher(tiny_llama, direction, tokens)
     for record in training_steps(state, teacher, prompts.split("distill")):
-        values = []
-        for prompt, ids in zip(val.harmless, heard, strict=True):
-            batch = PromptBatch.of(tiny_llama.tokenizer, [prompt], [ids])
-            logits = [naive_logits(c, batch)[0, -len(ids) - 1 :] for c in (tiny_llama, state.student)]
-            p, q = (at.double().log_softmax(-1) for at in logits)
-            values.append(float((p.exp() * (p - q)).sum(-1).mean()))
+        said = zip(val.harmless, heard, strict=True)
+        values = [naive_kl(tiny_llama, state.student, prompt, ids) for prompt, ids in said]
         kl[record.step] = sum(values) / len(values)
         answers[record.step] = generate(state.student, val.harmful, max_new_tokens=16)
 

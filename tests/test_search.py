@@ -10,13 +10,12 @@ from rich.console import Console
 from test_pipeline import SMALL, model_folder  # noqa: F401
 
 import safesteer as ss
-from conftest import assert_near, n_hooks, naive_logits
+from conftest import assert_near, n_hooks, naive_kl
 from safesteer._errors import SafeSteerError
 from safesteer.alignment import align
 from safesteer.directions import finding
 from safesteer.directions.finding import find_direction
 from safesteer.evaluation.ledger import looks
-from safesteer.models.batch import PromptBatch
 from safesteer.models.generation import generate
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.recipes import Recipe, recipe
@@ -142,12 +141,8 @@ def test_the_recipe_is_taken_as_it_is_and_repeats_its_trial(folder, model_folder
     of_base = json.loads((folder / "trials" / "base.json").read_text())["measured"]
     answers = generate(student, val.harmful, max_new_tokens=SMALLER["evaluate.max_new_tokens"])
     assert measured["harmful_answers"] == answers != of_base["harmful_answers"]
-    kls = []
-    for prompt, answer in zip(val.harmless, of_base["harmless_answers"], strict=True):
-        ids = base.encode(answer)
-        batch = PromptBatch.of(base.tokenizer, [prompt], [ids])
-        p, q = (naive_logits(c, batch)[0, -len(ids) - 1 :].double().log_softmax(-1) for c in (base, student))
-        kls.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    said = zip(val.harmless, of_base["harmless_answers"], strict=True)
+    kls = [naive_kl(base, student, prompt, base.encode(answer)) for prompt, answer in said]
     assert measured["kls"] == pytest.approx(kls, rel=0.01)
     assert table.set_index("trial").kl[number] == pytest.approx(sum(kls) / len(kls), rel=1e-3)
 
