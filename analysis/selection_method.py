@@ -3,8 +3,8 @@
 The paper votes: a mean is ruled by few positions with an extreme ratio of two tiny probabilities. Refuted
 if S by the mean trains as well.
 
-The rows of the home-made model are void: 62 tokens pass the minimum probability and each position votes for 200,
-so every token gets every vote and both arms have one S. Fewer votes are needed (`tokens.k_vote`).
+The rows of the home-made model are void: 62 tokens pass the minimum probability and each position votes
+for 200, so every token gets every vote and both arms have one S. Fewer votes are needed (`tokens.k_vote`).
 """
 
 from ablation import read_command_line, run
