@@ -283,11 +283,15 @@ def _measured(looks: list[pd.DataFrame]) -> list[str]:
         for kind, area in _auc(look).items():
             areas[kind].append(area)
         part = look[~look.set.str.startswith(KINDS[-1])]
-        harmful = part.set.str.endswith("harmful")
-        rates = [float(part.refused[rows].to_numpy().mean()) for rows in (harmful, ~harmful)]
-        others.append([over_at_equal_harm(part), *rates])
+        others.append([over_at_equal_harm(part), *_refusals(part)])
     cells = [_over_seeds(values, ".2f", 1) for values in areas.values()]
     return cells + [_over_seeds(values, ".0f", 100) for values in zip(*others, strict=True)]
+
+
+def _refusals(look: pd.DataFrame) -> list[float]:
+    """Return the shares of harmful and of harmless prompts that are refused."""
+    harmful = look.set.str.endswith("harmful")
+    return [float(look.refused[rows].to_numpy().mean()) for rows in (harmful, ~harmful)]
 
 
 def over_at_equal_harm(look: pd.DataFrame) -> float:
@@ -307,3 +311,35 @@ def _over_seeds(values: Sequence[float], form: str, scale: float) -> str:
     if len(values) == 1:
         return f"{scale * values[0]:{form}}"
     return ranged(float(np.mean(values)), min(values), max(values), form, scale)
+
+
+METHODS = TWO_SIDED.parent / "methods"
+TAUGHT = {  # methods of methods.py, and what the page calls them
+    "two-sided_on_S": "S, two-sided: the preset's teacher",
+    "one-sided_on_S": "S, one-sided",
+    "published": "S as published (1e-8), Eq. 6, harmful prompts alone",
+    "whole_vocabulary": "the whole vocabulary, one-sided",
+    "top-k": "the teacher's fifty likeliest tokens, one-sided",
+    "sft": "SFT: refusals and the base's own answers",
+    "kl_and_margin": "SFT: refusals, KL and a margin on harmless prompts",
+    "dpo": "DPO",
+    "null_space": "SFT, gradients in the null space of harmless prompts",
+}
+
+
+def methods() -> tuple[list[str], list[list[str]]]:
+    """Make the table of other methods: after STEP steps, each rate of each, means and ranges of the seeds."""
+    base = pd.concat([_two_sided_rows("base"), _two_sided_rows("base-wide")])
+    lines = [["base", "", "", *_measured([base])]]
+    gate = _refusals(_two_sided_rows("gated-band"))
+    lines.append(["gated steering, no training", *[""] * (3 + len(KINDS)), *(f"{100 * r:.0f}" for r in gate)])
+    for file, title in TAUGHT.items():
+        by_rate: dict[str, list[pd.DataFrame]] = {}
+        for path in sorted(METHODS.glob(f"{file}--*.rows.csv")):
+            look = _where(pd.read_csv(path), step=STEP)
+            by_rate.setdefault(path.name.split("--")[1], []).append(look)
+        for rate in sorted(by_rate, key=float):
+            looks = by_rate[rate]
+            lines.append([title, f"{float(rate):g}", str(len(looks)), *_measured(looks)])
+    titles = ["taught on", "rate", "seeds", *(f"AUC, {kind}" for kind in KINDS)]
+    return [*titles, f"over-refusal at {percent(AT)}", "harmful refused", "harmless refused"], lines

@@ -1,6 +1,6 @@
 """Other ways to teach refusing, from the same prompts and at the same budget, as curves.
 
-    python analysis/methods.py RUN --data ROWS [--seed 0] [--methods ...] [--out analysis/results/methods]
+    python analysis/methods.py RUN --data ROWS [--seed 0] [--methods ...] [--factors ...]
 
 Claim (paper, Tables 1 and 2): distilling a steered teacher on fifty tokens gives the safety of other methods
 at less over-refusal. Refuted where another curve lies above it on prompts that nothing trains on.
@@ -116,8 +116,9 @@ def answer_logits(
     batch = PromptBatch.of(chat.tokenizer, prompts, answers, device=chat.device)
     with torch.autocast(chat.device.type, torch.bfloat16):
         hidden = final_hidden(chat.model, batch)
-    head = output_head(chat.model)
-    return [logits_of(h[-len(ids) - 1 : -1], *head) for h, ids in zip(hidden, answers, strict=True)]
+    # All answers in one product: the gradient of a head of 152,000 tokens is added up once, not per answer.
+    states = torch.cat([h[-len(ids) - 1 : -1] for h, ids in zip(hidden, answers, strict=True)])
+    return list(logits_of(states, *output_head(chat.model)).split([len(ids) for ids in answers]))
 
 
 def logp_of(logits: Float[Tensor, "new_pos d_vocab"], ids: Sequence[int]) -> Float[Tensor, " new_pos"]:
@@ -271,6 +272,7 @@ def run(
     state, looks = prepare_student(ss.load_model(args.model), direction, config), []
     sets, ids = choosing_sets(args.data), opening_ids(args.run)
     for step in steps_of(method, state, args, base, direction):
+        print(f"{method} {config.lr:g}: step {step} of {config.n_steps}", flush=True)
         if step in CHECKS:
             looks.append(look_while_training(f"{method} {config.lr:g}", state, base, sets, ids))
     pd.concat(looks).to_csv(path, index=False)
@@ -283,12 +285,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--factors", nargs="*", type=float, default=list(FACTORS), help="of a method's rate")
     parser.add_argument("--out", type=Path, default=Path("analysis/results/methods"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     base = ss.load_model(args.model, dtype="bfloat16")
     direction = ss.Direction.load(args.run / "direction.safetensors", base).with_coeff(COEFF)
-    for factor in FACTORS:
+    for factor in args.factors:
         for method in args.methods:
             run(method, factor, args, base, direction)
 

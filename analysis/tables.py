@@ -311,6 +311,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo-seeds": lambda: markdown(*held_out_tables.table(held_out_tables.QUICK)),
     "demo-seeds-margins": lambda: markdown(*held_out_tables.margins_table(held_out_tables.QUICK)),
     "two-sided-arms": lambda: markdown(*control_tables.two_sided_arms()),
+    "methods": lambda: markdown(*control_tables.methods()),
     "two-sided-sets": lambda: markdown(*control_tables.sets_of_tokens()),
     "whole": lambda: markdown(*whole_tables.table()),
     "demo-sets": demo_sets,
