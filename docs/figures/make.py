@@ -136,7 +136,7 @@ def direction(theme: str) -> None:
     d.heading(447, "harmful prompts get an answer that refuses?")
     rates = _table("calibration.csv")
     coeffs = sorted({row["coeff"] for row in rates})
-    colours = {"11": TEAL, "12": ORANGE, "21": GREY}
+    colours = dict(zip(dict.fromkeys(row["layer"] for row in rates), (TEAL, ORANGE, GREY), strict=True))
     column, w = scale((0, len(coeffs)), (20, WIDTH)), 27
     height = scale((0, 1), (0, 100))
     d.segment((20, 594), (WIDTH, 594))
@@ -177,8 +177,8 @@ def tokens(theme: str) -> None:
         d.text(160, y + 5, str(token["votes"]), d.soft, anchor="end")
 
     d.heading(520, "How much of KL(teacher, base) do fifty carry?")
-    coverage = json.loads((EXAMPLE / "coverage.json").read_text(encoding="utf-8"))["coverage"]["sources"][0]
-    at, limit = coverage["ks"].index(50), scale((0, 0.42), (200, WIDTH - 58))
+    coverage = json.loads((EXAMPLE / "attribution.json").read_text(encoding="utf-8"))["coverage"]["texts"][0]
+    at, limit = coverage["ks"].index(50), scale((0, 0.5), (200, WIDTH - 58))
     colours = {"best possible": GREY, "S": TEAL, "random candidates": ORANGE}
     names = {"random candidates": "random, candidates", "random": "random, vocabulary"}
     for i, name in enumerate(
@@ -209,26 +209,30 @@ def distillation(theme: str) -> None:
         d.box((0, y), (142, 84), colour)
         for i, line in enumerate(lines):
             d.text(71, y + 26 + 20 * i, line, anchor="middle")
-    for y, colour, words in ((30, ORANGE, "teacher = base + direction"), (190, GREY, "the base as it is")):
+    for y, colour, words, compared in (
+        (30, ORANGE, "teacher = base + direction", (3, 4, 9, 15, 16, 20)),
+        (190, GREY, "the base as it is", range(22)),
+    ):
         d.text(190, y + 12, words, colour, extra=' font-weight="600"')
         d.text(190, y + 32, "reads the same tokens", d.soft)
         for i in range(22):  # the vocabulary as a strip; S is a few of its tokens
-            in_s = i in (3, 4, 9, 15, 16, 20)
-            fill = colour if in_s else "none"
-            d.box((190 + 12.6 * i, y + 42), (10, 22), colour if in_s else d.line, fill=fill)
-        d.text(190, y + 86, "compared on the 50 tokens of S alone", d.soft)
+            counts = i in compared
+            fill = colour if counts else "none"
+            d.box((190 + 12.6 * i, y + 42), (10, 22), colour if counts else d.line, fill=fill)
+        where = "the whole vocabulary" if len(compared) == 22 else "the 50 tokens of S alone"
+        d.text(190, y + 86, f"compared on {where}", d.soft)
         d.arrow((146, y + 44), (182, y + 44), d.soft)
     d.text(0, 152, "loss = divergence on S, harmful prompts")
-    d.text(0, 172, "+ weight \u00d7 the same, harmless prompts (not in the paper)")
+    d.text(0, 172, "+ weight \u00d7 divergence, harmless prompts (not in the paper)")
 
     d.heading(336, "The demo: probability of S, by step")
     lines = (EXAMPLE / "history.jsonl").read_text(encoding="utf-8").splitlines()
     history = [json.loads(line) for line in lines]
-    x, y = scale((1, 50), (46, WIDTH - 8)), scale((0, 0.45), (560, 372))
+    x, y = scale((1, len(history)), (46, WIDTH - 8)), scale((0, 0.45), (560, 372))
     for value in (0, 0.1, 0.2, 0.3, 0.4):
         d.segment((46, y(value)), (WIDTH - 8, y(value)))
         d.text(38, y(value) + 5, f"{value:g}", d.soft, anchor="end")
-    for step in (1, 10, 20, 30, 40, 50):
+    for step in (1, 15, 30, 45, 60, 75):
         d.text(x(step), 580, str(step), d.soft, anchor="middle")
     d.text(0, 602, "each step has other prompts, hence the noise", d.soft)
     shown = (

@@ -140,7 +140,8 @@ def run_suite(
         A row per number: model, kind, name, metric, value, low, high (95 %), n.
 
     Raises:
-        SafeSteerError: For an unknown suite, a run without a trained model, or a folder of another suite.
+        SafeSteerError: For an unknown suite, a run without a trained model, one prompt for a run's drift, or
+            a folder of another suite.
 
     Example:
         >>> ss.run_suite("runs/demo")[["model", "name", "metric", "value"]].head(3)  # doctest: +SKIP
@@ -160,6 +161,8 @@ def run_suite(
         selected = replace(selected, tasks=tuple(t for t in selected.tasks if t != HUMANEVAL))
     data = None if data is None else Path(data)
     check_sets(selected.sets, data)
+    if run is not None and selected.n_prompts == 1:
+        raise SafeSteerError("The drift of a student is measured over prompts: n_prompts must be at least 2.")
     models = load_target(target, run)
     job = _Job(selected, models, folder, data, judge)
     with locked(folder):
