@@ -165,9 +165,9 @@ def test_a_run_is_measured_as_base_and_student(model_folder, tmp_path, data):  #
     (run / "manifest.json").write_text(json.dumps({"model": str(model_folder)}))
     with pytest.raises(SafeSteerError, match="no exported model yet"):
         run_suite(run, TINY)
+    (run / "model").symlink_to(model_folder)
     with pytest.raises(SafeSteerError, match="at least 2"):
         run_suite(run, replace(TINY, n_prompts=1))
-    (run / "model").symlink_to(model_folder)
     table = run_suite(run, TINY, data=data)
     assert table.model.unique().tolist() == ["base", "student"]
     changes = table[table.kind == "change"]
