@@ -61,12 +61,7 @@ def main() -> None:
         tables.append(result.table.assign(extraction=name))
         best = result.best
         direction, rates = choose_coeff(
-            chat,
-            result.directions(chat)[:1],
-            held_out.harmful[:16],
-            ss.refuses,
-            coeffs=(1.0, 1.8, 3.0),
-            slack=0.0,
+            chat, result.directions(chat)[:1], held_out.harmful[:16], ss.refuses, coeffs=(1.0, 1.8, 3.0)
         )
         ablated = result.table.ablation_refusal.min()
         rows.append(

@@ -49,27 +49,6 @@ def test_calibration_compares_answers(tiny_llama, direction, monkeypatch):
     assert (run()[0].layer, run()[0].coeff) == (1, 1.2)  # nothing refuses: the first, the gentlest
 
 
-def test_a_stronger_push_for_one_prompt_more_is_not_taken(tiny_llama, direction, monkeypatch):
-    """Of 16 prompts 14 refuse at 1.2, 15 at 1.8: the gentle one, and there the layer that refuses more."""
-    refusing, tried = {(1, 1.2): 13, (2, 1.2): 14, (1, 1.4): 12, (2, 1.4): 10, (1, 1.8): 15}, []
-
-    def answers(chat, prompts, max_new_tokens):
-        n = refusing.get(tried[-1], 8)
-        return ["no"] * n + ["yes"] * (len(prompts) - n)
-
-    monkeypatch.setattr(calibration, "steer", lambda c, d, k: tried.append((d.layer, k)) or steer(c, d, k))
-    monkeypatch.setattr(calibration, "generate", answers)
-    directions = [replace(direction, layer=1), replace(direction, layer=2)]
-
-    def chosen(slack):
-        prompts = [str(i) for i in range(16)]
-        best, _ = choose_coeff(tiny_llama, directions, prompts, lambda _, text: text == "no", slack=slack)
-        return best.layer, best.coeff
-
-    assert chosen(slack=0.1) == (2, 1.2)
-    assert chosen(slack=0.05) == (1, 1.8)
-
-
 def test_a_short_look_finds_the_layer_that_a_first_token_hides(tiny_llama, direction, monkeypatch):
     """Only layer 2 refuses, and it comes last: the look at every candidate must still find it."""
     tried = []

@@ -1,7 +1,7 @@
 """How strongly to steer: by real answers, by drift, or over a table of strengths.
 
     choose_direction   among many directions: a short look at each, then `choose_coeff` for the best few
-    choose_coeff       the smallest coefficient at which greedy answers refuse as often as at any
+    choose_coeff       the smallest coefficient at which greedy answers refuse
     calibrate_to_kl    the coefficient that spends a given KL on harmless prompts (bisection)
     strength_table     direction x coefficient: refusal, KL and perplexity, for a curve to choose from
 
@@ -55,15 +55,13 @@ def choose_coeff(
     *,
     coeffs: Sequence[float] = (1.2, 1.4, 1.6, 1.8),
     target: float = 0.95,
-    slack: float = 0.1,
     max_new_tokens: int = ANSWER_TOKENS,
 ) -> tuple[Direction, pd.DataFrame]:
     """Choose among a few directions, and how strongly to add one, by greedy answers that refuse.
 
-    Coefficients are tried in their order, until some direction refuses `target` of the prompts. Of the
-    rates within `slack` of the highest the smallest coefficient wins, there the higher rate, and then the
-    earlier direction: on a few prompts such a difference is chance, and a stronger push breaks the text.
-    A first token alone misleads: a layer can raise "I" and still answer the request.
+    Coefficients are tried in their order; the first at which some direction refuses `target` of the
+    prompts wins, else the highest rate, the smaller coefficient and the earlier direction. A first token
+    alone misleads: a layer can raise "I" and still answer the request.
 
     Args:
         chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
@@ -72,7 +70,6 @@ def choose_coeff(
         judge: Says which answers refuse, such as `safesteer.refuses`.
         coeffs: From the smallest.
         target: Share of refused prompts at which the search stops.
-        slack: Difference of two rates that is taken for chance; 0 for the highest rate.
         max_new_tokens: Length of an answer, in tokens.
 
     Returns:
@@ -84,18 +81,17 @@ def choose_coeff(
         >>> best.coeff, len(rates)
         (1.2, 4)
     """
-    chat, rows, tried = as_chat(chat), [], []
+    chat, rows, best = as_chat(chat), [], (-1.0, directions[0])
     for coeff in coeffs:
         for direction in directions:
             with steer(chat, direction, coeff):
                 rate = refusal_rate(chat, prompts, judge, max_new_tokens)
             rows.append({"layer": direction.layer, "coeff": coeff, "refusal_rate": rate})
-            tried.append((rate, direction.with_coeff(coeff)))
-        if max(rate for rate, _ in tried) >= target:
+            if rate > best[0]:
+                best = (rate, direction.with_coeff(coeff))
+        if best[0] >= target:
             break
-    enough = max(rate for rate, _ in tried) - slack
-    _, chosen = min((t for t in tried if t[0] >= enough), key=lambda t: (t[1].coeff, -t[0]))
-    return chosen, pd.DataFrame(rows)
+    return best[1], pd.DataFrame(rows)
 
 
 def choose_direction(
