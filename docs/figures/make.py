@@ -136,7 +136,10 @@ def direction(theme: str) -> None:
     d.heading(447, "harmful prompts get an answer that refuses?")
     rates = _table("calibration.csv")
     coeffs = sorted({row["coeff"] for row in rates})
-    colours = dict(zip(dict.fromkeys(row["layer"] for row in rates), (TEAL, ORANGE, GREY), strict=True))
+    best = max(rates, key=lambda row: float(row["refusal_rate"]))["layer"]  # the first of equal ones
+    colours = dict(
+        zip(dict.fromkeys((best, *(row["layer"] for row in rates))), (TEAL, ORANGE, GREY), strict=True)
+    )
     column, w = scale((0, len(coeffs)), (20, WIDTH)), 27
     height = scale((0, 1), (0, 100))
     d.segment((20, 594), (WIDTH, 594))
@@ -173,7 +176,9 @@ def tokens(theme: str) -> None:
         d.segment((base, y), (steered, y), d.soft, width=1.5)
         d.dot((base, y), GREY)
         d.dot((steered, y), ORANGE)
-        d.text(0, y + 5, token["text"].replace(" ", "\u2423"), extra=' font-size="13.5"')
+        d.text(
+            0, y + 5, token["text"].replace(" ", "\u2423").replace("\n", "\u21b5"), extra=' font-size="13.5"'
+        )
         d.text(160, y + 5, str(token["votes"]), d.soft, anchor="end")
 
     d.heading(520, "How much of KL(teacher, base) do fifty carry?")
