@@ -314,9 +314,15 @@ def _over_seeds(values: Sequence[float], form: str, scale: float) -> str:
 
 
 METHODS = TWO_SIDED.parent / "methods"
+OURS_RATE = 1e-5  # of two_sided.py
+DISTILLED = {  # arms of two_sided.py: as many steps and prompts, the same rate
+    "first_tokens,_both_on_S": "S, two-sided",
+    "both_on_S,_one-sided": "S, one-sided",
+    "both_over_all_tokens": "the whole vocabulary, two-sided",
+}
 TAUGHT = {  # methods of methods.py, and what the page calls them
-    "two-sided_on_S": "S, two-sided: the preset's teacher",
-    "one-sided_on_S": "S, one-sided",
+    "two-sided_on_S": "S, two-sided, harmless answers count 1.5: the preset",
+    "one-sided_on_S": "S, one-sided, harmless answers count 1.5",
     "published": "S as published (1e-8), Eq. 6, harmful prompts alone",
     "whole_vocabulary": "the whole vocabulary, one-sided",
     "top-k": "the teacher's fifty likeliest tokens, one-sided",
@@ -328,18 +334,19 @@ TAUGHT = {  # methods of methods.py, and what the page calls them
 
 
 def methods() -> tuple[list[str], list[list[str]]]:
-    """Make the table of other methods: after STEP steps, each rate of each, means and ranges of the seeds."""
+    """Make the table of ways to teach: after STEP steps, each rate of each, means and ranges of the seeds."""
     base = pd.concat([_two_sided_rows("base"), _two_sided_rows("base-wide")])
     lines = [["base", "", "", *_measured([base])]]
     gate = _refusals(_two_sided_rows("gated-band"))
     lines.append(["gated steering, no training", *[""] * (3 + len(KINDS)), *(f"{100 * r:.0f}" for r in gate)])
+    taught: dict[tuple[str, float], list[Path]] = {}
+    for file, title in DISTILLED.items():
+        taught[title, OURS_RATE] = sorted(TWO_SIDED.glob(f"{file}--*.rows.csv"))
     for file, title in TAUGHT.items():
-        by_rate: dict[str, list[pd.DataFrame]] = {}
         for path in sorted(METHODS.glob(f"{file}--*.rows.csv")):
-            look = _where(pd.read_csv(path), step=STEP)
-            by_rate.setdefault(path.name.split("--")[1], []).append(look)
-        for rate in sorted(by_rate, key=float):
-            looks = by_rate[rate]
-            lines.append([title, f"{float(rate):g}", str(len(looks)), *_measured(looks)])
+            taught.setdefault((title, float(path.name.split("--")[1])), []).append(path)
+    for (title, rate), paths in taught.items():
+        looks = [_where(pd.read_csv(path), step=STEP) for path in paths]
+        lines.append([title, f"{rate:g}", str(len(looks)), *_measured(looks)])
     titles = ["taught on", "rate", "seeds", *(f"AUC, {kind}" for kind in KINDS)]
     return [*titles, f"over-refusal at {percent(AT)}", "harmful refused", "harmless refused"], lines
