@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
-from table_text import markdown, percent, with_interval
+from table_text import markdown, percent, ranged, with_interval
 
+from safesteer.evaluation.changes import paired_change
 from safesteer.report.robust_table import (
     ATTACKED,
     CHANGED,
@@ -130,3 +131,35 @@ def _changed(rows: pd.DataFrame, start: str) -> str:
     """Write the refusals left after one change, and what it costs in KL."""
     left, cost = (_beginning(rows, kind, start) for kind in (CHANGED, COST))
     return f"{_rate(left)}, KL {_mean(cost, 2)}" if len(left) else ""
+
+
+TUNED = ROWS.parent / "fine_tuning_smollm2"
+SEALS = ("unsealed", "sealed", "sealed_tenfold")  # arms of fine_tuning.py
+
+
+def seal_table() -> str:
+    """Make the table of benign fine-tuning: refusals before and after, with and without the seal."""
+    lines = []
+    paths = {(p.name.split("--")[0], p.name.split("--")[1]): p for p in sorted(TUNED.glob("*.rows.csv"))}
+    for task, arm in sorted(paths, key=lambda key: (key[0], SEALS.index(key[1]))):
+        rows = pd.read_csv(paths[task, arm])
+        steps = pd.read_csv(paths[task, arm].with_name(paths[task, arm].name.replace("rows", "steps")))
+        last, cells = int(rows.step.max()), []
+        for label in ("harmful", "harmless"):
+            before, after = (_refused(rows, label, step) for step in (0, last))
+            change = paired_change(before, after)
+            cells.append(f"{percent(sum(before) / len(before))} → {percent(sum(after) / len(after))}")
+            cells.append(ranged(change.value, change.low, change.high, "+.0f"))
+        right = rows[(rows.set == "task") & (rows.step == last)].right.to_numpy()
+        loss = steps[steps.step == last].task_loss.iloc[0]
+        divergence = steps.seal_divergence.tail(25).mean()
+        cells += [percent(right.mean()), f"{loss:.3f}", f"{divergence:.4f}"]
+        lines.append([task, arm.replace("_", " "), *cells])
+    titles = ["task", "seal", "harmful refused", "points", "harmless refused", "points", "task right"]
+    return markdown([*titles, "task loss", "divergence on S"], lines) if lines else NOTHING
+
+
+def _refused(rows: pd.DataFrame, label: str, step: int) -> list[bool]:
+    """Return which prompts of a kind were refused after a step, in their order."""
+    at = rows[(rows.set == label) & (rows.step == step)].sort_values("row")
+    return at.refused.astype(bool).tolist()
