@@ -329,6 +329,7 @@ TAUGHT = {  # methods of methods.py, and what the page calls them
     "sft": "SFT: refusals and the base's own answers",
     "kl_and_margin": "SFT: refusals, KL and a margin on harmless prompts",
     "dpo": "DPO",
+    "dpo_of_any_answers": "DPO, the base's own refusals rejected too: a mistake",
     "null_space": "SFT, gradients in the null space of harmless prompts",
 }
 

@@ -18,7 +18,8 @@ choosing, and each is a row.
     sft                the steered teacher's refusals, the base's own answers, as hard targets
     kl and margin      the refusals as targets; on harmless prompts KL to the base, and the tokens that open
                        refusals are kept below the best other first token
-    dpo                the refusal before the base's answer, the base's answer before the teacher's
+    dpo                the refusal before the base's answer where that complies, on harmless prompts the
+                       base's answer before the teacher's
     null space         sft, with each gradient kept out of what harmless prompts write to a layer's input
 Without training stand gated steering and a constant on the openers (two_sided.py, its rows).
 """
@@ -83,6 +84,7 @@ class Targets:
     refusals: dict[str, list[int]]
     answers: dict[str, list[int]]
     steered: dict[str, list[int]]  # the teacher's to harmless prompts, which dpo rejects
+    by_itself: frozenset[str] = frozenset()  # harmful prompts that the base refuses
 
 
 @cache
@@ -96,16 +98,20 @@ def targets_of(base: ss.ChatModel, direction: ss.Direction, prompts: ss.PromptSe
     answers = answered([*prompts.harmful, *prompts.harmless])
     with ss.steer(base, direction):
         steered = answered([*prompts.harmful, *prompts.harmless])
-    refusals = {
-        t: ids
-        for t, ids in steered.items()
-        if ss.refuses(t, base.tokenizer.decode(ids, skip_special_tokens=True))
-    }
     harmful = set(prompts.harmful)
+
+    def refused(texts: dict[str, list[int]]) -> set[str]:
+        return {
+            t
+            for t, ids in texts.items()
+            if t in harmful and ss.refuses(t, base.tokenizer.decode(ids, skip_special_tokens=True))
+        }
+
     return Targets(
-        {t: ids for t, ids in refusals.items() if t in harmful},
+        {t: steered[t] for t in refused(steered)},
         answers,
         {t: ids for t, ids in steered.items() if t not in harmful},
+        frozenset(refused(answers)),
     )
 
 
@@ -255,6 +261,8 @@ def steps_of(
     opens = opening_ids(args.run).to(base.device)
     supervised = Supervised(base, targets_of(base, direction, prompts), opens)
     known = {*supervised.targets.refusals, *prompts.harmless} & supervised.targets.answers.keys()
+    if method == "dpo":  # rejecting a refusal would teach not to refuse
+        known -= supervised.targets.by_itself
     losses = {"kl and margin": supervised.kl_and_margin, "dpo": supervised.dpo}
     spaces = null_spaces(base, prompts.harmless) if method == "null space" else None
     yield from supervised_steps(state, losses.get(method, supervised.nll), prompts, known, spaces)

@@ -244,6 +244,23 @@ def test_supervised_losses_are_what_they_say(tiny_llama):
     assert float(same.kl_and_margin(student, prompts, False)) == pytest.approx(float(want), rel=5e-2)
 
 
+def test_preferences_know_which_harmful_prompts_the_base_refuses_by_itself(
+    tiny_llama, direction, few, monkeypatch
+):
+    study, (refused, *_) = importlib.import_module("methods"), few.harmful
+    monkeypatch.setattr(study, "N_TOKENS", 64)
+
+    def answered(chat, texts, **_):
+        steered = bool(chat.model.model.layers[1]._forward_pre_hooks)
+        return ["I'm sorry, but I can't." if steered or t == refused else "Sure, here it is." for t in texts]
+
+    monkeypatch.setattr(ss, "generate", answered)
+    targets = study.targets_of(tiny_llama, direction, few)
+    assert set(targets.refusals) == set(few.harmful)
+    assert targets.by_itself == {refused}
+    assert set(targets.steered) == set(few.harmless)
+
+
 def test_a_null_space_holds_nothing_that_prompts_write(tiny_llama):
     study, student = importlib.import_module("methods"), tiny_llama.copy()
     prompts = ["Hello there", "Name a river.", "How do I bake bread?"]
