@@ -139,11 +139,13 @@ SEALS = ("unsealed", "sealed", "sealed_tenfold")  # arms of fine_tuning.py
 
 def seal_table() -> str:
     """Make the table of benign fine-tuning: refusals before and after, with and without the seal."""
-    lines = []
-    paths = {(p.name.split("--")[0], p.name.split("--")[1]): p for p in sorted(TUNED.glob("*.rows.csv"))}
-    for task, arm in sorted(paths, key=lambda key: (key[0], SEALS.index(key[1]))):
-        rows = pd.read_csv(paths[task, arm])
-        steps = pd.read_csv(paths[task, arm].with_name(paths[task, arm].name.replace("rows", "steps")))
+    lines, named = [], {}
+    for path in TUNED.glob("*.rows.csv"):
+        task, arm, *adapter, seed = path.name.removesuffix(".rows.csv").split("--")
+        named[task, SEALS.index(arm), tuple(adapter), int(seed)] = path
+    for (task, arm, adapter, seed), path in sorted(named.items()):
+        rows = pd.read_csv(path)
+        steps = pd.read_csv(path.with_name(path.name.replace("rows", "steps")))
         last, cells = int(rows.step.max()), []
         for label in ("harmful", "harmless"):
             before, after = (_refused(rows, label, step) for step in (0, last))
@@ -154,8 +156,9 @@ def seal_table() -> str:
         loss = steps[steps.step == last].task_loss.iloc[0]
         divergence = steps.seal_divergence.tail(25).mean()
         cells += [percent(right.mean()), f"{loss:.3f}", f"{divergence:.4f}"]
-        lines.append([task, arm.replace("_", " "), *cells])
-    titles = ["task", "seal", "harmful refused", "points", "harmless refused", "points", "task right"]
+        seal = ", ".join((SEALS[arm], *adapter)).replace("_", " ")
+        lines.append([task, seal, str(seed), *cells])
+    titles = ["task", "seal", "seed", "harmful refused", "points", "harmless refused", "points", "task right"]
     return markdown([*titles, "task loss", "divergence on S"], lines) if lines else NOTHING
 
 
