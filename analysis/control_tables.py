@@ -190,6 +190,11 @@ def _two_sided_rows(name: str) -> pd.DataFrame:
     return pd.read_csv(TWO_SIDED / f"{name}.csv")
 
 
+def _base_rows() -> pd.DataFrame:
+    """Read the base's look, with the sets that came later."""
+    return pd.concat([_two_sided_rows("base"), _two_sided_rows("base-wide")])
+
+
 def gated() -> tuple[list[str], list[list[str]]]:
     """Make the table of what a reader's gate does without training."""
     base, one, band = (_two_sided_rows(name) for name in ("base", "gated", "gated-band"))
@@ -219,7 +224,7 @@ TWO_SIDED_ARMS = {  # files of two_sided.py, and what the page calls them
 
 def two_sided_arms() -> tuple[list[str], list[list[str]]]:
     """Make the table of the arms on the sets for choosing: refusals by set, and the margin's AUC."""
-    base = pd.concat([_two_sided_rows("base"), _two_sided_rows("base-wide")])
+    base = _base_rows()
     looks = [("base", "", base), ("gated steering, no training", "", _two_sided_rows("gated-band"))]
     looks.append(("the same, reader fitted on wider prompts too", "", _two_sided_rows("gated-wide")))
     for file, title in TWO_SIDED_ARMS.items():
@@ -261,19 +266,27 @@ SETS_OF_TOKENS = {  # arms of two_sided.py that differ in one thing, and what th
     "both_on_S,_one-sided": "S, harmless answers held to the base (one-sided)",
 }
 STEP = 24
+MEASURED = (  # titles of what `_measured` writes
+    *(f"AUC, {kind}" for kind in KINDS),
+    f"over-refusal at {percent(AT)}",
+    "harmful refused",
+    "harmless refused",
+)
 
 
 def sets_of_tokens() -> tuple[list[str], list[list[str]]]:
     """Make the table of what teaches a two-sided student: means and ranges of the seeds, after STEP steps."""
-    base = pd.concat([_two_sided_rows("base"), _two_sided_rows("base-wide")])
+    base = _base_rows()
     lines = [["base", "", *_measured([base])]]
     for file, title in SETS_OF_TOKENS.items():
-        tables = [pd.read_csv(path) for path in sorted(TWO_SIDED.glob(f"{file}--*.rows.csv"))]
-        if tables:
-            looks = [_where(table, step=STEP) for table in tables]
+        if looks := _last_looks(sorted(TWO_SIDED.glob(f"{file}--*.rows.csv"))):
             lines.append([title, str(len(looks)), *_measured(looks)])
-    titles = ["taught on", "seeds", *(f"AUC, {kind}" for kind in KINDS), f"over-refusal at {percent(AT)}"]
-    return [*titles, "harmful refused", "harmless refused"], lines
+    return ["taught on", "seeds", *MEASURED], lines
+
+
+def _last_looks(paths: Sequence[Path]) -> list[pd.DataFrame]:
+    """Read the look after STEP steps of each seed."""
+    return [_where(pd.read_csv(path), step=STEP) for path in paths]
 
 
 def _measured(looks: list[pd.DataFrame]) -> list[str]:
@@ -336,7 +349,7 @@ TAUGHT = {  # methods of methods.py, and what the page calls them
 
 def methods() -> tuple[list[str], list[list[str]]]:
     """Make the table of ways to teach: after STEP steps, each rate of each, means and ranges of the seeds."""
-    base = pd.concat([_two_sided_rows("base"), _two_sided_rows("base-wide")])
+    base = _base_rows()
     lines = [["base", "", "", *_measured([base])]]
     gate = _refusals(_two_sided_rows("gated-band"))
     lines.append(["gated steering, no training", *[""] * (3 + len(KINDS)), *(f"{100 * r:.0f}" for r in gate)])
@@ -347,7 +360,6 @@ def methods() -> tuple[list[str], list[list[str]]]:
         for path in sorted(METHODS.glob(f"{file}--*.rows.csv")):
             taught.setdefault((title, float(path.name.split("--")[1])), []).append(path)
     for (title, rate), paths in taught.items():
-        looks = [_where(pd.read_csv(path), step=STEP) for path in paths]
+        looks = _last_looks(paths)
         lines.append([title, f"{rate:g}", str(len(looks)), *_measured(looks)])
-    titles = ["taught on", "rate", "seeds", *(f"AUC, {kind}" for kind in KINDS)]
-    return [*titles, f"over-refusal at {percent(AT)}", "harmful refused", "harmless refused"], lines
+    return ["taught on", "rate", "seeds", *MEASURED], lines

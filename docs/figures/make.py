@@ -176,9 +176,8 @@ def tokens(theme: str) -> None:
         d.segment((base, y), (steered, y), d.soft, width=1.5)
         d.dot((base, y), GREY)
         d.dot((steered, y), ORANGE)
-        d.text(
-            0, y + 5, token["text"].replace(" ", "\u2423").replace("\n", "\u21b5"), extra=' font-size="13.5"'
-        )
+        text = token["text"].replace(" ", "\u2423").replace("\n", "\u21b5")
+        d.text(0, y + 5, text, extra=' font-size="13.5"')
         d.text(160, y + 5, str(token["votes"]), d.soft, anchor="end")
 
     d.heading(520, "How much of KL(teacher, base) do fifty carry?")
@@ -214,9 +213,9 @@ def distillation(theme: str) -> None:
         d.box((0, y), (142, 84), colour)
         for i, line in enumerate(lines):
             d.text(71, y + 26 + 20 * i, line, anchor="middle")
-    for y, colour, words, compared in (
-        (30, ORANGE, "teacher = base + direction", (3, 4, 9, 15, 16, 20)),
-        (190, GREY, "the base as it is", range(22)),
+    for y, colour, words, compared, where in (
+        (30, ORANGE, "teacher = base + direction", (3, 4, 9, 15, 16, 20), "the 50 tokens of S alone"),
+        (190, GREY, "the base as it is", range(22), "the whole vocabulary"),
     ):
         d.text(190, y + 12, words, colour, extra=' font-weight="600"')
         d.text(190, y + 32, "reads the same tokens", d.soft)
@@ -224,7 +223,6 @@ def distillation(theme: str) -> None:
             counts = i in compared
             fill = colour if counts else "none"
             d.box((190 + 12.6 * i, y + 42), (10, 22), colour if counts else d.line, fill=fill)
-        where = "the whole vocabulary" if len(compared) == 22 else "the 50 tokens of S alone"
         d.text(190, y + 86, f"compared on {where}", d.soft)
         d.arrow((146, y + 44), (182, y + 44), d.soft)
     d.text(0, 152, "loss = divergence on S, harmful prompts")
