@@ -91,9 +91,10 @@ SPACE = (
     ),
     Range(
         "distill.n_steps",
-        0.5,
-        2.0,
-        "How long is trained: half to twice the recipe's, which is what a trial costs.",
+        0.25,
+        1.0,
+        "How long is trained, which is what a trial costs: at most as long as the recipe's, whose time is"
+        " yours to set.",
         log=True,
         whole=True,
         relative=True,
