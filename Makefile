@@ -50,7 +50,10 @@ studies: setup
 	$(BIN)/python analysis/held_out.py --runs runs/held-out --data $(DATA) --seeds 2
 	$(BIN)/python analysis/held_out.py --runs runs/held-out-wide --data $(DATA) --set prompts=all \
 	  --set distill.train_layers=blocks --out analysis/results/held_out_wide
-	$(BIN)/python analysis/held_out.py --runs runs/held-out --data $(DATA) --seen 50 --out analysis/results/held_out_unseen
+	$(BIN)/python analysis/held_out.py --runs runs/held-out --data $(DATA) --seen 50 --out analysis/results/held_out_unseen \
+	  --only base student-0 student-1 student-2
+	$(BIN)/python analysis/held_out.py --runs runs/held-out-wide --data $(DATA) --seen 50 --out analysis/results/held_out_unseen \
+	  --only gated-0 gated-1 gated-2
 
 # Every function on every family of models, about four minutes: writes docs/models.md.
 conformance: setup

@@ -1,9 +1,9 @@
 """Every setting of the method: what it means, its bounds, its unit and its default, on one page.
 
 One class per stage of a run, in the order of the stages. The defaults are those of the preset "quick"
-(`recipes.py`), found by measurement on SmolLM2-135M-Instruct; the paper's values are in the presets
-"paper-qwen" and "paper-llama", those for a model that refuses in "two-sided". `safesteer settings` prints
-this page.
+(`recipes.py`), found by measurement on SmolLM2-135M-Instruct; only precision (there that of the machine)
+and the number of test pairs (there 50) differ. The paper's values are in the presets "paper-qwen" and
+"paper-llama", those for a model that refuses in "two-sided". `safesteer settings` prints this page.
 """
 
 from typing import Annotated, Literal
