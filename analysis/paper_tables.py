@@ -13,7 +13,7 @@ import pandas as pd
 from control_tables import AT, over_with_constant
 from table_text import percent, ranged
 
-from safesteer.evaluation.changes import paired_change
+from safesteer.evaluation.changes import change_over_seeds, paired_change
 
 ROWS = Path(__file__).parent / "results" / "qwen2.5-coder-0.5b"
 N_DRAWS = 1000
@@ -85,11 +85,13 @@ def interval(value: float, drawn: np.ndarray, form: str) -> str:
 
 
 def lambada(study: str, arm: str) -> str:
-    """Write the change of right rows against the base, paired; several seeds count as more rows."""
+    """Write the change of right rows against the base, paired; of several seeds over seeds and rows."""
     table = rows_of(study, "lambada_rows.csv")
     base = table[table.arm == "base"].right.astype(bool).tolist()
     seeds = [rows.right.astype(bool).tolist() for _, rows in table[table.arm == arm].groupby("seed")]
-    change = paired_change(base * len(seeds), [right for rows in seeds for right in rows])
+    if len(seeds) > 1:
+        return ranged(*change_over_seeds(base, seeds), "+.0f")
+    change = paired_change(base, seeds[0])
     return ranged(change.value, change.low, change.high, "+.0f")
 
 

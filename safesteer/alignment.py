@@ -35,6 +35,7 @@ from safesteer.directions.finding import find_direction
 from safesteer.directions.reader_fitting import fit_reader
 from safesteer.directions.shifts import SHIFT_FILE, shift_along
 from safesteer.distillation.loop import Student, Training, restore_student, train_student
+from safesteer.evaluation.dial import keep_rows_of
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.robust import measured
 from safesteer.evaluation.scores import evaluate
@@ -238,6 +239,8 @@ def _train(run: Run, base: ChatModel, device: str) -> list[str]:
 
 def _export(run: Run, base: ChatModel) -> list[str]:
     """Stage 4: a plain Hugging Face folder that is proven to reload."""
+    if not finished(run, "distill"):
+        raise SafeSteerError(f"{run.path} holds no trained student to export: run the stage distill first.")
     config, trust = run.settled.distill, run.recipe.trust_remote_code
     weights, dtype = _weights_to_export(run)
     student = restore_student(weights, run.load_teacher(base), run.prompts, config, run.path)
@@ -285,6 +288,7 @@ def _evaluate(run: Run, base: ChatModel) -> list[str]:
     write_text(run.path / SHIFT_FILE, shift.round(6).to_csv(index=False))
     _write_sets(run, {"base": base, "student": student}, table, answers)
     robust = measured(run.path / "suite-robust", student)
+    keep_rows_of(run.path, student)
     write_card(
         run.path / "model",
         base,

@@ -70,8 +70,8 @@ def _recipe(options: dict[str, Any]) -> Any:
     for key, equals, _ in pairs:
         if not equals:
             raise SafeSteerError(f"--set takes NAME=VALUE, not '{key}'.")
-        if key == "preset":
-            raise SafeSteerError("The preset is chosen with --preset, not with --set.")
+        if key in ("preset", "seed"):
+            raise SafeSteerError(f"The {key} is chosen with --{key}, not with --set.")
     source = {name: options[name] for name in SOURCE if options[name]}
     values = source | {key: value for key, _, value in pairs}
     if options["recipe"] is not None:
@@ -213,7 +213,7 @@ _add("search", "Vary settings in short trainings on val; write the best one's re
 @app.command()
 def explore(
     target: Annotated[str, typer.Argument(help="A run folder, or a model as `align` takes it.")],
-    port: Annotated[int, typer.Option(help="Port on this machine; 0: a free one.")] = 8765,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0: a free one.")] = 8765,
     dtype: Annotated[
         str, typer.Option(help="Precision: float32, bfloat16, or auto, the fast one of this machine.")
     ] = "auto",

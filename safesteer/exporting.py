@@ -15,7 +15,7 @@ import torch
 
 from safesteer._clock import timed
 from safesteer._errors import SafeSteerError
-from safesteer._files import read_json, whole_folder, write_text
+from safesteer._files import read_json, whole_folder, write_json, write_text
 from safesteer.evaluation.targets import load_target, require_run
 from safesteer.model_card import CARD, card_at
 from safesteer.models.batch import PromptBatch
@@ -87,9 +87,21 @@ def _write(student: ChatModel, work: Path) -> None:
         size = {"max_shard_size": "5GB"} if is_offloaded(student.model) else {}
         cast(Any, hf_model(student.model)).save_pretrained(work, **size)
         student.tokenizer.save_pretrained(work)
+    _write_ends(work / "generation_config.json", student.eos_ids)
     name = str(weight_dtype(student.model)).removeprefix("torch.")
     probe = {"prompts": PROBE, "dtype": name, "logits": logits[:, 0].tolist()}
     write_text(work / PROBE_FILE, json.dumps(probe, allow_nan=False))
+
+
+def _write_ends(path: Path, eos_ids: list[int]) -> None:
+    """Write every id that ended an answer here, so that answers end there elsewhere too.
+
+    The end of a turn may come from the template alone: one that a base model was given, for instance.
+    """
+    config = read_json(path) if path.is_file() else {}
+    ends = config.get("eos_token_id")
+    if (ends if isinstance(ends, list) else [ends]) != eos_ids:
+        write_json(path, config | {"eos_token_id": eos_ids})
 
 
 def _probe_logits(chat: ChatModel) -> torch.Tensor:

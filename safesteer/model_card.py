@@ -21,6 +21,7 @@ from safesteer.models.chat_model import ChatModel
 from safesteer.models.gguf import is_gguf
 from safesteer.models.named import NAMED
 from safesteer.models.parts import hf_model, is_quantized
+from safesteer.models.templates import leaves_thinking_out
 from safesteer.report.dial_figure import DIAL_FILE
 from safesteer.report.robust_table import STARTS, robustness_line
 from safesteer.report.set_table import set_summary
@@ -32,6 +33,10 @@ _QUANTIZED = """
   trained on the base in 4 bits (nf4) and then merged into the base's own weights. For the numbers above base,
   teacher and this model were loaded in 4 bits. As it is here the model answers otherwise, by what that
   rounding moves, which was not measured."""
+
+_NOT_THINKING = """
+- All numbers are of answers without thinking: the prompts were rendered with `enable_thinking=False`. With
+  thinking, which this chat template switches on where nothing is said, nothing was measured."""
 
 
 def card_at(card: str, run: Path, strength: float) -> str:
@@ -77,7 +82,7 @@ def _origin(base: ChatModel) -> dict[str, str]:
             hf_hub_download(base.name, "README.md", revision=commit) if commit else f"{base.name}/README.md"
         )
         data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError):  # no card, or no network
+    except Exception:  # no card, no network, or metadata that YAML's parser refuses
         data = {}
     known = {k: v for k, v in data.items() if k in ("license", "license_name", "license_link") and v}
     return known | ({"base_model": base.name} if commit else {})
@@ -150,8 +155,10 @@ def write_card(
         coeff=f"{direction.coeff:g}",
         prompts=direction.prompts_hash,
         n=first.n,
+        n_harmless=first.n if first.n_harmless is None else first.n_harmless,
         counts=first.counts,
         quantized=_QUANTIZED if is_quantized(base.model) else "",
+        thinking=_NOT_THINKING if leaves_thinking_out(base.tokenizer) else "",
         judged=by_wording if judge is declines else f"Answers are judged by `{judge_name(judge)}`.",
         rows="\n".join(rows),
         sets=_set_table(sets),

@@ -1,5 +1,6 @@
 """Text quality, changes between two models on the same prompts, and the ledger of looks."""
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -53,8 +54,33 @@ def test_the_paired_interval_is_narrower_than_two_rates_allow():
     after = [True, *before[1:-1], True]
     change = paired_change(before, after)
     assert change.value == pytest.approx(0.01)
-    assert change.high - change.low < 0.05
+    assert change.high - change.low < 0.1  # of two rates of 50 % alone: 0.27
     assert change.p == 1.0
+
+
+def test_the_paired_interval_is_newcombes():
+    """His example of method 10: 36 hold for both, 12 for the first alone, 2 for the second, of 50."""
+    before, after = [True] * 48 + [False] * 2, [True] * 36 + [False] * 12 + [True] * 2
+    change = paired_change(before, after)
+    assert (change.value, change.low, change.high) == pytest.approx((-0.2, -0.3404, -0.0569), abs=5e-5)
+    back = paired_change(after, before)
+    assert (back.low, back.high) == pytest.approx((-change.high, -change.low))
+
+
+@pytest.mark.parametrize(("n", "base", "gained", "lost"), [(24, 0.5, 0.04, 0.0), (50, 0.3, 0.2, 0.05)])
+def test_the_paired_interval_holds_the_true_change_as_often_as_it_says(n, base, gained, lost):
+    random, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        kinds = random.choice(4, n, p=[base - lost, lost, gained, 1 - base - gained])
+        change = paired_change((kinds < 2).tolist(), ((kinds == 0) | (kinds == 2)).tolist())
+        held += change.low <= gained - lost <= change.high
+    assert held / 400 > 0.92
+
+
+def test_where_no_prompt_differs_the_interval_is_not_a_point():
+    for verdicts in ([False] * 24, [True] * 24, [True, False] * 12):
+        change = paired_change(verdicts, verdicts)
+        assert change.low < -0.02 < 0 < 0.02 < change.high
 
 
 def test_unknown_verdicts_leave_their_prompt_out():

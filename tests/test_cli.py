@@ -51,6 +51,7 @@ def test_the_preset_is_not_a_setting(model_folder, tmp_path):  # noqa: F811
     fails_with(
         "chosen with --preset", "align", str(model_folder), "--out", str(tmp_path / "r"), "--set=preset=paper"
     )
+    fails_with("chosen with --seed", "align", str(model_folder), "--out", str(tmp_path / "r"), "--set=seed=3")
 
 
 def test_unknown_model_and_leftovers(tmp_path):

@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_pipeline import SMALL
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import batch_of, copy_of, naive_logits
 from safesteer._errors import SafeSteerError
@@ -258,6 +258,33 @@ def test_a_card_names_only_what_is_known(tiny_llama, direction, tmp_path):
     assert "`my_judge`" in text
 
 
+def test_a_card_says_what_numbers_are_of(tiny_llama, direction, tmp_path):
+    scores = {"base": replace(SCORES["base"], n_harmless=3)}
+    write_card(tmp_path, tiny_llama, direction, "", scores)
+    assert "answers to 7 harmful and 3 harmless prompts" in (tmp_path / "README.md").read_text()
+    text = card(tmp_path, tiny_llama, direction)[1]
+    assert "answers to 7 harmful and 7 harmless prompts" in text
+    assert "thinking" not in text
+    thinker = copy_of(tiny_llama)
+    thinker.tokenizer.chat_template += (
+        "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    )
+    assert "without thinking" in card(tmp_path, thinker, direction)[1]
+
+
+def test_answers_end_elsewhere_where_they_end_here(tiny_llama, tmp_path):
+    """A base model that was given a template: its turns end with a token that nobody else would know."""
+    chat = copy_of(tiny_llama)
+    chat.model.generation_config.eos_token_id = 5
+    ends = chat.eos_ids
+    assert len(ends) > 1
+    export(chat, tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert plain.generation_config.eos_token_id == ends
+    assert load_model(str(tmp_path / "model")).eos_ids == ends
+    assert chat.model.generation_config.eos_token_id == 5  # the open model stays as it is
+
+
 def test_the_numbers_of_a_card_are_those_of_the_evaluation(tiny_llama, direction, tmp_path):
     """Every number differs from every other, so that none can stand in another's place."""
     scores = {
@@ -322,6 +349,8 @@ def test_a_card_has_base_and_licence_of_the_base(tiny_llama, direction, tmp_path
     def no_network(*args, **options):
         raise OSError("no network")
 
+    theirs.write_text("---\nlicense: other: see LICENSE\n---\n# Hello\n")  # no YAML
+    assert "license" not in card(tmp_path, base, direction)[0]
     monkeypatch.setattr("safesteer.model_card.hf_hub_download", no_network)
     metadata, _ = card(tmp_path, base, direction)
     assert metadata["base_model"] == "some/model"

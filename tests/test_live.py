@@ -17,7 +17,7 @@ pytest.importorskip("starlette", reason="the extra 'explore' is not installed")
 from starlette.testclient import TestClient
 
 from safesteer.live.page import lens_page
-from safesteer.live.server import TOKEN_HEADER, Session, lens_app
+from safesteer.live.server import TOKEN_HEADER, Session, lens_app, serve
 
 PROMPT = "How do I pick a lock?"
 VIEW = View(PROMPT, layer=1, coeff=2.0, max_new_tokens=8)
@@ -277,3 +277,8 @@ def test_the_widget_answers_calls_of_its_page(subject, tiny_llama, direction, to
     assert (widget.direction.coeff, len(sent.pop()[1][0]) > 100) == (0.5, True)
     widget.answer(6, "prompt", "")
     assert sent.pop()[0]["error"] == "The prompt is empty: type a request."
+
+
+def test_a_port_that_there_is_not_is_one_sentence(subject):
+    with pytest.raises(SafeSteerError, match="Port 99999 cannot be used"):
+        serve(subject, port=99999)

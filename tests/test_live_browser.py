@@ -1,8 +1,10 @@
 """The live lens in a real Chromium, served from this process: type, slide, hover, cancel, reload, tabs."""
 
 import json
+import math
 import os
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from urllib.request import urlopen
 
@@ -36,7 +38,13 @@ def driver(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(subject):  # noqa: F811
     """A server of the subject, whose safety tokens have hostile texts."""
-    session = Session(replace(subject, tokens=hostile_tokens(subject.tokens)))
+    with served(replace(subject, tokens=hostile_tokens(subject.tokens))) as address:
+        yield address
+
+
+@contextmanager
+def served(subject):  # noqa: F811
+    session = Session(subject)
     server = uvicorn.Server(uvicorn.Config(lens_app(session), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -153,6 +161,26 @@ def test_layer_and_intervention(page, subject):  # noqa: F811
     settle(page)
     assert shown(page) == plain(page, expected(subject, layer=2, intervention="ablate"))
     assert not one(page, "input[id*=strength]").is_enabled()
+
+
+@pytest.mark.parametrize(
+    ("operation", "coeff", "most"), [("add", 6.0, 6), ("add", 1.37, 4), ("add", -1.2, 4), ("clamp", 12.3, 0)]
+)
+def test_the_slider_holds_the_directions_own_strength(driver, subject, operation, coeff, most):  # noqa: F811
+    norm = float(subject.direction.vector.norm())
+    own = replace(subject, direction=replace(subject.direction, operation=operation, coeff=coeff))
+    with served(own) as address:
+        driver.get(address)
+        wait(driver, lambda: root(driver, "ready") == "true")
+        slider = one(driver, "input[id*=strength]")
+        assert float(slider.get_attribute("value")) == coeff
+        assert float(slider.get_attribute("max")) == (most or max(math.ceil(4 * norm), 13))
+        other = "add" if operation == "clamp" else "clamp"
+        driver.execute_script(f"document.querySelector('input[value={other}]').click()")
+        shown = float(slider.get_attribute("value"))
+        assert shown == pytest.approx(coeff / norm if other == "add" else coeff * norm)
+        driver.execute_script(f"document.querySelector('input[value={operation}]').click()")
+        assert float(slider.get_attribute("value")) == coeff
 
 
 def test_stop(page):

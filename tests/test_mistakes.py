@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from rich.console import Console
@@ -30,17 +31,25 @@ from safesteer.directions.refusal_tokens import RefusalTokens
 from safesteer.directions.shifts import shift_along
 from safesteer.distillation.rollouts import StepPrompts, Teacher, sample_rollouts
 from safesteer.distillation.state import prepare_student
+from safesteer.evaluation.dial import keep_rows_of
+from safesteer.evaluation.scores import score_model
+from safesteer.evaluation.suite import Suite
+from safesteer.evaluation.targets import load_target
 from safesteer.judges.judge import read_reply
 from safesteer.live.reading import Subject, View, read_prompt, stream_answers
 from safesteer.live.wire import view_of
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.forward import final_hidden, last_logits
 from safesteer.models.generation import generate
+from safesteer.models.hashing import weights_hash
 from safesteer.models.head import normed, output_head
 from safesteer.models.loading import load_model
 from safesteer.models.templates import render
+from safesteer.models.text_loss import general_text, perplexity
 from safesteer.prompts.prompt_set import LABELS, PromptSet
+from safesteer.report.dial_figure import DIAL_FILE
 from safesteer.run_folder import Run, open_run
+from safesteer.searching.shared import drawn_val
 from safesteer.steering.hooks import record_resid_pre
 
 SMALL = {"vocab_size": 400, "num_hidden_layers": 3, "bos_token_id": None, "pad_token_id": None}
@@ -359,6 +368,68 @@ def test_a_few_of_the_pairs_are_of_all_categories(pairs):
         harmful, harmless = ([p.pair for p in drawn.prompts if p.label == label] for label in LABELS)
         assert harmful == harmless
         assert len(part.across(None).prompts) == len(part.prompts)
+
+
+# --- runs and what is measured of them ---
+
+
+def test_a_run_is_measured_against_the_base_it_began_with_only(tiny_llama, direction, tmp_path):
+    base, run = tmp_path / "base", tmp_path / "run"
+    ss.export(copy_of(tiny_llama), base)
+    ss.export(copy_of(tiny_llama), run / "model")
+    manifest = {"model": str(base), "weights": weights_hash(tiny_llama.model)}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert set(load_target(run, run)) == {"base", "student"}
+    other = copy_of(tiny_llama)
+    torch.nn.init.normal_(other.model.model.embed_tokens.weight)
+    ss.export(other, base)
+    with pytest.raises(SafeSteerError, match="has other weights than the base that"):
+        load_target(run, run)
+
+
+def test_nothing_is_exported_before_it_was_trained(tiny_llama, tmp_path):
+    with pytest.raises(SafeSteerError, match="no trained student to export: run the stage distill"):
+        ss.align(tiny_llama, tmp_path / "run", stages=("export",), console=Console(quiet=True))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_the_dial_forgets_another_student(tiny_llama, tmp_path):
+    rows = [
+        {"strength": 0.5, "n": 2, "weights": "0123"},
+        {"strength": 1.0, "n": 2, "weights": weights_hash(tiny_llama.model)},
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / DIAL_FILE, index=False)
+    keep_rows_of(tmp_path, tiny_llama)
+    assert pd.read_csv(tmp_path / DIAL_FILE).strength.tolist() == [1.0]
+    other = copy_of(tiny_llama)
+    torch.nn.init.normal_(other.model.model.embed_tokens.weight)
+    keep_rows_of(tmp_path, other)
+    assert not (tmp_path / DIAL_FILE).exists()
+
+
+def test_broken_text_has_no_perplexity(tiny_llama):
+    broken = copy_of(tiny_llama)
+    broken.model.lm_head.weight.data *= 3000
+    with pytest.raises(SafeSteerError, match="too much for a perplexity: its text is broken"):
+        perplexity(broken, "The tide comes in twice a day.")
+
+
+def test_a_suite_says_how_many_tokens_it_read(tiny_llama, tmp_path):
+    text = Suite((), (), n_prompts=1, max_new_tokens=2, perplexity_tokens=10**6)
+    table = ss.run_suite(tiny_llama, text, tmp_path / "suite")
+    (row,) = table[table.kind == "perplexity"].to_dict("records")
+    assert row["n"] == len(tiny_llama.encode(general_text())) < 10**6
+
+
+def test_scores_say_how_many_harmless_prompts_they_are_of(tiny_llama, few):
+    kinds = [p for p in few.prompts if p.label == "harmful"][:3] + [
+        p for p in few.prompts if p.label == "harmless"
+    ][:2]
+    short = ss.EvaluateConfig(n_prompts=3, max_new_tokens=2, perplexity_tokens=64)
+    scores, _ = score_model(tiny_llama, tiny_llama, PromptSet(tuple(kinds), "uneven"), short)
+    assert (scores.n, scores.n_harmless) == (3, 2)
+    val = PromptSet(tuple(replace(p, split="val") for p in kinds), "uneven")
+    assert [len(drawn_val(val, 0).texts(label)) for label in LABELS] == [2, 2]
 
 
 def rows_file(path, rows):

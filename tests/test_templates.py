@@ -32,6 +32,7 @@ from safesteer.models.loading import load_model
 from safesteer.models.templates import (
     control_ids,
     end_of_turn,
+    leaves_thinking_out,
     render,
     set_template,
     special_start,
@@ -213,8 +214,11 @@ def test_arguments_of_a_template_are_defaults(chatml_tokenizer):
     tokenizer = with_template(chatml_tokenizer, THINKING)
     off = render(tokenizer, "x")
     assert off.endswith("<think></think>")
+    assert leaves_thinking_out(tokenizer)
+    assert not leaves_thinking_out(chatml_tokenizer)
     set_template(tokenizer, None, {"enable_thinking": True})
     assert render(tokenizer, "x") == off.removesuffix("<think></think>")
+    assert not leaves_thinking_out(tokenizer)  # chosen: an export renders the same
     assert template_hash(tokenizer) != template_hash(with_template(chatml_tokenizer, THINKING))
     talk = [{"role": "user", "content": "x"}]
     asked = tokenizer.apply_chat_template(

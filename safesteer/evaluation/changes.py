@@ -2,16 +2,19 @@
 
 Two rates with an interval each do not say whether one is higher: the same prompts are hard for both. Here the
 interval is that of the difference, prompt by prompt, and McNemar's exact test counts the prompts on which the
-models differ. With several seeds, seeds and prompts are drawn together (a hierarchical bootstrap).
+models differ. The interval is Newcombe's, made of both rates' Wilson intervals and of how the verdicts go
+together: a bootstrap would shrink to nothing where no prompt differs. With several seeds, seeds and prompts
+are drawn together (a hierarchical bootstrap).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from safesteer._errors import SafeSteerError
-from safesteer._intervals import bootstrap
+from safesteer._intervals import wilson
 
 N_DRAWS = 2000
 
@@ -29,13 +32,12 @@ class Change:
     n: int
 
 
-def paired_change(before: Sequence[bool | None], after: Sequence[bool | None], seed: int = 0) -> Change:
+def paired_change(before: Sequence[bool | None], after: Sequence[bool | None]) -> Change:
     """Compare two models on the same prompts; a prompt with an unknown verdict on either side is left out.
 
     Args:
         before: Whether it holds for each prompt, with the first model.
         after: With the second one, in the same order.
-        seed: Of the bootstrap.
 
     Raises:
         SafeSteerError: Where no prompt has both verdicts, or the lists differ in length.
@@ -53,11 +55,29 @@ def paired_change(before: Sequence[bool | None], after: Sequence[bool | None], s
     pairs = [(a, b) for a, b in zip(before, after, strict=True) if a is not None and b is not None]
     if not pairs:
         raise SafeSteerError("No prompt has a verdict for both models.")
-    differences = np.array([float(b) - float(a) for a, b in pairs])
-    gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
+    n, both = len(pairs), sum(a and b for a, b in pairs)
+    gained, lost = sum(not a and b for a, b in pairs), sum(a and not b for a, b in pairs)
     p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    low, high = bootstrap(differences.tolist(), seed)
-    return Change(float(differences.mean()), low, high, gained, lost, p, len(pairs))
+    low, high = _paired_interval(both, gained, lost, n)
+    return Change((gained - lost) / n, low, high, gained, lost, p, n)
+
+
+def _paired_interval(both: int, gained: int, lost: int, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of the difference of two paired rates (Newcombe 1998, method 10)."""
+    neither = n - both - gained - lost
+    before, after = (both + lost) / n, (both + gained) / n
+    (low_before, high_before), (low_after, high_after) = wilson(both + lost, n), wilson(both + gained, n)
+    margins = (both + lost) * (neither + gained) * (both + gained) * (neither + lost)
+    together = both * neither - gained * lost
+    together = max(together - n / 2, 0) if together > 0 else together  # a correction for continuity
+    phi = together / math.sqrt(margins) if margins else 0.0
+
+    def spread(of_after: float, of_before: float) -> float:
+        return math.sqrt(max(of_after**2 - 2 * phi * of_after * of_before + of_before**2, 0.0))
+
+    change = after - before
+    low = change - spread(after - low_after, high_before - before)
+    return low, change + spread(high_after - after, before - low_before)
 
 
 def change_over_seeds(

@@ -133,6 +133,22 @@ def dial_run(
     return table
 
 
+def keep_rows_of(run: Path, student: ChatModel) -> None:
+    """Drop what the dial measured on another student, when a run has exported a new one.
+
+    Args:
+        run: A run folder.
+        student: The student that it holds now.
+    """
+    if (run / DIAL_FILE).is_file():
+        table = pd.read_csv(run / DIAL_FILE, dtype={"weights": str})
+        kept = table[table.weights == weights_hash(student.model)]
+        if kept.empty:
+            (run / DIAL_FILE).unlink()
+        elif len(kept) < len(table):
+            write_text(run / DIAL_FILE, kept.to_csv(index=False))
+
+
 def _measured_before(path: Path, stamp: dict[str, str]) -> pd.DataFrame:
     """Read the rows of this student on these prompts, by this judge."""
     if not path.is_file():

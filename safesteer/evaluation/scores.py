@@ -36,9 +36,10 @@ SCORES_FILE, ANSWERS_FILE = "evaluation.json", "answers.jsonl"
 
 @dataclass(frozen=True)
 class Scores:
-    """One model's numbers. Rates in 0..1, KL in nats per token, n prompts of each kind.
+    """One model's numbers. Rates in 0..1, KL in nats per token, n harmful prompts.
 
-    `counts` is what the rates count: "refused", or "safe" with a judge that only says what is harmful.
+    `n_harmless` is None where there are n harmless prompts too. `counts` is what the rates count: "refused",
+    or "safe" with a judge that only says what is harmful.
     """
 
     refusal_rate_harmful: float
@@ -50,6 +51,7 @@ class Scores:
     perplexity: float
     n: int
     counts: str = "refused"
+    n_harmless: int | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -230,5 +232,6 @@ def score_model(
         ),
         n=n,
         counts=counts,
+        n_harmless=None if len(prompts.harmless) == n else len(prompts.harmless),
     )
     return scores, answers

@@ -306,7 +306,8 @@ def _perplexity(suite: Suite, data: Path | None, chat: ChatModel) -> dict[str, A
     if data is not None and (data / WIKITEXT).is_file():
         name, text = "WikiText-2", wikitext(data)
     value = perplexity(chat, text, max_tokens=suite.perplexity_tokens)
-    return {"rows": [row("perplexity", name, "perplexity", value, None, suite.perplexity_tokens)]}
+    n = min(suite.perplexity_tokens, len(chat.encode(text)))
+    return {"rows": [row("perplexity", name, "perplexity", value, None, n)]}
 
 
 def _drift(base: ChatModel, prompts: list[str], chat: ChatModel) -> dict[str, Any]:

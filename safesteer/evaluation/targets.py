@@ -5,6 +5,7 @@ from pathlib import Path
 from safesteer._errors import SafeSteerError
 from safesteer._files import read_json
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.hashing import weights_hash
 from safesteer.models.loading import load_model
 from safesteer.settings import ALIKE, MODEL_SOURCE
 
@@ -31,12 +32,21 @@ def require_run(target: str | Path) -> Path:
 
 
 def load_target(target: str | Path | ModelLike, run: Path | None) -> dict[str, ChatModel]:
-    """Load the models that are measured, by the names of the tables: base and student, or model."""
+    """Load the models that are measured, by the names of the tables: base and student, or model.
+
+    Raises:
+        SafeSteerError: If the run's base is no longer what it was.
+    """
     if run is not None:
         manifest = read_json(run / "manifest.json")
         settings = manifest.get("recipe", {})
         source = {name: settings[name] for name in MODEL_SOURCE if name in settings}
         alike = {name: source[name] for name in ALIKE if name in source}
         base = load_model(manifest["model"], **source)
+        if manifest.get("weights", hashed := weights_hash(base.model)) != hashed:
+            raise SafeSteerError(
+                f"'{manifest['model']}' has other weights than the base that {run} began with: nothing can be"
+                " measured against it. Put those weights back (for a model of the Hub --revision at align)."
+            )
         return {"base": base, "student": load_model(str(run / "model"), **alike)}
     return {"model": load_model(str(target)) if isinstance(target, str | Path) else as_chat(target)}

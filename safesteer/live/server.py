@@ -30,7 +30,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from safesteer._errors import SafeSteerError
+from safesteer._errors import SafeSteerError, first_line
 from safesteer.live.page import lens_page
 from safesteer.live.reading import Subject, View, chosen_direction, read_prompt, stream_answers
 from safesteer.live.wire import facts, prompt_of, prompt_reading, step, view_of
@@ -176,15 +176,16 @@ def serve(subject: Subject, *, port: int = 8765, say: Callable[[str], object] = 
         say: Is told the address, with its token.
 
     Raises:
-        SafeSteerError: Where the port is in use.
+        SafeSteerError: Where the port is in use, or cannot be used.
     """
     session, listening = Session(subject), socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((HOST, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise SafeSteerError(
-            f"Port {port} is in use: choose another with --port, or 0 for a free one."
+            f"Port {port} cannot be used ({first_line(error)}): choose another with --port, or 0 for a free"
+            " one."
         ) from error
     options = {"log_level": "warning", "timeout_graceful_shutdown": 1, "access_log": False}
     server = uvicorn.Server(uvicorn.Config(lens_app(session), **options))

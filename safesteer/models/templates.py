@@ -144,6 +144,13 @@ def _apply(
     return cast(str, text)
 
 
+def leaves_thinking_out(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Say whether prompts are rendered without thinking here where the template alone would have it."""
+    talk = [{"role": "user", "content": _MARK}]
+    plain = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    return plain != _apply(tokenizer, talk, True)
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase, prompt: PromptLike, *, system: str | None = None, **extra: Any
 ) -> str:

@@ -22,6 +22,7 @@ from safesteer.models.parts import context_length
 from safesteer.models.processes import in_turns
 from safesteer.models.templates import special_start
 
+LARGEST_LOSS = 700.0  # nats per token; exp of more is no float
 WIKITEXT = "wikitext2_test.jsonl"  # its articles as JSON Lines, in a folder of local rows
 
 
@@ -54,7 +55,7 @@ def perplexity(
         batch_size: Windows per forward pass.
 
     Raises:
-        SafeSteerError: For a text of fewer than two tokens.
+        SafeSteerError: For a text of fewer than two tokens, or a loss that has no exp: broken weights.
 
     Example:
         >>> from safesteer.models.text_loss import perplexity
@@ -83,4 +84,9 @@ def perplexity(
     parts = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
     for _, (likelihood, n) in in_turns(parts, log_likelihood):
         total, count = total - likelihood, count + n
+    if not total / count < LARGEST_LOSS:
+        raise SafeSteerError(
+            f"The model's loss on plain text is {total / count:.3g} nats per token, too much for a"
+            " perplexity: its text is broken."
+        )
     return math.exp(total / count)

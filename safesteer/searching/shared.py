@@ -53,12 +53,12 @@ class Shared:
 
 
 def drawn_val(prompts: PromptSet, seed: int) -> PromptSet:
-    """Return the val prompts in a drawn order, harmful ones first; twins stay at one place."""
+    """Return val in a drawn order, as many of each kind, harmful ones first; twins stay at one place."""
     val = prompts.split("val")
     kinds = [[p for p in val.prompts if p.label == label] for label in LABELS]
     orders = [np.random.default_rng(seed).permutation(len(kind)) for kind in kinds]
     drawn = (kind[i] for kind, order in zip(kinds, orders, strict=True) for i in order)
-    return PromptSet(tuple(drawn), val.name)
+    return PromptSet(tuple(drawn), val.name).first(min(map(len, kinds)))
 
 
 def are_twins(val: PromptSet) -> bool:

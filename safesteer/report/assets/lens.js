@@ -54,9 +54,16 @@ function typed() {
 }
 const layerAt = () => grid ? grid.layers[layer.value] : Number(layer.value), strengthAt = () => grid ? grid.coeffs[strength.value] : Number(strength.value);
 const view = () => ({ prompt: grid ? prompt.value : typed(), layer: layerAt(), coeff: strengthAt(), intervention: intervention(), max_new_tokens: Number(length.value) });
+let unit = null; // of the slider
 function scaled() { // the strength of a clamp is in activation units
-  const clamp = intervention() === "clamp", most = clamp ? Math.ceil(4 * facts.norm) : 4;
-  if (!grid && Number(strength.max) !== most) { strength.min = -most; strength.max = most; strength.step = clamp ? most / 100 : 0.05; strength.value = clamp ? facts.norm * facts.coeff : facts.coeff; }
+  const clamp = intervention() === "clamp", own = facts.operation === "clamp";
+  if (!grid && unit !== clamp) { // the slider holds the direction's own strength exactly
+    unit = clamp;
+    const value = clamp === own ? facts.coeff : clamp ? facts.norm * facts.coeff : facts.coeff / facts.norm;
+    const most = Math.max(clamp ? Math.ceil(4 * facts.norm) : 4, Math.ceil(Math.abs(value))), step = clamp ? most / 100 : 0.05;
+    const onGrid = Math.abs(value / step - Math.round(value / step)) < 1e-9;
+    strength.min = -most; strength.max = most; strength.step = onGrid ? step : "any"; strength.value = value;
+  }
   help.textContent = `${intervention()}: ${HELP[intervention()]}.`;
   layer.disabled = intervention() === "ablate" || !source; strength.disabled = intervention() === "ablate" || !source;
 }
@@ -193,7 +200,7 @@ function ready(values) {
   facts = values;
   model.textContent = shown(facts.model);
   if (grid) for (const [slider, list, value] of [[layer, grid.layers, facts.layer], [strength, grid.coeffs, facts.coeff]]) { slider.min = 0; slider.max = list.length - 1; slider.step = 1; slider.value = list.indexOf(value); }
-  else { layer.max = facts.n_layers - 1; layer.value = facts.layer; strength.value = facts.coeff; }
+  else { layer.max = facts.n_layers - 1; layer.value = facts.layer; }
   pills(interventions, "Intervention", facts.interventions.map(v => [v, v]), facts.interventions.includes(facts.operation) ? facts.operation : "add", () => { scaled(); moved(); });
   pills(measures, "Colour", [["lift", "lift"], ["share", "share of KL on S"], ["s", "in S"]], measure, value => { measure = value; recolour(); });
   lanes = facts.authors.map(author => ({ author, tokens: [], ended: false }));

@@ -134,7 +134,7 @@ function summary() {
     { key: "kl_harmless", name: "KL, nats", show: cell("kl_harmless", x => fixed(x, 3)) },
     { key: "perplexity", name: "perplexity", show: r => fixed(r.perplexity, 2) },
   ], rows, { sortable: false }).node, el("p", { class: "note" },
-    `${rows[0] && rows[0].n ? `${whole(rows[0].n)} prompts of each kind. ` : ""}The ranges are 95 % intervals.`));
+    `${rows[0] && rows[0].n ? `${none(rows[0].n_harmless) ? `${whole(rows[0].n)} prompts of each kind` : `${whole(rows[0].n)} harmful and ${whole(rows[0].n_harmless)} harmless prompts`}. ` : ""}The ranges are 95 % intervals.`));
   otherPrompts();
 }
 
