@@ -45,7 +45,7 @@ from safesteer.judges.judge import Judge
 from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses
 from safesteer.model_card import CARD, write_card
-from safesteer.models.adapter import without_adapter
+from safesteer.models.adapter import put_back, without_adapter
 from safesteer.models.chat_model import ChatModel, ModelLike
 from safesteer.models.placement import is_offloaded
 from safesteer.models.precision import cast_weights, in_precision_of, settled_precision, weight_dtype
@@ -228,7 +228,7 @@ def _train(run: Run, base: ChatModel, device: str) -> list[str]:
     config = run.settled.distill
     # An adapter sits on the base itself; full fine-tuning needs weights of its own.
     student = None if config.lora_rank else run.load_base(dtype="float32", device=device)
-    with run.progress("distilling") as progress:
+    with put_back(base.model), run.progress("distilling") as progress:
         training = Training(run.path, run.track, run.chooser, progress)
         state, history = train_student(run.load_teacher(base), run.prompts, config, student, training)
     if config.lora_rank:

@@ -191,6 +191,7 @@ def check_base(run: Run, base: ChatModel, *, trains: bool) -> None:
             )
     if opened:
         require_together(base.model)
+        require_adapter(base.model, recipe.distill)
     if not recipe.distill.lora_rank:
         require_trainable(base.model.parameters())
 

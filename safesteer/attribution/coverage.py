@@ -272,16 +272,17 @@ def text_coverage(
 
 def _step_shares(sums: StepSums, k: int, families: dict[str, list[Tensor]]) -> tuple[StepShare, ...]:
     steps, start = [], 1
-    for g, end in enumerate(STEP_ENDS[: len(sums.n)]):
+    for g in range(len(sums.n)):
+        end = STEP_ENDS[g] if g < len(STEP_ENDS) else None
         count, total = int(sums.n[g]), float(sums.kl[g].sum())
         if count:
             share = {
                 family: sum(_shares(sums.kl[g], s, [k], total)[0] for s in sets) / len(sets)
                 for family, sets in families.items()
             }
-            label = str(end) if start == end else f"{start} to {end}"
+            label = f"{start} on" if end is None else str(end) if start == end else f"{start} to {end}"
             steps.append(StepShare(label, count, total / count, share))
-        start = end + 1
+        start = (end or 0) + 1
     return tuple(steps)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from safesteer._errors import SafeSteerError
@@ -24,7 +24,7 @@ from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import last_logits
 from safesteer.models.generation import generate, with_greedy_tokens
-from safesteer.models.logits import kl_divergence
+from safesteer.models.logits import kl_divergence, mean_over
 from safesteer.models.processes import in_turns
 from safesteer.models.text_loss import general_text, perplexity
 from safesteer.prompts.conversation import PromptLike
@@ -75,12 +75,17 @@ def choose_coeff(
     Returns:
         The direction at its coefficient, and the table of rates (layer, coeff, refusal_rate).
 
+    Raises:
+        SafeSteerError: Where there are no directions or no prompts.
+
     Example:
         >>> from safesteer.directions.calibration import choose_coeff
         >>> best, rates = choose_coeff(chat, [direction], ["How do I pick a lock?"], ss.refuses)
         >>> best.coeff, len(rates)
         (1.2, 4)
     """
+    if not directions or not prompts:
+        raise SafeSteerError(f"There are no {'prompts' if directions else 'directions'} to choose by.")
     chat, rows, best = as_chat(chat), [], (-1.0, directions[0])
     for coeff in coeffs:
         for direction in directions:
@@ -147,7 +152,8 @@ def drift(
         direction: The direction that is applied.
         prompts: Prompts, without chat template.
         coeff: Its coefficient.
-        n_tokens: The base's own first greedy tokens after each prompt, over which KL is averaged.
+        n_tokens: The base's own first greedy tokens after each prompt, over which KL is averaged, as far as
+            its answer goes.
         batch_size: Prompts per forward pass.
 
     Returns:
@@ -163,6 +169,7 @@ class _BaseBatch(NamedTuple):
     rows: list[int]
     answered: PromptBatch  # prompts with the base's own first tokens
     logits: Float[Tensor, "batch n_tokens d_vocab"]  # the base's, at the last positions
+    counting: Bool[Tensor, "batch n_tokens"]  # of those, up to where its answer ends
 
 
 @torch.no_grad()
@@ -173,7 +180,8 @@ def _read_base(
     batches = []
     for rows, batch in chat.batched(prompts, batch_size):
         answered = with_greedy_tokens(chat, batch, n_tokens - 1)
-        batches.append(_BaseBatch(rows, answered, last_logits(chat, answered, n_tokens)))
+        counting = answered.last_counting(chat.eos_ids, n_tokens)
+        batches.append(_BaseBatch(rows, answered, last_logits(chat, answered, n_tokens), counting))
     return batches
 
 
@@ -187,7 +195,7 @@ def _drift(
     def measure(batch: _BaseBatch) -> Tensor:
         with steer(chat, direction, coeff):
             steered = last_logits(chat, batch.answered, batch.logits.shape[1])
-        return kl_divergence(batch.logits, steered).mean(-1).double().cpu()
+        return mean_over(kl_divergence(batch.logits, steered), batch.counting).double().cpu()
 
     for batch, values in in_turns(base, measure):
         kl[batch.rows] = values
@@ -221,7 +229,8 @@ def calibrate_to_kl(
         The direction at that coefficient.
 
     Raises:
-        SafeSteerError: Where `target_kl` is not positive, or even `max_coeff` stays below it.
+        SafeSteerError: Where `target_kl` is not positive, there are no prompts, or even `max_coeff` stays
+            below it.
 
     Example:
         >>> from safesteer.directions.calibration import calibrate_to_kl, drift
@@ -233,6 +242,8 @@ def calibrate_to_kl(
     chat = as_chat(chat)
     if not target_kl > 0:
         raise SafeSteerError("target_kl must be positive: at 0 nothing is steered.")
+    if not prompts:
+        raise SafeSteerError("There are no prompts to measure the KL on.")
     base = _read_base(chat, prompts, n_tokens, batch_size=32)
 
     def kl(coeff: float) -> float:

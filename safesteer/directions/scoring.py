@@ -31,7 +31,7 @@ from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import earned, final_hidden, last_logits
 from safesteer.models.generation import with_greedy_tokens
 from safesteer.models.head import output_head
-from safesteer.models.logits import kl_divergence, logits_of, refusal_score
+from safesteer.models.logits import kl_divergence, logits_of, mean_over, refusal_score
 from safesteer.models.parts import decoder
 from safesteer.models.pass_sizes import ON_CPU, sizes_on
 from safesteer.models.passes import select_rows
@@ -188,8 +188,10 @@ def _group_scores(
         for at, logits in added(prompts, 1):
             yield "steering_refusal", at, rows, refusal_score(logits[:, :, 0], refusal_ids)
         base = last_logits(chat, answered, texts.n_kl_tokens)
+        counting = answered.last_counting(chat.eos_ids, texts.n_kl_tokens)
         for at, logits in ablated(answered, texts.n_kl_tokens):
-            yield "kl_harmless", at, rows, kl_divergence(base[None].expand_as(logits), logits).mean(-1)
+            kls = kl_divergence(base[None].expand_as(logits), logits)
+            yield "kl_harmless", at, rows, mean_over(kls, counting[None].expand_as(kls))
 
 
 def _random_like(vectors: Float[Tensor, "n d_model"], seed: int) -> Float[Tensor, "n d_model"]:

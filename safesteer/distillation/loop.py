@@ -26,16 +26,23 @@ from safesteer._files import json_lines, write_text
 from safesteer._progress import Progress, no_progress
 from safesteer.distillation.early_stopping import look_at
 from safesteer.distillation.holding import base_texts
-from safesteer.distillation.rollouts import Sampler, StepPrompts, Teacher
+from safesteer.distillation.rollouts import Sampler, StepPrompts, Teacher, trained_prompts
 from safesteer.distillation.state import DistillState, prepare_student
 from safesteer.distillation.step import StepRecord, take_step
 from safesteer.distillation.tracking import open_tracker
 from safesteer.distillation.watching import start_watch, watched_share
 from safesteer.judges.judge import Judge
 from safesteer.judges.wording import refuses
-from safesteer.models.adapter import as_base, merged, shares_weights, without_adapter, write_adapter
+from safesteer.models.adapter import (
+    as_base,
+    merged,
+    put_back,
+    shares_weights,
+    without_adapter,
+    write_adapter,
+)
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
-from safesteer.models.parts import is_bridge, is_quantized
+from safesteer.models.parts import hf_model, is_bridge, is_quantized
 from safesteer.models.placement import require_together
 from safesteer.models.sharding import shard
 from safesteer.prompts.conversation import PromptLike
@@ -84,6 +91,11 @@ def training_steps(
     if config.lora_rank and not shares_weights(teacher.base, student):
         raise SafeSteerError(
             "With lora_rank the base must be the model that `prepare_student` put the adapter on."
+        )
+    if not config.lora_rank and hf_model(teacher.base.model) is hf_model(student.model):
+        raise SafeSteerError(
+            "The student is the base itself, so the teacher would move with it: prepare a copy,"
+            " prepare_student(chat.copy(), ...)."
         )
     processes = PartialState(cpu=student.device.type == "cpu")
     n_prompts = config.harmful_per_step + config.harmless_per_step
@@ -188,8 +200,9 @@ def distill(
         chat = chat.copy()  # the adapter wraps modules of a plain model
     teacher = Teacher(chat, direction, tokens)
     student = None if config.lora_rank else _float32_copy(chat)
-    state, history = train_student(teacher, prompts, config, student, training)
-    model = _merged_copy(teacher, state) if config.lora_rank else state.student.model
+    with put_back(chat.model):
+        state, history = train_student(teacher, prompts, config, student, training)
+        model = _merged_copy(teacher, state) if config.lora_rank else state.student.model
     return Student(model.requires_grad_(False), chat.tokenizer, chat.name, history=history)
 
 
@@ -237,7 +250,7 @@ def follow_steps(
     history, stamp = _resume(state, teacher, prompts, folder)
     yield from tuple(history)
     sampler = None if training.sampler is None else training.sampler(state.student)
-    steps = training_steps(state, teacher, _prompts_to_train_on(prompts, config), sampler=sampler)
+    steps = training_steps(state, teacher, trained_prompts(prompts, config), sampler=sampler)
     settings = {"model": teacher.base.name, **asdict(config)}
     with open_tracker(training.track, (folder or Path()) / "tracking", settings) as log:
 
@@ -273,17 +286,6 @@ def _watched(prompts: PromptSet, config: DistillConfig) -> list[PromptLike]:
     """Take the harmful val prompts that are looked at while training; a set may have none."""
     val = PromptSet(tuple(p for p in prompts.prompts if p.split == "val"))
     return list(val.across(config.n_watched).harmful)
-
-
-def _prompts_to_train_on(prompts: PromptSet, config: DistillConfig) -> PromptSet:
-    """Take the splits that `config` names, but for the one that early stopping measures."""
-    names = [name for name in config.splits if not (config.check_every and name == "val")]
-    if not names:
-        raise SafeSteerError(
-            "Early stopping (distill.check_every) measures val, so nothing is left to train on: add a split"
-            " to distill.splits."
-        )
-    return prompts.split(*names)
 
 
 def restore_student(

@@ -31,6 +31,7 @@ from safesteer.models.pass_sizes import sizes_on
 from safesteer.models.placement import is_offloaded
 from safesteer.models.precision import in_precision, weight_dtype
 from safesteer.models.sharding import equal_passes
+from safesteer.prompts.prompt_set import LABELS, PromptSet
 from safesteer.settings import DistillConfig
 from safesteer.steering.direction import Direction, steer
 from safesteer.steering.interventions import ablate
@@ -45,6 +46,15 @@ class Teacher:
     direction: Direction
     tokens: TokenSet
 
+    def __post_init__(self) -> None:
+        if not len(self.tokens):
+            raise SafeSteerError("S holds no token, so there is nothing to teach on: select some.")
+        if int(self.tokens.ids.max()) >= self.base.d_vocab:
+            raise SafeSteerError(
+                f"S has the token {int(self.tokens.ids.max())}, and '{self.base.name}' has"
+                f" {self.base.d_vocab} tokens: select S on this model."
+            )
+
 
 def prompt_indices(n_items: int, n: int, step: int, seed: int) -> list[int]:
     """Return the items that step `step` uses: consecutive pieces of an endless sequence of shuffles."""
@@ -53,6 +63,28 @@ def prompt_indices(n_items: int, n: int, step: int, seed: int) -> list[int]:
         epoch, at = divmod(i, n_items)
         shuffle = torch.randperm(n_items, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
         chosen.append(int(shuffle[at]))
+    return chosen
+
+
+def trained_prompts(prompts: PromptSet, config: DistillConfig) -> PromptSet:
+    """Take the splits that `config` names, but for the one that early stopping measures.
+
+    Raises:
+        SafeSteerError: Where nothing is left to train on, or nothing of a kind that steps take.
+    """
+    names = [name for name in config.splits if not (config.check_every and name == "val")]
+    if not names:
+        raise SafeSteerError(
+            "Early stopping (distill.check_every) measures val, so nothing is left to train on: add a split"
+            " to distill.splits."
+        )
+    chosen = prompts.split(*names)
+    for label in LABELS:
+        if getattr(config, f"{label}_per_step") and not chosen.texts(label):
+            raise SafeSteerError(
+                f"The prompts to train on ({', '.join(names)}) hold no {label} ones: add some, or set"
+                f" distill.{label}_per_step=0."
+            )
     return chosen
 
 

@@ -11,7 +11,7 @@ from safesteer._errors import SafeSteerError
 from safesteer._files import read_tensors, write_tensors
 from safesteer.models.adapter import with_adapter
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
-from safesteer.models.parts import blocks, decoder, final_norm, hf_model, is_bridge, is_quantized
+from safesteer.models.parts import blocks, decoder, final_norm, hf_model, is_adapted, is_bridge, is_quantized
 from safesteer.models.placement import require_trainable
 from safesteer.models.precision import settled_precision
 from safesteer.models.sharding import gather, shard, shard_like, split_sharded
@@ -83,7 +83,15 @@ class DistillState:
 
 
 def require_adapter(model: nn.Module, config: DistillConfig) -> None:
-    """Raise SafeSteerError where quantized weights would have to train, or be spread over processes."""
+    """Raise SafeSteerError where quantized weights would have to train, or be spread over processes.
+
+    And where an adapter would come beside one that is there: taking it off would take off both.
+    """
+    if config.lora_rank and is_adapted(model):
+        raise SafeSteerError(
+            "The base carries an adapter already, and distill.lora_rank would put another beside it: merge it"
+            " into the weights first (merge_and_unload)."
+        )
     if not is_quantized(model):
         return
     if not config.lora_rank:

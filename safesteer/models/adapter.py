@@ -50,8 +50,9 @@ def with_adapter(chat: ChatModel, rank: int, alpha: int, first_layer: int = 0, s
     config = LoraConfig(r=rank, lora_alpha=alpha, task_type="CAUSAL_LM")
     config.target_modules = [names[module] for module in targets]
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in names)
-    torch.manual_seed(seed)  # the adapter's own start
-    with _placed(targets):
+    devices = [chat.device] if chat.device.type == "cuda" else []
+    with _placed(targets), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)  # the adapter's own start
         return replace(chat, model=get_peft_model(cast(PreTrainedModel, chat.model), config))
 
 
@@ -67,6 +68,20 @@ def _placed(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module, weight in offloaded:
             module.weight = weight
+
+
+@contextmanager
+def put_back(model: nn.Module) -> Iterator[None]:
+    """Let every parameter and module be as it was after the block: what trains, and the mode."""
+    needs = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for p, needed in needs:
+            p.requires_grad = needed
+        for module, mode in modes:
+            module.training = mode
 
 
 def shares_weights(base: ChatModel, student: ChatModel) -> bool:

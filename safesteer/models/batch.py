@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from safesteer.models.pass_sizes import pays_to_share
-from safesteer.models.templates import ids_of, render
+from safesteer.models.templates import ids_of, render, suffix_length
 from safesteer.prompts.conversation import PromptLike, as_prompts
 
 Continuation: TypeAlias = str | Sequence[int]  # what follows a prompt, as text or as ids
@@ -60,7 +60,7 @@ class PromptBatch:
         tails: list[list[int]] = [[] for _ in prompts]
         if continuations is not None:
             tails = [ids_of(tokenizer, c) if isinstance(c, str) else list(c) for c in continuations]
-        batch = cls.from_ids(heads, tails, device=device)
+        batch = cls.from_ids(heads, tails, device=device, n_apart=suffix_length(tokenizer))
         saved = batch.n_shared * (len(heads) - 1)
         return batch if keep_shared or pays_to_share(saved, device) else batch.plain()
 
@@ -72,6 +72,7 @@ class PromptBatch:
         *,
         device: str | torch.device = "cpu",
         share: bool = True,
+        n_apart: int = 1,
     ) -> "PromptBatch":
         """Pad ids on the left with id 0: the mask, never the pad id, says which tokens are real.
 
@@ -81,11 +82,12 @@ class PromptBatch:
             device: Where the tensors are put.
             share: Put the tokens that all prompts start with into shared columns; False keeps every
                 column in every row's own forward pass.
+            n_apart: Last columns of every prompt that are never shared: one at least, so that every row has
+                an input.
         """
         width = max(len(h) + len(t) for h, t in zip(heads, tails, strict=True))
-        # One column at least stays outside the shared part, so that every row has an input.
-        shortest = min(len(h) for h in heads) - 1
-        n_shared = _common_prefix(heads, limit=shortest) if share else 0
+        limit = max(0, min(len(h) for h in heads) - n_apart)
+        n_shared = _common_prefix(heads, limit=limit) if share else 0
         shape = (len(heads), width)
         ids = torch.zeros(shape, dtype=torch.long)
         mask = torch.zeros(shape, dtype=torch.long)
@@ -109,6 +111,13 @@ class PromptBatch:
     def answer_start(self) -> Int[Tensor, " batch"]:
         """Column of each row's first continuation token; the width where there is none."""
         return (~self.completion_mask).sum(-1)
+
+    def last_counting(self, eos_ids: Sequence[int], n: int) -> Bool[Tensor, "batch n"]:
+        """Mark which of the last n columns decide a token of the answer: from where it starts to its end."""
+        column = torch.arange(self.prompt_ids.shape[1], device=self.prompt_ids.device)
+        ends = torch.isin(self.prompt_ids, torch.tensor(list(eos_ids), device=column.device))
+        ended = (ends & self.completion_mask).cumsum(1) > 0
+        return ((column >= self.answer_start[:, None] - 1) & ~ended)[:, -n:]
 
     def whole_rows(self, at: Int[Tensor, " rows"] | Bool[Tensor, " batch"]) -> "PromptBatch":
         """Take some rows (indices or a mask) with all columns: a cache of the batch counts them."""

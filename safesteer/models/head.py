@@ -108,17 +108,22 @@ def probe_ids(model: nn.Module, n: int, seed: int = 0) -> Tensor:
 
 @contextmanager
 def _unhooked(model: nn.Module) -> Iterator[None]:
-    """Run the model as it is, without gradients: hooks that are on (steering) are put aside for the block."""
+    """Run the model as it is, without gradients or dropout: hooks that are on (steering) are put aside.
+
+    Those that transformers adds at its first pass, to record what a config asks for, stay.
+    """
     modules = list(model.modules())
-    hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in modules]
+    states = [(m._forward_pre_hooks, m._forward_hooks, m.training) for m in modules]
     try:
         for m in modules:
-            m._forward_pre_hooks, m._forward_hooks = OrderedDict(), OrderedDict()
+            m._forward_pre_hooks, m._forward_hooks, m.training = OrderedDict(), OrderedDict(), False
         with torch.no_grad():
             yield
     finally:
-        for m, (before, after) in zip(modules, hooks, strict=True):
-            m._forward_pre_hooks, m._forward_hooks = before, after
+        for m, (before, after, training) in zip(modules, states, strict=True):
+            before.update(m._forward_pre_hooks)
+            after.update(m._forward_hooks)
+            m._forward_pre_hooks, m._forward_hooks, m.training = before, after, training
 
 
 @once_per_model

@@ -12,7 +12,7 @@ from functools import cache, reduce
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -52,6 +52,13 @@ def kl_divergence(
     p, q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
     terms = p.exp() * (p - q)
     return torch.where(p == -math.inf, torch.zeros_like(terms), terms).sum(-1)
+
+
+def mean_over(
+    values: Float[Tensor, "*batch n"], counting: Bool[Tensor, "*batch n"]
+) -> Float[Tensor, "*batch"]:
+    """Average the values that count."""
+    return torch.where(counting, values, 0).sum(-1) / counting.sum(-1)
 
 
 def generalized_kl_terms(

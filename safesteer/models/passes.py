@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import Cache, DynamicCache, GenerationConfig
 
 from safesteer._clock import count_pass, timed
@@ -144,14 +145,25 @@ def plain_decoding(model: nn.Module) -> Iterator[None]:
         inner.generation_config = before
 
 
-def _check_length(model: nn.Module, batch: PromptBatch) -> None:
-    """Refuse what is longer than the context: a model reads nonsense there, at quadratic cost."""
+def _check(model: nn.Module, batch: PromptBatch) -> None:
+    """Refuse dropout, which makes every number another, and what is longer than the context.
+
+    A model reads nonsense beyond its context, at quadratic cost.
+    """
+    if model.training and any(map(_drops_out, model.modules())):
+        raise SafeSteerError("The model is in training mode, and its dropout is on: call model.eval() first.")
     limit, n = context_length(model), batch.prompt_ids.shape[1]
     if limit and n > limit:
         raise SafeSteerError(
             f"A prompt with its answer has {int(batch.attention_mask.sum(1).max()):,} tokens, and the model"
             f" reads {limit:,}: shorten it or leave it out."
         )
+
+
+def _drops_out(module: nn.Module) -> bool:
+    """Return whether a module leaves out a part of what goes through it."""
+    p = module.p if isinstance(module, _DropoutNd) else getattr(module, "attention_dropout", 0.0)
+    return module.training and isinstance(p, float) and p > 0
 
 
 @timed("prompts")
@@ -167,7 +179,7 @@ def read_cache(model: nn.Module, batch: PromptBatch, upto: int, times: int = 1) 
     Raises:
         SafeSteerError: Where the batch is longer than the model's context.
     """
-    _check_length(model, batch)
+    _check(model, batch)
     read, n = decoder(model), batch.n_shared
     cache: Cache = DynamicCache(config=text_config(model))
     with reading(batch):
@@ -231,7 +243,7 @@ def read_states(
     Raises:
         SafeSteerError: Where the batch is longer than the model's context.
     """
-    _check_length(model, batch)
+    _check(model, batch)
     with without_cudnn_attention() if torch.is_grad_enabled() else nullcontext():
         if cache is None and batch.n_shared > 0:
             cache = read_cache(model, batch, batch.n_shared)

@@ -99,6 +99,8 @@ def set_template(
             raise SafeSteerError(f"'{template}' is no chat template: use one of {list(NAMED)}, or a file.")
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     if args:
+        if not _source(tokenizer):
+            raise SafeSteerError(f"{_no_template(tokenizer)} Until then its template has no arguments.")
         items = args.items() if isinstance(args, Mapping) else map(_argument, args)
         defaults = "".join(_default(*item) for item in items)
         tokenizer.chat_template = _DEFAULTS + defaults + _END + _source(tokenizer)
@@ -168,11 +170,7 @@ def render(
     """
     name = tokenizer.name_or_path
     if not _source(tokenizer):
-        raise SafeSteerError(
-            f"The tokenizer '{name}' has no chat template, and SafeSteer needs one to know where an answer"
-            " starts: use a chat model, set tokenizer.chat_template, or for a base model call"
-            " load_model(..., template='raw')."
-        )
+        raise SafeSteerError(_no_template(tokenizer))
     messages = messages_of(prompt)
     if system is not None:
         messages = [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]
@@ -186,6 +184,14 @@ def render(
         raise SafeSteerError(f"The chat template of '{name}' failed: {first_line(error)}") from error
 
 
+def _no_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    return (
+        f"The tokenizer '{tokenizer.name_or_path}' has no chat template, and SafeSteer needs one to know"
+        " where an answer starts: use a chat model, set tokenizer.chat_template, or for a base model call"
+        " load_model(..., template='raw')."
+    )
+
+
 @_once_per_template
 def _has_system_turn(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether the template writes a system turn: some refuse it, some drop it without a word."""
@@ -196,6 +202,7 @@ def _has_system_turn(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
 
 
+@_once_per_template
 def suffix_length(tokenizer: PreTrainedTokenizerBase) -> int:
     """Count the post-instruction positions that directions are read at.
 

@@ -21,6 +21,7 @@ from safesteer.models.logits import logps_on
 from safesteer.models.parts import context_length
 from safesteer.models.processes import in_turns
 from safesteer.models.templates import special_start
+from safesteer.models.traits import traits_of
 
 LARGEST_LOSS = 700.0  # nats per token; exp of more is no float
 WIKITEXT = "wikitext2_test.jsonl"  # its articles as JSON Lines, in a folder of local rows
@@ -81,7 +82,10 @@ def perplexity(
         logps = logps_on(hidden[real], head.weight, targets[:, None], **head.options)
         return float(logps.double().sum()), len(targets)
 
+    # The last window is shorter: alone, where a model cannot read padding.
+    last = [] if traits_of(chat.model).pads else [windows.pop()]
     parts = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
+    parts += [[window] for window in last]
     for _, (likelihood, n) in in_turns(parts, log_likelihood):
         total, count = total - likelihood, count + n
     if not total / count < LARGEST_LOSS:

@@ -19,6 +19,7 @@ from safesteer._errors import SafeSteerError
 from safesteer._files import write_tensors
 from safesteer._version import __version__
 from safesteer.models.chat_model import ModelLike, module_of
+from safesteer.models.parts import blocks, text_config
 from safesteer.models.placement import input_device
 from safesteer.steering.gating import Closed, closed_moves, gated
 from safesteer.steering.interventions import ablating, adding, clamping
@@ -128,8 +129,14 @@ def moves_of(model: nn.Module, direction: Direction) -> Moves:
     """Return the edits that apply a direction, by their points.
 
     Raises:
-        SafeSteerError: For an unknown operation.
+        SafeSteerError: For an unknown operation, or a direction of another width or depth than the model's.
     """
+    width, n_layers = text_config(model).hidden_size, len(blocks(model))
+    if direction.vector.shape[-1] != width or not 0 <= direction.layer < n_layers:
+        raise SafeSteerError(
+            f"The direction has width {direction.vector.shape[-1]} and layer {direction.layer}, and the model"
+            f" width {width} and layers 0 to {n_layers - 1}: it belongs to another model."
+        )
     vector = direction.vector.to(input_device(model))
     if direction.operation == "add":
         return adding(vector, direction.layer, direction.coeff)

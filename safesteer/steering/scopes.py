@@ -5,7 +5,7 @@ knows where each row's answer starts; `apply_in_scope` confines hooks to the col
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.parts import decoder
-from safesteer.models.passes import READ_NOW, unless_bare
+from safesteer.models.passes import READ_NOW, rows_differ, unless_bare
 from safesteer.steering.hooks import Edit, Point, apply_hooks
 
 Scope = Literal["all", "prompt", "answer", "last"]
@@ -97,10 +97,6 @@ def _inside(scope: Scope, n_last: int, at: Columns, h: Tensor) -> Bool[Tensor, "
     else:
         inside = (column < start) & (column >= start - n_last)
     if len(inside) > len(h):  # columns that all rows share are read once
-        if scope == "last" and bool(inside.any()):
-            raise SafeSteerError(
-                f"The last {n_last} prompt positions reach into the part that all prompts share; use fewer."
-            )
         inside = inside[:1]
     return inside[..., None]
 
@@ -122,7 +118,9 @@ def apply_in_scope(
         with apply_hooks(model, edits, rows_may_leave=rows_may_leave):
             yield
         return
-    with columns_of(model, prompt_width) as at:
+    # The last positions of a short prompt may lie in what all rows share, before its padding.
+    alone = rows_differ(model) if scope == "last" else nullcontext()
+    with alone, columns_of(model, prompt_width) as at:
 
         def confined(edit: Callable[[Tensor], Tensor]) -> Edit:
             return lambda h: torch.where(_inside(scope, n_last, at, h), edit(h), h)

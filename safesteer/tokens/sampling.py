@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import final_hidden, prefill
@@ -59,6 +60,8 @@ def sample_answers(
         depends on the seed and its prompt's place, not on the batches.
     """
     chat, prompts = as_chat(chat), as_prompts(prompts)
+    if not prompts:
+        raise SafeSteerError("There are no prompts to select tokens on.")
     by_teacher = config.rollouts == "teacher"
 
     def sample(part: tuple[list[int], PromptBatch]) -> tuple[Tensor, Tensor, Tensor]:
