@@ -1,11 +1,13 @@
 """Mistakes that were made here once, each with the smallest model that shows it."""
 
+import copy
 import json
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
+from conformance.families import build
 from rich.console import Console
 from transformers import (
     CohereConfig,
@@ -16,19 +18,25 @@ from transformers import (
     GPTNeoXForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
 )
 
 import safesteer as ss
-from conftest import SIZES, batch_of, copy_of, n_hooks, random_vector, set_of
+from conftest import SIZES, assert_near, batch_of, copy_of, n_hooks, random_vector, set_of
 from safesteer._errors import SafeSteerError
+from safesteer.attribution.coverage import StepSums, _step_shares
 from safesteer.attribution.grid import answer_grid
 from safesteer.attribution.stories import logit_parts
 from safesteer.attribution.tracing import trace
+from safesteer.directions.activations import Arm, read_activations
+from safesteer.directions.calibration import calibrate_to_kl, choose_coeff, drift
 from safesteer.directions.inspection import logit_lens, probe_accuracy
 from safesteer.directions.refusal_tokens import RefusalTokens
 from safesteer.directions.shifts import shift_along
+from safesteer.distillation.loop import training_steps
 from safesteer.distillation.rollouts import StepPrompts, Teacher, sample_rollouts
 from safesteer.distillation.state import prepare_student
 from safesteer.evaluation.dial import keep_rows_of
@@ -44,8 +52,9 @@ from safesteer.models.generation import generate
 from safesteer.models.hashing import weights_hash
 from safesteer.models.head import normed, output_head
 from safesteer.models.loading import load_model
-from safesteer.models.templates import render
+from safesteer.models.templates import render, set_template, special_start
 from safesteer.models.text_loss import general_text, perplexity
+from safesteer.prompts.conversation import as_prompts
 from safesteer.prompts.prompt_set import LABELS, PromptSet
 from safesteer.report.dial_figure import DIAL_FILE
 from safesteer.run_folder import Run, open_run
@@ -53,6 +62,18 @@ from safesteer.searching.shared import drawn_val
 from safesteer.steering.hooks import record_resid_pre
 
 SMALL = {"vocab_size": 400, "num_hidden_layers": 3, "bos_token_id": None, "pad_token_id": None}
+GPT2_SIZES = {
+    "vocab_size": 400,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 256,
+    "bos_token_id": None,
+}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+ONE_STEP = ss.DistillConfig(
+    n_steps=1, splits=("val",), harmful_per_step=1, harmless_per_step=1, max_new_tokens=2
+)
 PROMPTS = ["Write a short story about a lighthouse keeper and the storm.", "Hi"]
 
 
@@ -468,3 +489,201 @@ def test_sets_and_rows_are_checked_before_any_work(tiny_llama, tmp_path):
     with pytest.raises(SafeSteerError, match="no folder of benchmark rows"):
         ss.run_suite(tiny_llama, "quick", tmp_path / "suite", data=tmp_path / "nowhere")
     assert not (tmp_path / "run").exists()
+
+
+# --- numbers ---
+
+LONG = "Write a short story about a lighthouse keeper who counts the ships that pass in the fog."
+
+
+@pytest.mark.parametrize("n_last", [8, 20])
+def test_the_last_positions_of_a_short_prompt_are_its_own(tiny_llama, n_last):
+    """All prompts share the beginning, in which the last positions of a short one may lie."""
+    texts, vector = ["Hi", LONG, PROMPTS[0]], random_vector(tiny_llama.d_model)
+    with ss.add(tiny_llama, vector, 1, 3.0, scope="last", n_last=n_last):
+        together = last_logits(tiny_llama, batch_of(tiny_llama, texts))
+        for row, text in enumerate(texts):
+            alone = last_logits(tiny_llama, batch_of(tiny_llama, [text]))
+            assert_near(together[row], alone[0])
+
+
+def test_a_model_in_training_mode_is_not_read_through_its_dropout(chatml_tokenizer):
+    chat = made(GPT2LMHeadModel, GPT2Config(**GPT2_SIZES), chatml_tokenizer)
+    chat.model.train()
+    for read in (lambda: ss.generate(chat, ["Hello"]), lambda: perplexity(chat, "The tide comes in.")):
+        with pytest.raises(SafeSteerError, match=r"training mode.*call model.eval\(\) first"):
+            read()
+    assert chat.model.training
+    chat.model.eval()
+    assert len({ss.generate(chat, ["Hello"], max_new_tokens=4)[0] for _ in range(3)}) == 1
+    without = made(GPT2LMHeadModel, GPT2Config(**GPT2_SIZES, **NO_DROPOUT), chatml_tokenizer)
+    without.model.train()
+    assert ss.generate(without, ["Hello"], max_new_tokens=2)
+
+
+def test_a_student_is_not_the_base_itself(tiny_llama, direction, few):
+    base, config = copy_of(tiny_llama), ss.DistillConfig(n_steps=1, splits=("val",), max_new_tokens=2)
+    state = prepare_student(base, direction, config)
+    with pytest.raises(SafeSteerError, match="the teacher would move with it: prepare a copy"):
+        next(training_steps(state, Teacher(base, direction, set_of([5])), few))
+
+
+def test_the_kl_over_an_answer_ends_with_it(tiny_llama, direction, few):
+    """Whatever else lies in the batch, and however many tokens are asked for."""
+    chat, prompts = copy_of(tiny_llama), list(few.harmless)[:4]
+    ids = [trace_ids(chat, prompt, 6) for prompt in prompts]
+    chat.model.generation_config.eos_token_id = sorted({ids[0][1], *chat.eos_ids})
+    ends = [next((k + 1 for k, i in enumerate(row) if i in chat.eos_ids), len(row)) for row in ids]
+    assert min(ends) == 2
+    want = [
+        naive_drift(chat, direction, p, row[:end]) for p, row, end in zip(prompts, ids, ends, strict=True)
+    ]
+    for together in (prompts, prompts[:1]):
+        got = drift(chat, direction, together, direction.coeff, n_tokens=6)
+        assert_near(got, torch.tensor(want[: len(together)], dtype=torch.float64))
+
+
+def trace_ids(chat: ChatModel, prompt: str, n: int) -> list[int]:
+    """The greedy continuation, with nothing that ends it."""
+    ids = batch_of(chat, [prompt]).plain().prompt_ids
+    for _ in range(n):
+        ids = torch.cat([ids, chat.model(ids).logits[:, -1:].argmax(-1)], 1)
+    return ids[0, -n:].tolist()
+
+
+def naive_drift(chat: ChatModel, direction, prompt: str, answer: list[int]) -> float:
+    head = batch_of(chat, [prompt]).plain().prompt_ids
+    ids, start = torch.cat([head, torch.tensor([answer])], 1), head.shape[1] - 1
+    base = chat.model(ids).logits[0, start:-1].log_softmax(-1)
+    with ss.steer(chat, direction):
+        steered = chat.model(ids).logits[0, start:-1].log_softmax(-1)
+    return float((base.exp() * (base - steered)).sum(-1).mean())
+
+
+def test_what_transformers_hooks_at_its_first_pass_stays(chatml_tokenizer):
+    """Our first measurement is that first pass, with hooks put aside."""
+    sizes = SIZES | {"vocab_size": 400, "num_hidden_layers": 3, "bos_token_id": None}
+    chat = made(LlamaForCausalLM, LlamaConfig(**sizes), chatml_tokenizer)
+    output_head(chat.model)
+    seen = chat.model(torch.tensor([[5, 6]]), output_hidden_states=True).hidden_states
+    assert len(seen) == 4
+
+
+def test_a_direction_is_not_read_from_padding_where_one_prompt_continues_another(tiny_llama):
+    first = "Name a river."
+    longer = [{"role": "user", "content": first}, {"role": "assistant", "content": "The Po."}]
+    longer = [*longer, {"role": "user", "content": "Name a lake."}]
+    for pair in ([first, longer], [first, first]):
+        alone = [read_alone(tiny_llama, prompt) for prompt in pair]
+        ((rows, together),) = read_activations(tiny_llama, Arm(as_prompts(pair)))
+        for row, want in zip(together[torch.tensor(rows).argsort()], alone, strict=True):
+            assert_near(row, want)
+
+
+def read_alone(chat: ChatModel, prompt) -> torch.Tensor:
+    ((_, resid_pre),) = read_activations(chat, Arm(as_prompts([prompt])))
+    return resid_pre[0]
+
+
+def test_perplexity_of_a_model_that_reads_no_padding():
+    chat = build("recurrent_gemma")
+    text = general_text()
+    whole = perplexity(chat, text, max_tokens=256, width=64)
+    uneven = perplexity(chat, text, max_tokens=200, width=64)
+    assert uneven == pytest.approx(whole, rel=0.2)
+    losses = []
+    ids, bos = chat.encode(text)[:200], special_start(chat.tokenizer)
+    for start in range(0, 200, 64 - len(bos)):
+        window = torch.tensor([[*bos, *ids[start : start + 64 - len(bos)]]])
+        losses.append(
+            torch.nn.functional.cross_entropy(
+                chat.model(window).logits[0, :-1], window[0, 1:], reduction="none"
+            )
+        )
+    assert uneven == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-4)
+
+
+def test_coverage_counts_the_steps_of_long_answers():
+    n, ids = 13, [torch.tensor([1, 2])]
+    kl = torch.rand(n, 7, dtype=torch.float64)
+    sums = StepSums(kl, kl, kl, torch.full((n,), 5))
+    shares = _step_shares(sums, 2, {"S": ids})
+    assert [s.steps for s in shares][-3:] == ["33 to 64", "65 to 128", "129 on"]
+    assert sum(s.n_positions for s in shares) == 5 * n
+
+
+# --- what is the caller's stays as it is ---
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_distilling_changes_nothing_of_the_bases(tiny_llama, direction, few, rank):
+    pytest.importorskip("peft", reason="peft is not installed")
+    base, settings = copy_of(tiny_llama), {"n_steps": 1, "splits": ("val",), "max_new_tokens": 2}
+    base.model.requires_grad_(True)
+    base.model.model.layers[0].train()  # Llama's dropout is 0
+    torch.manual_seed(7)
+    want = torch.rand(1)
+    torch.manual_seed(7)
+    config = ss.DistillConfig(lora_rank=rank, harmful_per_step=2, harmless_per_step=1, **settings)
+    ss.distill(base, direction, set_of([5, 30]), few, config)
+    assert torch.equal(torch.rand(1), want)
+    assert all(p.requires_grad for p in base.model.parameters())
+    assert base.model.model.layers[0].training
+    assert not base.model.model.layers[1].training
+
+
+def test_a_base_that_carries_an_adapter_keeps_it(tiny_llama, direction, few, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    chat = copy_of(tiny_llama)
+    adapted = peft.get_peft_model(chat.model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    config = ss.DistillConfig(n_steps=1, lora_rank=2)
+    names = sorted(name for name, _ in adapted.named_parameters())
+    recipe = ss.recipe("quick", **{"distill.lora_rank": 2})
+    for train in (
+        lambda: ss.distill((adapted, chat.tokenizer), direction, set_of([5]), few, config),
+        lambda: ss.align((adapted, chat.tokenizer), tmp_path / "run", recipe, console=Console(quiet=True)),
+    ):
+        with pytest.raises(SafeSteerError, match="carries an adapter already"):
+            train()
+    assert sorted(name for name, _ in adapted.named_parameters()) == names
+
+
+# --- one sentence ---
+
+
+def harmful_only(prompts: PromptSet) -> PromptSet:
+    return PromptSet(tuple(p for p in prompts.prompts if p.label == "harmful"), "half")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "sentence"),
+    [
+        (lambda c, d, p: ss.distill(c, d, set_of([5]), harmful_only(p), ONE_STEP), "hold no harmless ones"),
+        (lambda c, d, p: ss.distill(c, d, set_of([5000]), p, ONE_STEP), "S has the token 5000"),
+        (lambda c, d, p: ss.distill(c, d, set_of([]), p, ONE_STEP), "S holds no token"),
+        (lambda c, d, p: ss.distill(c, replace(d, layer=9), set_of([5]), p, ONE_STEP), "layers 0 to 2"),
+        (lambda c, d, p: ss.select_tokens(c, d, []), "no prompts to select tokens on"),
+        (lambda c, d, p: choose_coeff(c, [], ["Hi"], ss.refuses), "no directions to choose by"),
+        (lambda c, d, p: choose_coeff(c, [d], [], ss.refuses), "no prompts to choose by"),
+        (lambda c, d, p: calibrate_to_kl(c, d, [], target_kl=0.1), "no prompts to measure the KL on"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tiny_llama, direction, few, mistake, sentence):
+    with pytest.raises(SafeSteerError, match=sentence):
+        mistake(tiny_llama, direction, few)
+
+
+@pytest.mark.parametrize("wrong", [{"layer": 9}, {"layer": -1}, {"vector": torch.ones(16)}])
+def test_a_direction_of_another_shape_steers_nothing(tiny_llama, direction, wrong):
+    with (
+        pytest.raises(SafeSteerError, match="width 32 and layers 0 to 2: it belongs to another model"),
+        ss.steer(tiny_llama, replace(direction, **wrong)),
+    ):
+        pass
+
+
+def test_arguments_for_a_template_that_there_is_not(chatml_tokenizer):
+    tokenizer = copy.deepcopy(chatml_tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(SafeSteerError, match="has no chat template"):
+        set_template(tokenizer, None, {"enable_thinking": True})

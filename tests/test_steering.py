@@ -16,7 +16,7 @@ from conftest import (
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel
-from safesteer.models.forward import final_hidden, prefill
+from safesteer.models.forward import final_hidden, last_logits, prefill
 from safesteer.models.generation import generate_ids
 from safesteer.models.head import output_head
 from safesteer.models.logits import logits_of
@@ -364,11 +364,14 @@ def test_scopes_that_cannot_be_known_are_refused(tiny_llama):
         add(tiny_llama.model, vector, 1, scope="answer"),
     ):
         tiny_llama.model(ids)
-    with (
-        pytest.raises(SafeSteerError, match="reach into"),
-        add(tiny_llama.model, vector, 1, scope="last", n_last=200),
-    ):
-        logits(tiny_llama)
+
+
+def test_more_last_positions_than_a_prompt_has_are_the_prompt(tiny_llama):
+    vector = random_vector(32)
+    with add(tiny_llama.model, vector, 1, scope="last", n_last=200):
+        got = last_logits(tiny_llama, batch_of(tiny_llama))
+    with add(tiny_llama.model, vector, 1, scope="prompt"):
+        assert_near(got, last_logits(tiny_llama, batch_of(tiny_llama)))
 
 
 # --- gate ---
