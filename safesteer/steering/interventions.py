@@ -9,8 +9,8 @@ All take the model first: a ChatModel, a TransformerBridge, a plain model, or (m
 
 `scope` says where in the text an intervention acts: "all" positions, the "prompt", the "answer", or the
 "last" n prompt positions (all of a shorter prompt). Columns are counted from the start of the text, through
-the KV cache, so cached and uncached decoding agree. Where a prompt ends is known to SafeSteer's own passes and
-to `generate`; with any other call, pass `prompt_width`, the number of prompt columns.
+the KV cache, so cached and uncached decoding agree. Where a prompt ends is known to SafeSteer's own passes
+and to `generate`; with any other call, pass `prompt_width`, the number of prompt columns.
 
 `adding`, `clamping` and `ablating` are the same as plain edits by their points, for `steer` and its gate.
 """
