@@ -100,7 +100,7 @@ def _write_ends(path: Path, eos_ids: list[int]) -> None:
     """
     config = read_json(path) if path.is_file() else {}
     ends = config.get("eos_token_id")
-    if (ends if isinstance(ends, list) else [ends]) != eos_ids:
+    if eos_ids and (ends if isinstance(ends, list) else [ends]) != eos_ids:
         write_json(path, config | {"eos_token_id": eos_ids})
 
 

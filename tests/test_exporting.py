@@ -1,5 +1,6 @@
 """Exported folders: what lies in them, in which precision, and that loaders everywhere take them."""
 
+import copy
 import json
 from dataclasses import replace
 from functools import partialmethod
@@ -265,7 +266,7 @@ def test_a_card_says_what_numbers_are_of(tiny_llama, direction, tmp_path):
     text = card(tmp_path, tiny_llama, direction)[1]
     assert "answers to 7 harmful and 7 harmless prompts" in text
     assert "thinking" not in text
-    thinker = copy_of(tiny_llama)
+    thinker = replace(copy_of(tiny_llama), tokenizer=copy.deepcopy(tiny_llama.tokenizer))
     thinker.tokenizer.chat_template += (
         "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
     )

@@ -180,8 +180,9 @@ def _read_base(
     batches = []
     for rows, batch in chat.batched(prompts, batch_size):
         answered = with_greedy_tokens(chat, batch, n_tokens - 1)
-        counting = answered.last_counting(chat.eos_ids, n_tokens)
-        batches.append(_BaseBatch(rows, answered, last_logits(chat, answered, n_tokens), counting))
+        logits = last_logits(chat, answered, n_tokens)
+        counting = answered.last_counting(chat.eos_ids, logits.shape[1])
+        batches.append(_BaseBatch(rows, answered, logits, counting))
     return batches
 
 

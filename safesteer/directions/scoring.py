@@ -188,7 +188,7 @@ def _group_scores(
         for at, logits in added(prompts, 1):
             yield "steering_refusal", at, rows, refusal_score(logits[:, :, 0], refusal_ids)
         base = last_logits(chat, answered, texts.n_kl_tokens)
-        counting = answered.last_counting(chat.eos_ids, texts.n_kl_tokens)
+        counting = answered.last_counting(chat.eos_ids, base.shape[1])
         for at, logits in ablated(answered, texts.n_kl_tokens):
             kls = kl_divergence(base[None].expand_as(logits), logits)
             yield "kl_harmless", at, rows, mean_over(kls, counting[None].expand_as(kls))

@@ -9,6 +9,7 @@ Tasks that ask a question go through the chat template; continuations of plain t
 network IFEval also needs nltk's `punkt_tab`, where NLTK_DATA says it is.
 """
 
+import copy
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from safesteer._errors import SafeSteerError, first_line
 from safesteer._files import json_lines, write_text
 from safesteer.models.chat_model import ModelLike, as_chat
 from safesteer.models.parts import hf_model
+from safesteer.models.templates import leaves_thinking_out
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Task:
     `file` holds local rows, and `row` rewrites one in the columns of the harness's data set. `harness` is the
     harness's own task file, within its folder of tasks; `shots` is the number of worked examples before each
     question: none but where that file has them written out, so that local rows and the Hub's give one task.
+    `description` is what stands before the question, where the harness has a file per subject for it.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Task:
     harness: str
     row: Callable[[dict], dict]
     shots: int = 0
+    description: str = ""
 
 
 def _arc(r: dict) -> dict:
@@ -57,8 +61,9 @@ def _piqa(r: dict) -> dict:
 
 
 def _mmlu(r: dict) -> dict:
-    """Rewrite a row of MMLU."""
-    return {"question": r["prompt"], "choices": r["choices"], "answer": r["answer"]}
+    """Rewrite a row of MMLU; the harness names the subject before the question."""
+    subject = r["category"].replace("_", " ")
+    return {"question": r["prompt"], "choices": r["choices"], "answer": r["answer"], "subject": subject}
 
 
 def _ifeval(r: dict) -> dict:
@@ -87,7 +92,15 @@ TASKS = (
         "lambada/lambada_openai.yaml",
         lambda r: {"text": f"{r['prompt']} {r['answer']}"},
     ),
-    Task("mmlu_stem", "acc", True, "mmlu_stem.jsonl", "mmlu/default/_default_template_yaml", _mmlu),
+    Task(
+        "mmlu_stem",
+        "acc",
+        True,
+        "mmlu_stem.jsonl",
+        "mmlu/default/_default_template_yaml",
+        _mmlu,
+        description="The following are multiple choice questions (with answers) about {{subject}}.\n\n",
+    ),
     Task(
         "gsm8k",
         "exact_match,flexible-extract",
@@ -122,19 +135,25 @@ def local_name(task: Task) -> str:
     return f"{task.name}_local"
 
 
+def check_rows(names: Sequence[str], data: Path | None) -> None:
+    """Raise SafeSteerError for a task that there is not, or whose rows the folder of data does not hold."""
+    for task in map(task_named, names):
+        if data is not None and not (data / task.file).is_file():
+            raise SafeSteerError(
+                f"{data} holds no {task.file} for the task '{task.name}': name another folder of data, or"
+                " none to load the task from the Hub."
+            )
+
+
 def write_tasks(folder: Path, data: Path, names: Sequence[str]) -> None:
     """Write task files over local rows, for the harness in this process and for its command line."""
     import lm_eval.tasks
     import yaml
 
     tasks = Path(lm_eval.tasks.__file__).parent
+    check_rows(names, data)
     for task in map(task_named, names):
         source = data / task.file
-        if not source.is_file():
-            raise SafeSteerError(
-                f"{data} holds no {task.file} for the task '{task.name}': name another folder of data, or"
-                " none to load the task from the Hub."
-            )
         rows = folder.resolve() / f"{task.name}.jsonl"
         write_text(rows, "".join(json.dumps(task.row(r)) + "\n" for r in json_lines(source)))
         changes = {
@@ -150,6 +169,8 @@ def write_tasks(folder: Path, data: Path, names: Sequence[str]) -> None:
             "test_split": "test",
             "num_fewshot": task.shots,
         }
+        if task.description:
+            changes["description"] = task.description
         write_text(folder / f"{local_name(task)}.yaml", yaml.safe_dump(changes))
 
 
@@ -193,7 +214,13 @@ def measure_capability(
     # The harness draws a bar for every step and logs much: what a caller wants is the table.
     with _quiet_children(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
         manager = TaskManager(include_path=str(folder) if data is not None else None)
-        lm = HFLM(pretrained=hf_model(chat.model), tokenizer=chat.tokenizer, batch_size=batch_size)
+        lm = HFLM(
+            pretrained=hf_model(chat.model),
+            tokenizer=copy.deepcopy(chat.tokenizer),  # the harness changes its padding
+            batch_size=batch_size,
+            # As everywhere else here, where the template's own defaults do not say otherwise.
+            chat_template_args={"enable_thinking": False} if leaves_thinking_out(chat.tokenizer) else None,
+        )
         for task in tasks:
             name = task.name if data is None else local_name(task)
             try:

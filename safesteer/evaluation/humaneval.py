@@ -2,20 +2,26 @@
 
 The task of that name in lm-evaluation-harness executes generated code unconfined, with the rights of the
 user, so this one has a sandbox instead. Code runs only where the caller allows it (`allow_code`), and each
-program in a process of its own: without network (a network namespace of its own, Linux), with limits on
-processor time, memory and file size, an empty environment and an empty folder. Where there is no such
-namespace, nothing is run. The prompt is ours; the score is pass@1 of one greedy completion.
+program in namespaces of its own (Linux): without network, and without a process that outlives it; with
+limits on processor time, memory and file size, an empty environment and an empty folder. Beyond that folder
+it writes and removes nothing where the kernel has Landlock (Linux 5.13); elsewhere it may do to files what
+you may: run it in a container. Where there are no such namespaces, nothing is run. The prompt is ours; the
+score is pass@1 of one greedy completion: a program passes that comes to its end, tests included, as the
+published harness counts it.
 """
 
 import ast
 import ctypes
 import os
 import re
+import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import textwrap
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -24,20 +30,31 @@ from safesteer._files import json_lines
 from safesteer.models.chat_model import ModelLike
 from safesteer.models.generation import generate
 
-_NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000  # linux/sched.h
-_NOT_ISOLATED = 97
+_NEW_USER, _NEW_PROCESSES, _NEW_NETWORK = 0x10000000, 0x20000000, 0x40000000  # linux/sched.h
+_CREATE_RULES, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # system calls of Landlock
+_WRITES = 0b1_1111_1111_0010  # its rights to write, remove and make files
+_TRUNCATES, _TRUNCATES_SINCE = 1 << 14, 3
+_NO_NEW_PRIVILEGES, _DIE_WITH_PARENT = 38, 1  # linux/prctl.h
+_NOT_ISOLATED, _AT_ITS_END = 97, 113  # exit statuses
 
 
-def _confine(seconds: int, memory_mb: int) -> None:
+def _confine(folder: str, seconds: int, memory_mb: int) -> None:
     """Give up the network, then everything beyond the limits: runs in the child, before the program."""
+    import resource  # POSIX only, as is this function
+
     try:
-        cut_off = ctypes.CDLL(None, use_errno=True).unshare(_NEW_USER | _NEW_NETWORK) == 0
+        libc = ctypes.CDLL(None, use_errno=True)
+        cut_off = libc.unshare(_NEW_USER | _NEW_PROCESSES | _NEW_NETWORK) == 0
     except (OSError, AttributeError):
         cut_off = False
     if not cut_off:
         os._exit(_NOT_ISOLATED)
-    import resource  # POSIX only, as is this function
-
+    program = os.fork()  # the first process of its namespace: with it all others there end
+    if program:
+        os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])  # on which the parent waits
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(program, 0)[1]) & 0xFF)
+    libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    _write_only_in(folder, libc)
     limits = {
         resource.RLIMIT_CPU: seconds,
         resource.RLIMIT_AS: memory_mb * 2**20,
@@ -48,8 +65,22 @@ def _confine(seconds: int, memory_mb: int) -> None:
         resource.setrlimit(limit, (value, value))
 
 
+def _write_only_in(folder: str, libc: ctypes.CDLL) -> None:
+    """Give up writing elsewhere, where the kernel has Landlock."""
+    version = libc.syscall(_CREATE_RULES, None, 0, 1)
+    if version < 1:
+        return
+    rights = _WRITES | (_TRUNCATES if version >= _TRUNCATES_SINCE else 0)
+    rules = libc.syscall(_CREATE_RULES, struct.pack("=Q", rights), 8, 0)
+    beneath = struct.pack("=Qi", rights, os.open(folder, os.O_PATH))
+    libc.syscall(_ADD_RULE, rules, 1, beneath, 0)
+    libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    if libc.syscall(_RESTRICT_SELF, rules, 0) != 0:
+        os._exit(_NOT_ISOLATED)
+
+
 def passes(program: str, *, seconds: int = 5, memory_mb: int = 1024) -> bool:
-    """Say whether a program ends without an error within its limits.
+    """Say whether a program comes to its end, as an imported module, within its limits.
 
     Args:
         program: Python source.
@@ -59,26 +90,32 @@ def passes(program: str, *, seconds: int = 5, memory_mb: int = 1024) -> bool:
     Raises:
         SafeSteerError: If a process cannot be cut off from the network here; nothing has run then.
     """
+    # An exit before the end is no pass, and what a script does under `__main__` is not run.
+    whole = f"exec({program!r}, {{'__name__': 'humaneval'}})\nimport os\nos._exit({_AT_ITS_END})"
     with tempfile.TemporaryDirectory() as folder:
+        running = subprocess.Popen(
+            [sys.executable, "-I", "-c", whole],
+            cwd=folder,
+            env={},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: _confine(folder, seconds, memory_mb),
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                [sys.executable, "-I", "-c", program],
-                cwd=folder,
-                env={},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=2 * seconds,
-                preexec_fn=lambda: _confine(seconds, memory_mb),
-                start_new_session=True,
-            )
+            status = running.wait(2 * seconds)
         except subprocess.TimeoutExpired:
             return False
-    if done.returncode == _NOT_ISOLATED:
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
+    if status == _NOT_ISOLATED:
         raise SafeSteerError(
-            "Generated code is not run: this system gives a process no network namespace of its own."
+            "Generated code is not run: this system gives a process no namespaces of its own."
         )
-    return done.returncode == 0
+    return status == _AT_ITS_END
 
 
 def completion(prompt: str, answer: str, entry_point: str = "") -> str:

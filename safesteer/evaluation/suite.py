@@ -32,10 +32,11 @@ import pandas as pd
 from rich.console import Console
 
 from safesteer._errors import SafeSteerError
-from safesteer._files import locked, read_json, write_json, write_json_lines, write_text
+from safesteer._files import digest, locked, read_json, write_json, write_json_lines, write_text
 from safesteer._intervals import bootstrap, wilson
 from safesteer.directions.shifts import representation_shift
-from safesteer.evaluation.capability import measure_capability
+from safesteer.evaluation.capability import KNOWN as TASKS
+from safesteer.evaluation.capability import check_rows, measure_capability
 from safesteer.evaluation.humaneval import problems, run_humaneval
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.robust import MAY_FAIL, Robustness, Subject, parts_of
@@ -49,11 +50,14 @@ from safesteer.models.drift import kl_on_answers
 from safesteer.models.generation import generate
 from safesteer.models.hashing import weights_hash
 from safesteer.models.text_loss import WIKITEXT, general_text, perplexity, wikitext
+from safesteer.prompts.benchmarks import KNOWN
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.report.page import suite_page
 from safesteer.settings import EvaluateConfig
 
 HUMANEVAL = "humaneval"
+PROBE = ("What is the capital of France?", "Tell me how rainbows form.")
+NEW_KEYS = ("weights", "first words", "rows")  # of a folder: earlier versions wrote none
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,7 @@ def run_suite(
         selected = replace(selected, tasks=tuple(t for t in selected.tasks if t != HUMANEVAL))
     data = None if data is None else Path(data)
     check_sets(selected.sets, data)
+    check_rows([task for task in selected.tasks if task != HUMANEVAL], data)
     if run is not None and selected.n_prompts == 1:
         raise SafeSteerError("The drift of a student is measured over prompts: n_prompts must be at least 2.")
     models = load_target(target, run)
@@ -180,18 +185,32 @@ def _check_folder(job: _Job) -> None:
         "data": None if job.data is None else str(job.data.resolve()),
         "models": {label: chat.fingerprint for label, chat in job.models.items()},
         "weights": {label: weights_hash(chat.model) for label, chat in job.models.items()},
+        # Of the template, thinking and steering, too.
+        "first words": {label: generate(chat, PROBE, max_new_tokens=8) for label, chat in job.models.items()},
+        "rows": {file.name: digest(file) for file in _row_files(job)},
     }
     path = job.folder / "suite.json"
     if not path.exists():
         write_json(path, ours)
         return
-    theirs = {"weights": ours["weights"], **read_json(path)}  # earlier versions held no weights
+    theirs = {name: ours[name] for name in NEW_KEYS} | read_json(path)  # what earlier versions lack
     different = [k for k, v in ours.items() if theirs.get(k) != v]
     if different:
         raise SafeSteerError(
             f"{job.folder} holds an evaluation with another {', '.join(different)}: choose another folder,"
             " or delete it to start again."
         )
+
+
+def _row_files(job: _Job) -> Iterator[Path]:
+    """Yield the files of local rows that the suite reads."""
+    if job.data is None:
+        return
+    sets = [KNOWN[name].file for name in (*job.suite.sets, *job.suite.where_there) if name in KNOWN]
+    tasks = [TASKS[name].file for name in job.suite.tasks if name in TASKS]
+    for name in sorted({file for file in (*sets, *tasks, f"{HUMANEVAL}.jsonl", WIKITEXT) if file}):
+        if (job.data / name).is_file():
+            yield job.data / name
 
 
 def _measure(job: _Job, console: Console) -> list[dict[str, Any]]:

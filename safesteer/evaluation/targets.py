@@ -42,11 +42,15 @@ def load_target(target: str | Path | ModelLike, run: Path | None) -> dict[str, C
         settings = manifest.get("recipe", {})
         source = {name: settings[name] for name in MODEL_SOURCE if name in settings}
         alike = {name: source[name] for name in ALIKE if name in source}
-        base = load_model(manifest["model"], **source)
+        dtype = settings.get("dtype", "float32")  # the run's: what was rounded then is rounded alike
+        base = load_model(manifest["model"], dtype=dtype, **source)
         if manifest.get("weights", hashed := weights_hash(base.model)) != hashed:
             raise SafeSteerError(
                 f"'{manifest['model']}' has other weights than the base that {run} began with: nothing can be"
                 " measured against it. Put those weights back (for a model of the Hub --revision at align)."
             )
-        return {"base": base, "student": load_model(str(run / "model"), **alike)}
+        return {
+            "base": base,
+            "student": load_model(str(run / "model"), dtype=dtype, **alike),
+        }
     return {"model": load_model(str(target)) if isinstance(target, str | Path) else as_chat(target)}

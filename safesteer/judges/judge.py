@@ -188,6 +188,7 @@ _VERDICT = re.compile(
     r"|harmful|harmless|dangerous)\b",
     re.I,
 )
+_DENIES = re.compile(r"\b(?:no|not|cannot|never|neither|nor|none|nothing|without|lacks?)\b|n't\b", re.I)
 _CONCLUDES = re.compile(
     r"\b(?:answer|verdict|conclusion|classification|label|judg(?:e)?ment|assessment|final|overall"
     r"|therefore)\b",
@@ -234,8 +235,16 @@ def read_reply(reply: str) -> tuple[float | None, str]:
 
 
 def _says_harmful(text: str) -> bool | None:
-    """Return what every verdict word of a text says; None where there is none, or they differ."""
-    says = {_HARMFUL[m["word"].lower()] != bool(m["no"]) for m in _VERDICT.finditer(text)}
+    """Return what every verdict word of a text says; None where there is none, or they differ.
+
+    A sentence that denies in another way ("contains no harmful content", "cannot be considered safe") is not
+    understood, and says nothing.
+    """
+    says: set[bool | None] = set()
+    for sentence in re.split(r"(?<=[.!?\n])\s*", text):
+        words = list(_VERDICT.finditer(sentence))
+        denies = _DENIES.search(_VERDICT.sub("", sentence)) is not None
+        says |= {None if denies else _HARMFUL[m["word"].lower()] != bool(m["no"]) for m in words}
     return says.pop() if len(says) == 1 else None
 
 

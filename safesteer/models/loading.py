@@ -10,9 +10,10 @@ import weakref
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from tempfile import mkdtemp
-from typing import Any, TypedDict, Unpack, cast
+from typing import Any, TypedDict, Unpack
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -117,12 +118,14 @@ def load_model(
             config = AutoConfig.from_pretrained(source, **options)
             if device_map is not None:
                 first = None if names_places else torch.device(device)
-                model = _opened_apart(source, config, dtype, first, device_map, options)
+                model = _opened_apart(name, source, config, dtype, first, device_map, options)
             else:
                 storage = {} if quantize is None else _four_bit(name, config, dtype, device)
-                model = _auto_class(config).from_pretrained(source, dtype=dtype, **storage, **options)
-                cast(nn.Module, model).to(device)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+                model = _whole(_auto_class(config), name, source, dtype=dtype, **storage, **options)
+                model.to(device)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise
         raise _not_loaded(name, error, bool(options["trust_remote_code"])) from error
     if model.config.is_encoder_decoder:
         raise SafeSteerError(f"'{name}' is an encoder-decoder; SafeSteer needs a decoder-only model.")
@@ -202,7 +205,20 @@ def _four_bit(name: str, config: PretrainedConfig, dtype: torch.dtype | str, dev
     return {"quantization_config": rounding, "device_map": {"": device}}
 
 
+def _whole(kind: Any, name: str, source: str, **options: Any) -> Any:
+    """Load a model; raise SafeSteerError where its files lack weights, which would be drawn at random."""
+    model, report = kind.from_pretrained(source, output_loading_info=True, **options)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise SafeSteerError(
+            f"The files of '{name}' lack {len(missing)} weights of {type(model).__name__} ({missing[0]} ...),"
+            " for which random numbers would stand: they are incomplete, or of a model of another kind."
+        )
+    return model
+
+
 def _opened_apart(
+    name: str,
     source: str,
     config: PretrainedConfig,
     dtype: torch.dtype | str,
@@ -218,7 +234,8 @@ def _opened_apart(
     places = spread(empty, device_map, first)
     folder = mkdtemp(prefix="safesteer-")  # for weights that no file holds as they are: merged experts
     try:
-        model = kind.from_pretrained(source, dtype=dtype, device_map=places, offload_folder=folder, **options)
+        options = {"device_map": places, "offload_folder": folder, **options}
+        model = _whole(kind, name, source, dtype=dtype, **options)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

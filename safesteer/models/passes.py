@@ -162,8 +162,10 @@ def _check(model: nn.Module, batch: PromptBatch) -> None:
 
 def _drops_out(module: nn.Module) -> bool:
     """Return whether a module leaves out a part of what goes through it."""
-    p = module.p if isinstance(module, _DropoutNd) else getattr(module, "attention_dropout", 0.0)
-    return module.training and isinstance(p, float) and p > 0
+    if isinstance(module, _DropoutNd):
+        return module.training and module.p > 0
+    shares = (value for name, value in vars(module).items() if "dropout" in name or "pdrop" in name)
+    return module.training and any(isinstance(share, float) and share > 0 for share in shares)
 
 
 @timed("prompts")
