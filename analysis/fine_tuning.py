@@ -11,8 +11,9 @@ where over-refusals or the task pay for it.
    draws 400 rows that train and 40 others;
 2. transformers' own Trainer takes 200 steps of 8 rows: AdamW, 2e-5 on all weights, or 2e-4 on an adapter
    (`--lora-rank 16`);
-3. before, and after every 25 steps, the model answers the val pairs (16 tokens, judged by how they open) and
-   the 40 rows (right where the answer is the target, letter by letter).
+3. before, and after every 25 steps, the model answers the val split of the wider pairs, on which no preset
+   trains (16 tokens, judged by how they open), and the 40 rows (right where the answer is the target, letter
+   by letter).
 
 Arms: unsealed (weight 0: the training without a seal, of which the divergence is only measured), sealed
 (weight 1) and sealed tenfold. S is that of which_tokens.py by default. Every prompt and row of a look is a
@@ -165,7 +166,7 @@ def answer_loss(chat: ss.ChatModel, rows: Sequence[Row]) -> float:
 
 def look(chat: ss.ChatModel, rows: Sequence[Row]) -> pd.DataFrame:
     """Answer val pairs and rows of the task; return a row for each."""
-    val = ss.load_prompts().split("val")
+    val = ss.load_prompts("wide").split("val")  # a student was not trained on them, nor does the seal hold them
     refusals = answer_rows(chat, {"harmful": val.harmful, "harmless": val.harmless})
     answers = ss.generate(chat, [prompt for prompt, _ in rows], max_new_tokens=ANSWER_TOKENS)
     right = [int(got == want) for got, (_, want) in zip(answers, rows, strict=True)]
