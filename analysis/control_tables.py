@@ -343,7 +343,9 @@ TAUGHT = {  # methods of methods.py, and what the page calls them
     "kl_and_margin": "SFT: refusals, KL and a margin on harmless prompts",
     "dpo": "DPO",
     "dpo_of_any_answers": "DPO, the base's own refusals rejected too: a mistake",
-    "null_space": "SFT, gradients in the null space of harmless prompts",
+    "sft_early": "SFT, the first tokens weighed as with S",
+    "null_space": "SFT in the null space of harmless prompts",
+    "null_space_of_gradients": "the same, the gradients alone in it: a mistake",
 }
 
 

@@ -166,7 +166,7 @@ def answer_loss(chat: ss.ChatModel, rows: Sequence[Row]) -> float:
 
 def look(chat: ss.ChatModel, rows: Sequence[Row]) -> pd.DataFrame:
     """Answer val pairs and rows of the task; return a row for each."""
-    val = ss.load_prompts("wide").split("val")  # a student was not trained on them, nor does the seal hold them
+    val = ss.load_prompts("wide").split("val")  # neither trained on nor held by the seal
     refusals = answer_rows(chat, {"harmful": val.harmful, "harmless": val.harmless})
     answers = ss.generate(chat, [prompt for prompt, _ in rows], max_new_tokens=ANSWER_TOKENS)
     right = [int(got == want) for got, (_, want) in zip(answers, rows, strict=True)]

@@ -20,7 +20,9 @@ choosing, and each is a row.
                        refusals are kept below the best other first token
     dpo                the refusal before the base's answer where that complies, on harmless prompts the
                        base's answer before the teacher's
-    null space         sft, with each gradient kept out of what harmless prompts write to a layer's input
+    sft early          sft, positions weighed as in the first rows: most on the first token, eight in all
+    null space         sft, with each update kept out of what harmless prompts write to a layer's input; only
+                       the maps that read the residual stream train
 Without training stand gated steering and a constant on the openers (two_sided.py, its rows).
 """
 
@@ -56,7 +58,7 @@ MARGIN_WEIGHT = 6.0  # of the margin, in nats of KL; found on SmolLM2 (docs/log.
 VARIANCE = 0.99  # of a layer's inputs that the null space leaves out
 OURS = replace(ss.recipe("two-sided").distill, precision="bfloat16")
 ONE_SIDED = replace(OURS, harmless_teacher="base")
-RATES = {"sft": 1e-5, "kl and margin": 1e-5, "dpo": 5e-6, "null space": 1e-5}
+RATES = {"sft": 1e-5, "sft early": 1e-5, "kl and margin": 1e-5, "dpo": 5e-6, "null space": 1e-5}
 DISTILLED = {
     "two-sided on S": OURS,
     "one-sided on S": ONE_SIDED,
@@ -147,6 +149,15 @@ class Supervised:
         logits = answer_logits(student, prompts, answers)
         return torch.stack([-logp_of(z, ids).mean() for z, ids in zip(logits, answers, strict=True)]).sum()
 
+    def early_nll(self, student: ss.ChatModel, prompts: list[str], harmful: bool) -> Tensor:
+        """As `nll`, on as many tokens as the distilled arms compare, weighed as there."""
+        answers = [(self.targets.refusals if harmful else self.targets.answers)[p] for p in prompts]
+        answers, total = [ids[: OURS.max_new_tokens] for ids in answers], []
+        for z, ids in zip(answer_logits(student, prompts, answers), answers, strict=True):
+            weights = OURS.decay ** torch.arange(len(ids), device=z.device)
+            total.append(-(weights * logp_of(z, ids)).sum() / weights.sum())
+        return torch.stack(total).sum()
+
     def kl_and_margin(self, student: ss.ChatModel, prompts: list[str], harmful: bool) -> Tensor:
         """As `nll` on harmful prompts; on others KL(base || student), and the margin at the first token."""
         if harmful:
@@ -206,13 +217,22 @@ def null_spaces(base: ss.ChatModel, prompts: Sequence[str]) -> dict[str, Float[T
     return spaces
 
 
-def project(student: ss.ChatModel, spaces: dict[str, Tensor]) -> None:
-    """Keep gradients out of what harmless prompts use; weights that have no space get none."""
+def spaces_of(student: ss.ChatModel, spaces: dict[str, Tensor]) -> dict[nn.Parameter, Tensor]:
+    """Return the space of each weight that has one; those without one do not train."""
     inside = {f"{i}.{n}": m for i, b in enumerate(blocks(student.model)) for n, m in b.named_modules()}
-    weights = {id(inside[key].weight): space for key, space in spaces.items()}
-    for p in student.model.parameters():
-        if p.grad is not None:
-            p.grad = p.grad @ weights[id(p)] if id(p) in weights else None
+    return {inside[key].weight: space for key, space in spaces.items()}
+
+
+@torch.no_grad()
+def step_inside(optimizer: torch.optim.Optimizer, spaces: dict[nn.Parameter, Tensor]) -> None:
+    """Make a step of the optimizer, and keep what it changes out of what harmless prompts use.
+
+    Projecting gradients alone is not enough: AdamW scales each coordinate by itself, which leaves the space.
+    """
+    before = {p: p.clone() for p in spaces}
+    optimizer.step()
+    for p, space in spaces.items():
+        p.copy_(before[p] + (p - before[p]) @ space)
 
 
 def supervised_steps(
@@ -228,6 +248,7 @@ def supervised_steps(
     """
     config, params = state.config, list(state.trained.values())
     n_rows = answers_per_pass(config, state.student.device)
+    inside = None if spaces is None else spaces_of(state.student, spaces)
     while state.step < config.n_steps:
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.step, config)
@@ -240,10 +261,14 @@ def supervised_steps(
                     continue
                 weight = 1.0 if harmful else config.anchor_weight
                 (weight * loss(state.student, part, harmful) / len(drawn.texts)).backward()
-        if spaces is not None:
-            project(state.student, spaces)
-        nn.utils.clip_grad_norm_(params, config.max_grad_norm)
-        state.optimizer.step()
+        if inside is None:
+            nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+            state.optimizer.step()
+        else:
+            for p in set(params) - inside.keys():
+                p.grad = None
+            nn.utils.clip_grad_norm_(list(inside), config.max_grad_norm)
+            step_inside(state.optimizer, inside)
         state.step += 1
         yield state.step
 
@@ -263,7 +288,11 @@ def steps_of(
     known = {*supervised.targets.refusals, *prompts.harmless} & supervised.targets.answers.keys()
     if method == "dpo":  # rejecting a refusal would teach not to refuse
         known -= supervised.targets.by_itself
-    losses = {"kl and margin": supervised.kl_and_margin, "dpo": supervised.dpo}
+    losses = {
+        "kl and margin": supervised.kl_and_margin,
+        "dpo": supervised.dpo,
+        "sft early": supervised.early_nll,
+    }
     spaces = null_spaces(base, prompts.harmless) if method == "null space" else None
     yield from supervised_steps(state, losses.get(method, supervised.nll), prompts, known, spaces)
 

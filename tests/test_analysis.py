@@ -5,7 +5,7 @@ import importlib
 import runpy
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +16,7 @@ from test_pipeline import model_folder  # noqa: F401
 
 import safesteer as ss
 from conftest import PACKAGE
+from safesteer.distillation.state import prepare_student
 from safesteer.evaluation.ledger import looks
 from safesteer.models.templates import render
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
@@ -230,6 +231,15 @@ def test_supervised_losses_are_what_they_say(tiny_llama):
     want = sum(-taken(student, p, answers[p]).mean() for p in prompts)
     assert float(loss.nll(student, prompts, True)) == pytest.approx(float(want), rel=2e-2)
 
+    weights = torch.tensor([0.7**i for i in range(8)])
+
+    def weighed(p):
+        w = weights[: len(answers[p])]
+        return -(w * taken(student, p, answers[p])[:8]).sum() / w.sum()
+
+    want = sum(weighed(p) for p in prompts)
+    assert float(loss.early_nll(student, prompts, True)) == pytest.approx(float(want), rel=2e-2)
+
     def gap(chat, p):
         return taken(chat, p, answers[p]).sum() - taken(chat, p, others[p]).sum()
 
@@ -267,17 +277,37 @@ def test_a_null_space_holds_nothing_that_prompts_write(tiny_llama):
     spaces = study.null_spaces(tiny_llama, prompts)
     for space in spaces.values():  # something is used, and something is left
         assert 0.5 < float(space.trace()) < tiny_llama.d_model - 0.5
-    for p in student.model.requires_grad_(True).parameters():
-        p.grad = torch.ones_like(p)
-    study.project(student, spaces)
-    first = student.model.model.layers[1].self_attn.q_proj
+    first = student.model.requires_grad_(True).model.layers[1].self_attn.q_proj
     seen = []
     handle = first.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
     study.answer_logits(student, prompts, [[1]] * 3)
     handle.remove()
-    moved, free = (torch.cat(seen).float() @ g.T for g in (first.weight.grad, torch.ones_like(first.weight)))
+    optimizer = torch.optim.AdamW(student.model.parameters(), lr=0.1, weight_decay=0.0)
+    before, generator = first.weight.detach().clone(), torch.Generator().manual_seed(0)
+    for _ in range(2):  # Adam scales each coordinate by itself: a gradient in the space is not enough
+        for p in student.model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        study.step_inside(optimizer, study.spaces_of(student, spaces))
+    changed = first.weight.detach() - before
+    moved = torch.cat(seen).float() @ changed.T
+    free = torch.cat(seen).float() @ (0.1 * torch.randn(changed.shape, generator=generator).sign()).T
+    assert changed.norm() > 0.1
     assert moved.norm() < 0.2 * free.norm()
-    assert student.model.model.embed_tokens.weight.grad is None
+
+
+def test_a_method_trains_only_what_has_a_space(tiny_llama, direction, few, monkeypatch):
+    study, student = importlib.import_module("methods"), tiny_llama.copy()
+    config = replace(study.OURS, n_steps=2, harmful_per_step=2, harmless_per_step=1)
+    state = prepare_student(student, direction, replace(config, train_layers="all"))
+    before = {n: p.detach().clone() for n, p in student.model.named_parameters()}
+    answers = {p: tiny_llama.encode("yes of course") for p in (*few.harmful, *few.harmless)}
+    loss = study.Supervised(tiny_llama, study.Targets(answers, answers, answers), torch.tensor([5]))
+    spaces = study.null_spaces(tiny_llama, few.harmless)
+    list(study.supervised_steps(state, loss.nll, few, set(answers), spaces))
+    changed = {n for n, p in student.model.named_parameters() if not torch.equal(p, before[n])}
+    inside = {f"model.layers.{key}.weight" for key in spaces}
+    assert changed
+    assert changed <= inside
 
 
 @pytest.mark.parametrize("task", ["units", "formal"])
