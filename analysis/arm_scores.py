@@ -23,6 +23,7 @@ from two_sided import WIDE, choosing_sets, look
 
 import safesteer as ss
 from safesteer.evaluation.capability import measure_capability
+from safesteer.models.adapter import as_base
 from safesteer.models.drift import kl_on_answers
 from safesteer.models.text_loss import general_text, perplexity
 
@@ -62,7 +63,9 @@ def measured(
     elif chat.tokenizer.chat_template != base.tokenizer.chat_template:
         drift = None  # no position of one matches one of the other
     else:
-        kls = kl_on_answers(base, chat, prompts, base_answers(base, limit))
+        with as_base(base, chat):  # a steered teacher has the same weights
+            answers = base_answers(base, limit)
+        kls = kl_on_answers(base, chat, prompts, answers)
         drift = sum(kls) / len(kls)
     scores = {
         "harmful": float(rows.refused[harmful].to_numpy().mean()),

@@ -19,6 +19,7 @@ TWO_SIDED = ROWS.parent / "two_sided"
 HARMFUL_SETS = ("own-val-harmful", "harmbench")
 HARMLESS_SETS = {"xstest": "XSTest, safe", "everyday": "everyday", "own-val-harmless": "twins"}
 AT = 0.75  # harmful refusals at which arms are compared
+NEAR = 0.3  # how far two looks may lie apart, for what is read between them
 N_DRAWS = 300
 LAST = 4  # the step after which every arm was looked at last
 TOKENS = {
@@ -124,14 +125,20 @@ def _with_interval(
 
 
 def at_equal_harm() -> tuple[list[str], list[list[str]]]:
-    """Make the table of over-refusal at equal harmful refusals, beside the base's line of a constant."""
+    """Make the table of over-refusal at equal harmful refusals, beside the base's line of a constant.
+
+    Of arms with looks of students near AT on both sides: on a chord from the untrained base to a student that
+    refuses everything lies no model.
+    """
     base, table = pd.read_csv(ROWS / "base.csv"), runs("rows")
     margins = {str(s): _where(base, set=s).margin.to_numpy()[None] for s in base.set.unique()}
     cells = [_with_interval(_over_of_constant, margins, name) for name in HARMLESS_SETS]
     lines = [["no training: a constant on the base's openers", "", *cells]]
     for tokens, optimizer, part in _groups(table):
         looks = _looks(base, part)
-        if np.concatenate([looks[s] for s in HARMFUL_SETS], 1).mean(1).max() >= AT:
+        harmful = np.concatenate([looks[s] for s in HARMFUL_SETS], 1).mean(1)[1:]
+        below, above = harmful[harmful <= AT], harmful[harmful >= AT]
+        if len(below) and len(above) and above.min() - below.max() <= NEAR:
             cells = [_with_interval(_over_of_looks, looks, name) for name in HARMLESS_SETS]
             lines.append([TOKENS[tokens], OPTIMIZERS[optimizer], *cells])
     return ["trained on", "optimizer", *HARMLESS_SETS.values()], lines
@@ -157,7 +164,7 @@ def instruments() -> tuple[list[str], list[list[str]]]:
             [
                 TOKENS[tokens],
                 OPTIMIZERS[optimizer],
-                f"{first.mass_teacher.mean():.1e}",
+                "1" if tokens == "whole" else f"{first.mass_teacher.mean():.1e}",
                 f"{first.gradient_norm.mean():.2g}",
                 f"{first.gradient_cosine.mean():.2f}",
                 f"{first.update_cosine.mean():.2f}",

@@ -168,20 +168,28 @@ def text_rows(model: Measured, data: Path) -> pd.DataFrame:
     return pd.DataFrame([{"model": model.name, "perplexity": round(value, 3), "tokens": PERPLEXITY_TOKENS}])
 
 
+def _without(sets: dict[str, list[str]], path: Path) -> dict[str, list[str]]:
+    """Leave out the sets that a file of margins holds already."""
+    known = set(pd.read_csv(path).set) if path.exists() else set()
+    return {name: texts for name, texts in sets.items() if name not in known}
+
+
 def measure(model: Measured, ids: torch.Tensor, sets: dict[str, list[str]], args: argparse.Namespace) -> None:
     """Write the files of a model that are missing; a gate reads prompts, and tasks have other rows."""
     tasks = () if model.name.startswith("gated") else (*TASKS, "margins", "wikitext2")
     with model.steering:
         for name in (*sets, *tasks):
             path = args.out / f"{model.name}--{name}.csv"
-            if path.exists():
+            left = _without(sets, path) if name == "margins" else sets
+            if path.exists() and (name != "margins" or not left):
                 continue
             if name in sets:
                 rows = prompt_rows(model, name, sets[name])
             elif name in TASKS:
                 rows = task_rows(model, name, args.data, args.out.parent / "tasks")
             elif name == "margins":
-                rows = margin_rows(model, ids, sets)
+                rows = margin_rows(model, ids, left)
+                rows = pd.concat([pd.read_csv(path), rows]) if path.exists() else rows
             else:
                 rows = text_rows(model, args.data)
             rows.to_csv(path, index=False)

@@ -69,8 +69,11 @@ def _pooled(rows: pd.DataFrame) -> float:
 
 
 def _rate(rows: pd.DataFrame) -> str:
-    """Write the rate over all seeds, with its interval; nothing where there is none."""
-    return with_interval(_pooled(rows), int(rows.n.sum())) if len(rows) else ""
+    """Write the rate over all seeds, with its interval; nothing where there is none.
+
+    All seeds and wrappers have the same prompts: the interval counts each once.
+    """
+    return with_interval(_pooled(rows), int(rows.n.max())) if len(rows) else ""
 
 
 def _mean(rows: pd.DataFrame, digits: int) -> str:
