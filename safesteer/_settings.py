@@ -85,6 +85,8 @@ def settings(name: str) -> Callable[[type[T]], type[T]]:
                 raise SafeSteerError(_sentence(name, error)) from None
 
         checked.__init__ = __init__
+        meanings = (f"    {field}: {info.description}" for field, info in describe(checked))
+        checked.__doc__ = "\n".join([f"{kind.__doc__}\n\nAttributes:", *meanings])
         return checked
 
     return decorate

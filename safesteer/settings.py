@@ -58,13 +58,14 @@ class DirectionConfig:
     )
     n_val_first: CountOrNone = setting_or_none(
         8,
-        "Of these, the pairs that every candidate is scored on; the best quarter is scored on as many more,"
-        " and so on. none: every candidate is scored on all of them, as published.",
+        "Successive halving: every candidate is scored on this many pairs, the best quarter on twice as many,"
+        " and so on up to n_val. none: every candidate is scored on all of them, as published.",
     )
     coeff: PositiveOrNone = setting_or_none(
         None,
         "Coefficient of the direction, at which it is also scored. none: 1 for a direction ranked by"
-        " ablation; for one ranked by steering, the smallest at which greedy answers refuse.",
+        " ablation; for one ranked by steering, the smallest of 1.2, 1.4, 1.6 and 1.8 at which greedy answers"
+        " refuse.",
     )
     rank_by: Literal["auto", "ablation", "steering"] = setting(
         "auto",
@@ -206,12 +207,16 @@ class DistillConfig:
         ge=0,
         le=1,
     )
-    max_opening: int = setting(16, "Longest of those openings.", unit="tokens", ge=1)
+    max_opening: int = setting(
+        16, "Length of the longest opening (used if opened_share > 0).", unit="tokens", ge=1
+    )
     anchor_support: Literal["same", "full"] = setting(
         "full", "Tokens compared on harmless answers: as `support`, or the whole vocabulary."
     )
-    anchor_weight: float = setting(1.0, "Weight of a harmless answer, in harmful ones.", ge=0, le=1e30)
-    late_anchor_weight: float = setting(4.0, "The same in the last third of the steps.", ge=0, le=1e30)
+    anchor_weight: float = setting(
+        1.0, "Weight of one harmless answer relative to one harmful answer.", ge=0, le=1e30
+    )
+    late_anchor_weight: float = setting(4.0, "anchor_weight in the last third of the steps.", ge=0, le=1e30)
     margin_weight: float = setting(
         0.0,
         "Weight of a margin beside the divergence: at each position the gap between the best logit of S and"
@@ -238,7 +243,9 @@ class DistillConfig:
     lora_rank: int = setting(
         0, "Rank of a low-rank adapter, with one copy of the weights; 0: full fine-tuning."
     )
-    lora_alpha: int = setting(32, "Scale of the adapter, in units of its rank.", ge=1)
+    lora_alpha: int = setting(
+        32, "As in peft: the adapter's output is multiplied by lora_alpha / lora_rank.", ge=1
+    )
     keep_adapter: bool = setting(False, "Write the adapter beside the merged model too.")
     precision: Literal["auto", "float32", "bfloat16"] = setting(
         "float32",
@@ -268,7 +275,7 @@ class DistillConfig:
         " never.",
         ge=0,
     )
-    n_watched: int = setting(16, "Prompts of those looks.", ge=1)
+    n_watched: int = setting(16, "Prompts that are answered when refusals are watched.", ge=1)
     on_fall: Literal["stop", "warn"] = setting(
         "stop",
         "What happens where the student refuses fewer of them than the base: training stops, or warns.",
@@ -277,10 +284,18 @@ class DistillConfig:
         0, "Steps between looks at val for early stopping, which leaves val out of training; 0: never."
     )
     stop_refusal: float = setting(
-        0.95, "Share of harmful val prompts refused at which training stops, and", unit="share", ge=0, le=1
+        0.95,
+        "Early stopping needs at least this share of harmful val prompts refused (used if check_every > 0).",
+        unit="share",
+        ge=0,
+        le=1,
     )
     stop_kl: float = setting(
-        0.1, "the KL to the base on harmless ones below which it may.", unit="nats per token", ge=0
+        0.1,
+        "Early stopping needs a KL to the base on harmless val prompts of at most this (used if check_every"
+        " > 0).",
+        unit="nats per token",
+        ge=0,
     )
     seed: int = setting(0, "Seed of prompts, answers and adapter.")
 

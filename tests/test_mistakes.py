@@ -37,9 +37,11 @@ from safesteer.attribution.stories import logit_parts
 from safesteer.attribution.tracing import trace
 from safesteer.directions.activations import Arm, read_activations
 from safesteer.directions.calibration import calibrate_to_kl, choose_coeff, drift
+from safesteer.directions.extraction import from_vector, mean_difference
 from safesteer.directions.inspection import logit_lens, probe_accuracy
 from safesteer.directions.refusal_tokens import RefusalTokens
 from safesteer.directions.shifts import shift_along
+from safesteer.directions.sweeping import sweep
 from safesteer.distillation.loop import training_steps
 from safesteer.distillation.rollouts import StepPrompts, Teacher, sample_rollouts
 from safesteer.distillation.state import prepare_student
@@ -867,3 +869,47 @@ def test_mmlu_names_its_subject(tmp_path):
     task = yaml.safe_load((out / "mmlu_stem_local.yaml").read_text())
     assert "(with answers) about {{subject}}.\n\n" in task["description"]
     assert json.loads((out / "mmlu_stem.jsonl").read_text())["subject"] == "machine learning"
+
+
+# --- what newcomers met ---
+
+
+def test_vectors_of_other_toolkits_are_ranked_by_what_they_do_when_added(tiny_llama, few):
+    vectors = torch.stack([random_vector(32, seed) for seed in range(3)])
+    candidates = replace(from_vector(tiny_llama, vectors), extraction="repeng")
+    config = ss.DirectionConfig(n_val=2, n_controls=0, n_held_out=0)
+    refusal = torch.tensor([5, 6])
+    assert sweep(tiny_llama, candidates, few, refusal, config).rank_by == "steering"
+    assert sweep(tiny_llama, mean_difference(tiny_llama, few), few, refusal, config).rank_by == "ablation"
+
+
+def test_vectors_come_as_arrays_and_by_position(tiny_llama):
+    one = random_vector(32)
+    assert torch.equal(from_vector(tiny_llama, one.numpy()).vectors, from_vector(tiny_llama, one).vectors)
+    by_position = torch.stack([random_vector(32, i) for i in range(15)]).view(5, 3, 32)
+    candidates = from_vector(tiny_llama, by_position.double())
+    assert candidates.positions == ("-5", "-4", "-3", "-2", "-1")
+    assert torch.equal(candidates.direction(tiny_llama, "-2", 1).vector, by_position[3, 1])
+    for wrong in (torch.ones(16), torch.ones(4, 32), torch.ones(5, 4, 32), torch.ones(1, 5, 3, 32)):
+        with pytest.raises(SafeSteerError, match="does not fit 'tiny-llama'"):
+            from_vector(tiny_llama, wrong)
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_a_layer_that_there_is_not_is_one_sentence(tiny_llama, layer):
+    with (
+        pytest.raises(SafeSteerError, match=f"no layer {layer}: the model has layers 0 to 2"),
+        ss.add(tiny_llama, random_vector(32), layer),
+    ):
+        pass
+
+
+def test_help_says_what_settings_mean():
+    text = ss.DirectionConfig.__doc__
+    assert text.startswith("Stage 1: read candidate directions")
+    assert "    n_val_first: Successive halving:" in text
+
+
+def test_a_prompt_set_where_a_list_belongs_names_its_kinds(few):
+    with pytest.raises(SafeSteerError, match=r"pass its .harmful or .harmless"):
+        as_prompts(few)

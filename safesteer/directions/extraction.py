@@ -19,6 +19,7 @@ means of the arms along them, so that coefficient 1 means the same everywhere.
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from einops import einsum
 from jaxtyping import Float
@@ -264,13 +265,17 @@ def _scaled_axes(
 
 
 def from_vector(
-    chat: ModelLike, vector: Float[Tensor, " d_model"] | Float[Tensor, "n_layers d_model"]
+    chat: ModelLike, vector: Float[Tensor, "*places d_model"] | Float[np.ndarray, "*places d_model"]
 ) -> Candidates:
-    """Take a vector of your own as candidates, at the position "given". It has no labels to shuffle.
+    """Take a vector of your own as candidates. It has no labels to shuffle.
+
+    Its length counts: the sweep adds it as it is. One of length 1 (a probe, a principal component, a row of a
+    sparse autoencoder's decoder) hardly acts; give it the length of `mean_difference`'s at that layer.
 
     Args:
         chat: A ChatModel, a TransformerBridge, or (model, tokenizer).
-        vector: One for all layers, [d_model], or one per layer, [n_layers, d_model].
+        vector: One for all layers, [d_model], or one per layer, [n_layers, d_model], at the position "given";
+            or one per position and layer, [n_pos, n_layers, d_model], at the last positions "-n_pos" to "-1".
 
     Raises:
         SafeSteerError: For a vector of another shape.
@@ -281,11 +286,14 @@ def from_vector(
         >>> from_vector(chat, torch.ones(chat.d_model)).direction(chat, "given", 1).layer
         1
     """
-    chat = as_chat(chat)
-    if vector.shape[-1] != chat.d_model or (vector.dim() == 2 and len(vector) != chat.n_layers):
+    chat, vector = as_chat(chat), torch.as_tensor(vector).float().cpu()
+    places = (chat.n_layers, chat.d_model)
+    if not (vector.shape == places[1:] or vector.shape == places or vector.shape[1:] == places):
         raise SafeSteerError(
-            f"A vector of shape {tuple(vector.shape)} does not fit '{chat.name}': give [{chat.d_model}], or"
-            f" [{chat.n_layers}, {chat.d_model}] for one per layer."
+            f"A vector of shape {tuple(vector.shape)} does not fit '{chat.name}': give [{chat.d_model}],"
+            f" [{chat.n_layers}, {chat.d_model}] for one per layer, or one dimension more in front for"
+            " positions."
         )
-    vectors = vector.float().cpu().expand(chat.n_layers, -1).clone()[None]
-    return Candidates(vectors, ("given",), "given")
+    if vector.dim() == 3:
+        return Candidates(vector.clone(), tuple(str(i) for i in range(-len(vector), 0)), "given")
+    return Candidates(vector.expand(chat.n_layers, -1).clone()[None], ("given",), "given")

@@ -39,6 +39,7 @@ from safesteer.steering.direction import Direction
 
 ZERO = 1e-5  # length below which a vector is rounding, in lengths of the longest
 PASSES = "passes every threshold"
+RANKED_BY_ABLATION = ("instruction", "system", "pca", "probe")  # where rank_by is "auto"; others by steering
 COLUMNS = ["extraction", "position", "layer", *SCORES, "kept", "reason", "n_pairs"]
 
 
@@ -80,8 +81,8 @@ class Sweep:
             miss = self.nearest_miss
             raise SafeSteerError(
                 f"No candidate passed the selection. The nearest miss is position {miss.position},"
-                f" layer {miss.layer}: {miss.reason}. Try extraction='prefill', or relax the"
-                " thresholds in DirectionConfig."
+                f" layer {miss.layer}: {miss.reason}. Try extraction='prefill' (with a vector of your own"
+                " another coeff), or relax the thresholds in DirectionConfig."
             )
         if self.rank_by == "ablation":
             return passed.sort_values(["ablation_refusal", "layer"])
@@ -173,7 +174,7 @@ def sweep(
 
     rank_by = config.rank_by
     if rank_by == "auto":
-        rank_by = "steering" if candidates.extraction in ("prefill", "given") else "ablation"
+        rank_by = "ablation" if candidates.extraction in RANKED_BY_ABLATION else "steering"
     places = runnable(candidates, config.max_layer_share)
     strength = _strength(config)
     vectors = strength * torch.stack([candidates.vectors[at] for at in places])

@@ -11,9 +11,6 @@ from tempfile import TemporaryDirectory
 from threading import Lock, Thread
 from typing import Any
 
-import anywidget
-import traitlets
-
 from safesteer._errors import SafeSteerError
 from safesteer.live.page import lens_page, lens_script, lens_style
 from safesteer.live.reading import Subject, chosen_direction, read_prompt, stream_answers
@@ -22,6 +19,12 @@ from safesteer.models.chat_model import ModelLike, as_chat
 from safesteer.steering.direction import Direction
 from safesteer.steering.reader import HarmfulnessReader
 from safesteer.tokens.token_set import TokenSet
+
+try:
+    import anywidget
+    import traitlets
+except ModuleNotFoundError as error:
+    raise SafeSteerError(f"The lens needs {error.name}: pip install 'safesteer[explore]'.") from error
 
 
 class LensWidget(anywidget.AnyWidget):

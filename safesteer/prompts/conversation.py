@@ -98,12 +98,16 @@ def as_prompt(value: PromptLike) -> str:
     raise SafeSteerError(f"A prompt is text or a list of messages, not a {type(value).__name__}.")
 
 
-def as_prompts(values: Iterable[Any]) -> list[str]:
+def as_prompts(values: Any) -> list[str]:
     """Return prompts, each a string or a `Conversation`.
 
     Raises:
         SafeSteerError: For a single string, or a single list of messages, where a list of prompts belongs.
     """
+    if hasattr(values, "harmful") and hasattr(values, "harmless"):  # a PromptSet, which builds on this
+        raise SafeSteerError(
+            "Prompts come as a list, and a PromptSet was given: pass its .harmful or .harmless."
+        )
     if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
         kind = "one prompt" if isinstance(values, str) else f"a {type(values).__name__}"
         raise SafeSteerError(f"Prompts come as a list, and {kind} was given: write [prompt].")

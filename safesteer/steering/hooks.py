@@ -43,8 +43,15 @@ def apply_hooks(chat: ModelLike, edits: Edits, *, rows_may_leave: bool = False) 
             place; None leaves it as it is. The layer of "embed" is not looked at.
         rows_may_leave: The edits do not know a row by its place in the batch, so answers that have ended may
             leave it.
+
+    Raises:
+        SafeSteerError: For a layer that the model does not have.
     """
     model = module_of(chat)
+    n_layers = len(blocks(model))
+    for point, layer in edits:
+        if point == "resid_pre" and not 0 <= layer < n_layers:
+            raise SafeSteerError(f"There is no layer {layer}: the model has layers 0 to {n_layers - 1}.")
     with ExitStack() as stack:
         if not rows_may_leave:
             stack.enter_context(rows_stay(model))
