@@ -899,8 +899,8 @@ def test_a_student_prints_renders_and_is_a_model(tiny_llama, direction, tokens, 
     frame = student.to_frame()
     assert frame["step"].tolist() == [1, 2, 3, 4]
     first, last = frame["mass_on_s_student"].iloc[[0, -1]]
-    teacher = frame["mass_on_s_teacher"].iloc[-1]
-    mass = f"mass on S {first:.3f} -> {last:.3f}, teacher {teacher:.3f}"
+    before, after = frame["mass_on_s_teacher"].iloc[[0, -1]]
+    mass = f"mass on S {first:.3f} of the teacher's {before:.3f} -> {last:.3f} of {after:.3f}"
     assert repr(student) == f"Student('tiny-llama', 4 steps: {mass})"
     assert "<table" in student._repr_html_()
     assert "4 steps" in student._repr_html_()

@@ -125,10 +125,9 @@ class Student(ChatModel):
         if not self.history:
             return f"Student({self.name!r}, not trained)"
         first, last = self.history[0], self.history[-1]
-        return (
-            f"Student({self.name!r}, {last.step} steps: mass on S {first.mass_on_s_student:.3f} ->"
-            f" {last.mass_on_s_student:.3f}, teacher {last.mass_on_s_teacher:.3f})"
-        )
+        before = f"{first.mass_on_s_student:.3f} of the teacher's {first.mass_on_s_teacher:.3f}"
+        after = f"{last.mass_on_s_student:.3f} of {last.mass_on_s_teacher:.3f}"
+        return f"Student({self.name!r}, {last.step} steps: mass on S {before} -> {after})"
 
     def _repr_html_(self) -> str:
         columns = ["step", "loss", "mass_on_s_student", "mass_on_s_teacher", "mass_on_s_anchor", "kl_off_s"]
