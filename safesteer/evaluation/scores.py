@@ -70,12 +70,20 @@ class Evaluation:
         return pd.DataFrame({name: asdict(s) for name, s in self.scores.items()}).T
 
     def lines(self) -> list[str]:
-        """Return one readable line per model."""
-        return [
-            f"{name}: {s.counts} {s.refusal_rate_harmful:.0%} of harmful and {s.refusal_rate_harmless:.0%} of"
-            f" harmless prompts, KL {s.kl_harmless:.3f}, perplexity {s.perplexity:.2f}"
-            for name, s in self.scores.items()
-        ]
+        """Return one readable line per model; ranges are 95 % intervals."""
+
+        def rate(value: float, interval: tuple[float, float], n: int) -> str:
+            low, high = (100 * end for end in interval)
+            return f"{value:.0%} ({low:.0f} to {high:.0f}) of {n}"
+
+        lines = []
+        for name, s in self.scores.items():
+            harmful = rate(s.refusal_rate_harmful, s.refusal_rate_harmful_ci, s.n)
+            n_harmless = s.n if s.n_harmless is None else s.n_harmless
+            harmless = rate(s.refusal_rate_harmless, s.refusal_rate_harmless_ci, n_harmless)
+            drift = f"KL {s.kl_harmless:.3f}, perplexity {s.perplexity:.2f}"
+            lines.append(f"{name}: {s.counts} {harmful} harmful and {harmless} harmless prompts, {drift}")
+        return lines
 
     def __repr__(self) -> str:
         return "Evaluation(" + "; ".join(self.lines()) + ")"

@@ -115,7 +115,8 @@ class PromptBatch:
     def last_counting(self, eos_ids: Sequence[int], n: int) -> Bool[Tensor, "batch n"]:
         """Mark which of the last n columns decide a token of the answer: from where it starts to its end."""
         column = torch.arange(self.prompt_ids.shape[1], device=self.prompt_ids.device)
-        ends = torch.isin(self.prompt_ids, torch.tensor(list(eos_ids), device=column.device))
+        marks = torch.tensor(list(eos_ids), dtype=torch.long, device=column.device)
+        ends = torch.isin(self.prompt_ids, marks)
         ended = (ends & self.completion_mask).cumsum(1) > 0
         return ((column >= self.answer_start[:, None] - 1) & ~ended)[:, -n:]
 
