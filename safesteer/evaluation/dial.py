@@ -142,11 +142,11 @@ def keep_rows_of(run: Path, student: ChatModel) -> None:
     """
     if (run / DIAL_FILE).is_file():
         table = pd.read_csv(run / DIAL_FILE, dtype={"weights": str})
-        kept = table[table.weights == weights_hash(student.model)]
-        if kept.empty:
+        same = table[table.weights == weights_hash(student.model)]
+        if same.empty:
             (run / DIAL_FILE).unlink()
-        elif len(kept) < len(table):
-            write_text(run / DIAL_FILE, kept.to_csv(index=False))
+        elif len(same) < len(table):
+            write_text(run / DIAL_FILE, same.to_csv(index=False))
 
 
 def _measured_before(path: Path, stamp: dict[str, str]) -> pd.DataFrame:
