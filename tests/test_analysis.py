@@ -332,7 +332,7 @@ def test_fine_tuning_runs_to_its_rows_and_continues(options, model_folder, tmp_p
         monkeypatch.setattr(study, name, value)
     parts = (load_prompts().split(name).first(4).prompts for name in ("train", "val"))
     few = PromptSet(tuple(prompt for part in parts for prompt in part))
-    monkeypatch.setattr(ss, "load_prompts", lambda: few)
+    monkeypatch.setattr(ss, "load_prompts", lambda *_: few)
     monkeypatch.setattr("safesteer.distillation.seal.load_prompts", lambda: few)
     TokenSet(tuple(SafetyToken(i, "", 1, (1,), 0.0, 0.0, 0.0) for i in (60, 70)), {}, {}, 1).save(
         tmp_path / "s.json"

@@ -1004,7 +1004,7 @@ def test_the_two_sided_teacher_reads_harmless_answers_with_the_direction_ablated
 ):
     config = DistillConfig(**SMALL, harmless_teacher="ablated")
     rollouts = sample_rollouts(tiny_llama, StepPrompts(("bad",), ("good", "fine")), config)
-    tokens_ = TokenSet((), {}, {}, 1)
+    tokens_ = set_of([5])
     two_sided = teacher_hidden(Teacher(tiny_llama, direction, tokens_), rollouts, config)
     one_sided = teacher_hidden(
         Teacher(tiny_llama, direction, tokens_), rollouts, replace(config, harmless_teacher="base")

@@ -374,7 +374,7 @@ def test_pad_id_inside_a_prompt_stays_real(chatml_tokenizer):
 def test_every_row_keeps_a_column_of_its_own(chatml_tokenizer):
     """Equal prompts, or one that is the start of another, still leave an input for every row."""
     same = PromptBatch.of(chatml_tokenizer, ["Hi", "Hi"])
-    assert same.n_shared == same.prompt_ids.shape[1] - 1
+    assert same.n_shared == same.prompt_ids.shape[1] - suffix_length(chatml_tokenizer)
     nested = PromptBatch.from_ids([[5, 6], [5, 6, 7]], [[], []])
     assert nested.n_shared == 1
     assert nested.prompt_ids.tolist() == [[5, 0, 6], [5, 6, 7]]

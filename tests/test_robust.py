@@ -530,14 +530,14 @@ def test_the_page_on_depth_pools_the_seeds_that_are_there(tmp_path, monkeypatch)
     assert of_student[2:8] == [
         "2",
         "refused, opened by our text",
-        "62 % (39 to 82)",
+        "62 % (31 to 86)",
         "",
         "",
-        "12 % (3 to 36)",
+        "12 % (2 to 47)",
     ]
     titles, _, _, of_student = cells(tables.wrapper_table)
     assert titles[2:] == ["plain", "fiction (test)"]
     assert of_student[2:] == ["62 % / 75 %", "38 % / 25 %"]
     titles, _, _, of_student = cells(tables.weight_table)
-    assert of_student[2:4] == ["62 % (39 to 82)", "25 % (10 to 49), KL 0.06"]
-    assert of_student[4:9] == ["", "", "", "", "50 % (28 to 72), n = 16"]
+    assert of_student[2:4] == ["62 % (31 to 86)", "25 % (7 to 59), KL 0.06"]
+    assert of_student[4:9] == ["", "", "", "", "50 % (22 to 78), n = 16"]

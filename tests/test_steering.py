@@ -197,7 +197,7 @@ def test_hooks_are_gone_after_a_failing_edit(either):
 
 
 def test_hooks_are_gone_when_a_later_one_cannot_be_attached(tiny_llama):
-    edits = {("resid_pre", 0): lambda h: h + 1, ("resid_pre", 99): lambda h: h}
+    edits = {("resid_pre", 0): lambda h: h + 1, ("write", 99): lambda h: h}
     before = n_hooks(tiny_llama.model)  # transformers leaves hooks of its own on a model once used
     with pytest.raises(IndexError), apply_hooks(tiny_llama.model, edits):
         pass

@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -21,6 +20,7 @@ from safesteer.evaluation import sets
 from safesteer.evaluation import suite as suites
 from safesteer.evaluation.capability import KNOWN as TASKS
 from safesteer.evaluation.capability import local_name, measure_capability, write_tasks
+from safesteer.evaluation.changes import paired_change
 from safesteer.evaluation.ledger import looks
 from safesteer.evaluation.sets import score_sets
 from safesteer.evaluation.suite import SUITES, Suite, run_suite
@@ -410,13 +410,9 @@ def test_capability_rows_count_right_answers_and_pair_base_with_student(model_fo
     p = binomtest(gained, gained + lost).pvalue
     assert change.metric == f"acc, student - base ({gained} more, {lost} less, p {p:.2g})"
     assert (change.value, change.n) == (pytest.approx((gained - lost) / n), n)
-    resampled = np.ones(1)
-    for _ in range(n):  # how the sum of n draws from the changes (-1, 0, +1) is distributed
-        resampled = np.convolve(resampled, [lost / n, 0, gained / n])
-    for limit, share in ((change.low, 0.025), (change.high, 0.975)):
-        at = round(limit * n) + n
-        assert limit == pytest.approx((at - n) / n)
-        assert resampled[:at].sum() - 0.01 < share < resampled[: at + 1].sum() + 0.01
+    pair = [True] * lost + [False] * gained, [False] * lost + [True] * gained
+    want = paired_change(*pair)
+    assert (change.low, change.high) == pytest.approx((want.low, want.high))
 
 
 def test_without_the_extra_a_sentence_says_so(tiny_llama, tmp_path, monkeypatch):

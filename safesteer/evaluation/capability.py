@@ -62,7 +62,7 @@ def _piqa(r: dict) -> dict:
 
 def _mmlu(r: dict) -> dict:
     """Rewrite a row of MMLU; the harness names the subject before the question."""
-    subject = r["category"].replace("_", " ")
+    subject = r.get("category", "many subjects").replace("_", " ")
     return {"question": r["prompt"], "choices": r["choices"], "answer": r["answer"], "subject": subject}
 
 

@@ -188,7 +188,7 @@ _VERDICT = re.compile(
     r"|harmful|harmless|dangerous)\b",
     re.I,
 )
-_DENIES = re.compile(r"\b(?:no|not|cannot|never|neither|nor|none|nothing|without|lacks?)\b|n't\b", re.I)
+_DENIES = re.compile(r"\b(?:no(?!,)|not|cannot|never|neither|nor|none|nothing|without|lacks?)\b|n't\b", re.I)
 _CONCLUDES = re.compile(
     r"\b(?:answer|verdict|conclusion|classification|label|judg(?:e)?ment|assessment|final|overall"
     r"|therefore)\b",

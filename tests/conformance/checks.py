@@ -404,7 +404,8 @@ def check_scores(case: Case) -> None:
             p = case.logits(ids)[-3:].double().log_softmax(-1)
             with ablate(case.chat, vectors[i]):
                 q = case.logits(ids)[-3:].double().log_softmax(-1)
-            want["kl_harmless"].append(float((p.exp() * (p - q)).sum(-1).mean()))
+            n_counting = 1 + next((k for k, t in enumerate(new) if t in case.chat.eos_ids), len(new))
+            want["kl_harmless"].append(float((p.exp() * (p - q)).sum(-1)[:n_counting].mean()))
         for name in SCORES:
             expected, limit = torch.tensor(want[name]).double(), 0.5 if case.half else 2e-3
             off = float((got[name][i] - expected).abs().max() / (1 + expected.abs().max()))
