@@ -136,17 +136,21 @@ def _changed(rows: pd.DataFrame, start: str) -> str:
     return f"{_rate(left)}, KL {_mean(cost, 2)}" if len(left) else ""
 
 
-TUNED = ROWS.parent / "fine_tuning_smollm2"
+TUNED = {  # folders of fine_tuning.py, and the prompts of their looks
+    "fine_tuning_smollm2": "32 val pairs, 24 of them trained on",
+    "fine_tuning_unseen": "66 wider pairs, none trained on",
+}
 SEALS = ("unsealed", "sealed", "sealed_tenfold")  # arms of fine_tuning.py
 
 
 def seal_table() -> str:
     """Make the table of benign fine-tuning: refusals before and after, with and without the seal."""
     lines, named = [], {}
-    for path in TUNED.glob("*.rows.csv"):
-        task, arm, *adapter, seed = path.name.removesuffix(".rows.csv").split("--")
-        named[task, SEALS.index(arm), tuple(adapter), int(seed)] = path
-    for (task, arm, adapter, seed), path in sorted(named.items()):
+    for place, folder in enumerate(TUNED):
+        for path in (ROWS.parent / folder).glob("*.rows.csv"):
+            task, arm, *adapter, seed = path.name.removesuffix(".rows.csv").split("--")
+            named[place, task, SEALS.index(arm), tuple(adapter), int(seed)] = path
+    for (place, task, arm, adapter, seed), path in sorted(named.items()):
         rows = pd.read_csv(path)
         steps = pd.read_csv(path.with_name(path.name.replace("rows", "steps")))
         last, cells = int(rows.step.max()), []
@@ -160,8 +164,18 @@ def seal_table() -> str:
         divergence = steps.seal_divergence.tail(25).mean()
         cells += [percent(right.mean()), f"{loss:.3f}", f"{divergence:.4f}"]
         seal = ", ".join((SEALS[arm], *adapter)).replace("_", " ")
-        lines.append([task, seal, str(seed), *cells])
-    titles = ["task", "seal", "seed", "harmful refused", "points", "harmless refused", "points", "task right"]
+        lines.append([[*TUNED.values()][place], task, seal, str(seed), *cells])
+    titles = [
+        "asked",
+        "task",
+        "seal",
+        "seed",
+        "harmful refused",
+        "points",
+        "harmless refused",
+        "points",
+        "task right",
+    ]
     return markdown([*titles, "task loss", "divergence on S"], lines) if lines else NOTHING
 
 
