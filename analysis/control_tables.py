@@ -352,7 +352,7 @@ TAUGHT = {  # methods of methods.py, and what the page calls them
     "dpo_of_any_answers": "DPO, the base's own refusals rejected too: a mistake",
     "sft_early": "SFT, the first tokens weighed as with S",
     "null_space": "SFT in the null space of harmless prompts",
-    "null_space_of_gradients": "SFT, gradients (not updates) in the null space of harmless prompts: a mistake",
+    "null_space_of_gradients": "SFT, gradients, not updates, in that null space: a mistake",
 }
 
 
