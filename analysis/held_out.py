@@ -180,8 +180,10 @@ def measure(model: Measured, ids: torch.Tensor, sets: dict[str, list[str]], args
     with model.steering:
         for name in (*sets, *tasks):
             path = args.out / f"{model.name}--{name}.csv"
-            left = _without(sets, path) if name == "margins" else sets
-            if path.exists() and (name != "margins" or not left):
+            left = (
+                _without(sets, path) if name == "margins" else {}
+            )  # a look may ask other sets than one before
+            if path.exists() and not left:
                 continue
             if name in sets:
                 rows = prompt_rows(model, name, sets[name])

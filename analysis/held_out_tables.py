@@ -98,14 +98,13 @@ def margins_table(folder: Path | None = None) -> tuple[list[str], list[list[str]
     """Make the table of what a constant on the openers' logits makes of each model: its own line.
 
     The over-refusal where half, 60 and 70 % of the public harmful prompts are refused at the first token, and
-    how well the margin tells. The first title names sets that were
-    answered and whose margins were not read.
+    how well the margin tells. The first title names sets that were answered and whose margins were not read.
     """
-    lines, missing = [], ()
+    lines, missing = [], {}
     for path in sorted((folder or ROWS).glob("*--margins.csv")):
         rows = pd.read_csv(path)
         answered = [s for s in (*PUBLIC, *OVER) if (path.parent / f"base--{s}.csv").exists()]
-        missing = [s for s in answered if s not in set(rows.set)]
+        missing |= dict.fromkeys(s for s in answered if s not in set(rows.set))
         harmful, over = (rows.loc[rows.set.isin(sets), "margin"].to_numpy() for sets in (PUBLIC, OVER))
         curve = bias_curve(harmful, over, NATS)
         rates = [percent(over_refusal_at(curve, rate)) for rate in AT]

@@ -143,20 +143,28 @@ class Supervised:
     targets: Targets
     opens: Tensor
 
-    def nll(self, student: ss.ChatModel, prompts: list[str], harmful: bool) -> Tensor:
-        """Sum the mean negative log-likelihoods of refusals, or of the base's answers."""
-        answers = [(self.targets.refusals if harmful else self.targets.answers)[p] for p in prompts]
-        logits = answer_logits(student, prompts, answers)
-        return torch.stack([-logp_of(z, ids).mean() for z, ids in zip(logits, answers, strict=True)]).sum()
+    def nll(
+        self,
+        student: ss.ChatModel,
+        prompts: list[str],
+        harmful: bool,
+        n_tokens: int = N_TOKENS,
+        decay: float = 1.0,
+    ) -> Tensor:
+        """Sum the mean negative log-likelihoods of refusals, or of the base's answers.
+
+        A mean is over an answer's first tokens, each weighed by `decay` relative to the one before.
+        """
+        targets, total = self.targets.refusals if harmful else self.targets.answers, []
+        answers = [targets[p][:n_tokens] for p in prompts]
+        for z, ids in zip(answer_logits(student, prompts, answers), answers, strict=True):
+            weights = decay ** torch.arange(len(ids), device=z.device)
+            total.append(-(weights * logp_of(z, ids)).sum() / weights.sum())
+        return torch.stack(total).sum()
 
     def early_nll(self, student: ss.ChatModel, prompts: list[str], harmful: bool) -> Tensor:
         """As `nll`, on as many tokens as the distilled arms compare, weighed as there."""
-        answers = [(self.targets.refusals if harmful else self.targets.answers)[p] for p in prompts]
-        answers, total = [ids[: OURS.max_new_tokens] for ids in answers], []
-        for z, ids in zip(answer_logits(student, prompts, answers), answers, strict=True):
-            weights = OURS.decay ** torch.arange(len(ids), device=z.device)
-            total.append(-(weights * logp_of(z, ids)).sum() / weights.sum())
-        return torch.stack(total).sum()
+        return self.nll(student, prompts, harmful, OURS.max_new_tokens, OURS.decay)
 
     def kl_and_margin(self, student: ss.ChatModel, prompts: list[str], harmful: bool) -> Tensor:
         """As `nll` on harmful prompts; on others KL(base || student), and the margin at the first token."""
@@ -248,7 +256,7 @@ def supervised_steps(
     """
     config, params = state.config, list(state.trained.values())
     n_rows = answers_per_pass(config, state.student.device)
-    inside = None if spaces is None else spaces_of(state.student, spaces)
+    inside = {} if spaces is None else spaces_of(state.student, spaces)
     while state.step < config.n_steps:
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.step, config)
@@ -261,14 +269,11 @@ def supervised_steps(
                     continue
                 weight = 1.0 if harmful else config.anchor_weight
                 (weight * loss(state.student, part, harmful) / len(drawn.texts)).backward()
-        if inside is None:
-            nn.utils.clip_grad_norm_(params, config.max_grad_norm)
-            state.optimizer.step()
-        else:
+        if inside:
             for p in set(params) - inside.keys():
                 p.grad = None
-            nn.utils.clip_grad_norm_(list(inside), config.max_grad_norm)
-            step_inside(state.optimizer, inside)
+        nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+        step_inside(state.optimizer, inside)
         state.step += 1
         yield state.step
 

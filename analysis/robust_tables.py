@@ -146,11 +146,11 @@ SEALS = ("unsealed", "sealed", "sealed_tenfold")  # arms of fine_tuning.py
 def seal_table() -> str:
     """Make the table of benign fine-tuning: refusals before and after, with and without the seal."""
     lines, named = [], {}
-    for place, folder in enumerate(TUNED):
+    for place, (folder, asked) in enumerate(TUNED.items()):
         for path in (ROWS.parent / folder).glob("*.rows.csv"):
             task, arm, *adapter, seed = path.name.removesuffix(".rows.csv").split("--")
-            named[place, task, SEALS.index(arm), tuple(adapter), int(seed)] = path
-    for (place, task, arm, adapter, seed), path in sorted(named.items()):
+            named[place, task, SEALS.index(arm), tuple(adapter), int(seed)] = asked, path
+    for (_, task, arm, adapter, seed), (asked, path) in sorted(named.items()):
         rows = pd.read_csv(path)
         steps = pd.read_csv(path.with_name(path.name.replace("rows", "steps")))
         last, cells = int(rows.step.max()), []
@@ -164,7 +164,7 @@ def seal_table() -> str:
         divergence = steps.seal_divergence.tail(25).mean()
         cells += [percent(right.mean()), f"{loss:.3f}", f"{divergence:.4f}"]
         seal = ", ".join((SEALS[arm], *adapter)).replace("_", " ")
-        lines.append([[*TUNED.values()][place], task, seal, str(seed), *cells])
+        lines.append([asked, task, seal, str(seed), *cells])
     titles = [
         "asked",
         "task",

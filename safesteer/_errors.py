@@ -13,3 +13,9 @@ def first_line(error: Exception, most: int = 300) -> str:
     lines = (line.strip() for line in str(error).splitlines() if any(map(str.isalnum, line)))
     line = next(lines, type(error).__name__)
     return line if len(line) <= most else f"{line[: most + 1].rsplit(' ', 1)[0][:most].rstrip(' ,;:')} ..."
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Recognise it: torch's CPU allocator raises a RuntimeError, a library without memory an ImportError."""
+    signs = ("out of memory", "allocate memory", "failed to map segment")
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)

@@ -27,7 +27,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from safesteer._errors import SafeSteerError
+from safesteer._errors import SafeSteerError, is_out_of_memory
 from safesteer._options import EVALUATE, EXPORT, OPTIONS, SEARCH, SOURCE
 
 app = typer.Typer(
@@ -255,12 +255,6 @@ def _terminated(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Recognise it: torch's CPU allocator raises a RuntimeError, a library without memory an ImportError."""
-    signs = ("out of memory", "allocate memory", "failed to map segment")
-    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
-
-
 def _fail(text: str) -> None:
     Console(stderr=True).print(f"error: {text}", highlight=False, markup=False)
     sys.exit(1)
@@ -279,7 +273,7 @@ def main() -> None:
         print("\nInterrupted. The same command continues from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError, ImportError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         _fail(
             "Out of memory. Lower distill.micro_batch, tokens.batch_size or direction.tokens_per_pass, or"

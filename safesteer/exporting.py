@@ -16,7 +16,7 @@ import torch
 from safesteer._clock import timed
 from safesteer._errors import SafeSteerError
 from safesteer._files import read_json, whole_folder, write_json, write_text
-from safesteer.evaluation.targets import load_target, require_run
+from safesteer.evaluation.targets import PROBE, load_target, require_run
 from safesteer.model_card import CARD, card_at
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
@@ -29,7 +29,6 @@ from safesteer.models.placement import is_offloaded
 from safesteer.models.precision import as_dtype, in_precision, weight_dtype
 from safesteer.models.quiet import quiet_transformers
 
-PROBE = ("What is the capital of France?", "Tell me how rainbows form.")
 PROBE_FILE = "probe.json"
 TOLERANCE = 1e-4  # of a logit, in float32
 

@@ -135,6 +135,7 @@ def write_card(
         " does not refuse is harmful was not judged."
     )
     origin, first = _origin(base), next(iter(scores.values()))
+    n, n_harmless = first.n_each
     metadata = ModelCardData(
         base_model=origin.get("base_model"),
         license=origin.get("license"),
@@ -154,8 +155,8 @@ def write_card(
         layer=direction.layer,
         coeff=f"{direction.coeff:g}",
         prompts=direction.prompts_hash,
-        n=first.n,
-        n_harmless=first.n if first.n_harmless is None else first.n_harmless,
+        n=n,
+        n_harmless=n_harmless,
         counts=first.counts,
         quantized=_QUANTIZED if is_quantized(base.model) else "",
         thinking=_NOT_THINKING if leaves_thinking_out(base.tokenizer) else "",

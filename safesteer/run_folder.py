@@ -182,16 +182,14 @@ def check_base(run: Run, base: ChatModel, *, trains: bool) -> None:
     recipe, opened = run.recipe, isinstance(run.model, ChatModel)
     if not trains:
         return
-    if is_quantized(base.model):
-        require_adapter(base.model, recipe.distill)
-        if not recipe.quantize:
-            raise SafeSteerError(
-                f"The export needs the weights of '{base.name}' as they were before they were quantized: pass"
-                " the name of an unquantized model, and the setting quantize=4bit."
-            )
+    require_adapter(base.model, recipe.distill)
+    if is_quantized(base.model) and not recipe.quantize:
+        raise SafeSteerError(
+            f"The export needs the weights of '{base.name}' as they were before they were quantized: pass"
+            " the name of an unquantized model, and the setting quantize=4bit."
+        )
     if opened:
         require_together(base.model)
-        require_adapter(base.model, recipe.distill)
     if not recipe.distill.lora_rank:
         require_trainable(base.model.parameters())
 

@@ -295,7 +295,7 @@ def test_a_null_space_holds_nothing_that_prompts_write(tiny_llama):
     assert moved.norm() < 0.2 * free.norm()
 
 
-def test_a_method_trains_only_what_has_a_space(tiny_llama, direction, few, monkeypatch):
+def test_a_method_trains_only_what_has_a_space(tiny_llama, direction, few):
     study, student = importlib.import_module("methods"), tiny_llama.copy()
     config = replace(study.OURS, n_steps=2, harmful_per_step=2, harmless_per_step=1)
     state = prepare_student(student, direction, replace(config, train_layers="all"))

@@ -20,7 +20,6 @@ from safesteer.evaluation import sets
 from safesteer.evaluation import suite as suites
 from safesteer.evaluation.capability import KNOWN as TASKS
 from safesteer.evaluation.capability import local_name, measure_capability, write_tasks
-from safesteer.evaluation.changes import paired_change
 from safesteer.evaluation.ledger import looks
 from safesteer.evaluation.sets import score_sets
 from safesteer.evaluation.suite import SUITES, Suite, run_suite
@@ -410,9 +409,10 @@ def test_capability_rows_count_right_answers_and_pair_base_with_student(model_fo
     p = binomtest(gained, gained + lost).pvalue
     assert change.metric == f"acc, student - base ({gained} more, {lost} less, p {p:.2g})"
     assert (change.value, change.n) == (pytest.approx((gained - lost) / n), n)
-    pair = [True] * lost + [False] * gained, [False] * lost + [True] * gained
-    want = paired_change(*pair)
-    assert (change.low, change.high) == pytest.approx((want.low, want.high))
+    # All verdicts turn, so Newcombe's interval goes from one end of both rates' intervals to the other.
+    before, after = (binomtest(k, n).proportion_ci(method="wilson") for k in (lost, gained))
+    want = after.low - before.high, after.high - before.low
+    assert (change.low, change.high) == pytest.approx(want, rel=1e-4)
 
 
 def test_without_the_extra_a_sentence_says_so(tiny_llama, tmp_path, monkeypatch):

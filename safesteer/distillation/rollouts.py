@@ -49,11 +49,7 @@ class Teacher:
     def __post_init__(self) -> None:
         if not len(self.tokens):
             raise SafeSteerError("S holds no token, so there is nothing to teach on: select some.")
-        if int(self.tokens.ids.max()) >= self.base.d_vocab:
-            raise SafeSteerError(
-                f"S has the token {int(self.tokens.ids.max())}, and '{self.base.name}' has"
-                f" {self.base.d_vocab} tokens: select S on this model."
-            )
+        self.tokens.check(self.base)
 
 
 def prompt_indices(n_items: int, n: int, step: int, seed: int) -> list[int]:

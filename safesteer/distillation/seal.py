@@ -46,7 +46,7 @@ from safesteer.models.forward import final_hidden
 from safesteer.models.generation import greedy_ids
 from safesteer.models.head import output_head
 from safesteer.models.logits import logps_on
-from safesteer.models.parts import hf_model
+from safesteer.models.parts import hf_model, modes_put_back
 from safesteer.prompts.conversation import PromptLike
 from safesteer.prompts.prompt_set import LABELS, PromptSet, load_prompts
 from safesteer.tokens.token_set import TokenSet
@@ -88,11 +88,7 @@ def hold(chat: ChatModel, prompts: PromptSet, tokens: TokenSet) -> Held:
     """
     kinds = [texts for texts in map(prompts.texts, LABELS) if texts]
     texts = tuple(text for kind in kinds for text in kind)
-    if int(tokens.ids.max()) >= chat.d_vocab:
-        raise SafeSteerError(
-            f"S has the token {int(tokens.ids.max())}, and '{chat.name}' has {chat.d_vocab} tokens: select S"
-            " on the model itself (select_tokens)."
-        )
+    tokens.check(chat)
     logps: list[Tensor] = [torch.empty(0)] * len(texts)
     with evaluating(chat.model):
         openings = tuple(map(tuple, greedy_ids(chat, texts, N_TOKENS, BATCH_SIZE, keep_eos=True)))
@@ -148,13 +144,9 @@ def _logps_along(
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Let a model be in evaluation mode inside the block; then every module has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with modes_put_back(model):
         model.eval()
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class SafetySeal(TrainerCallback):

@@ -85,7 +85,7 @@ class DistillState:
 def require_adapter(model: nn.Module, config: DistillConfig) -> None:
     """Raise SafeSteerError where quantized weights would have to train, or be spread over processes.
 
-    And where an adapter would come beside one that is there: taking it off would take off both.
+    Also where an adapter would come beside another one: taking it off would take off both.
     """
     if config.lora_rank and is_adapted(model):
         raise SafeSteerError(

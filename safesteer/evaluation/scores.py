@@ -53,6 +53,11 @@ class Scores:
     counts: str = "refused"
     n_harmless: int | None = None
 
+    @property
+    def n_each(self) -> tuple[int, int]:
+        """How many harmful and how many harmless prompts the rates are of."""
+        return self.n, self.n if self.n_harmless is None else self.n_harmless
+
 
 @dataclass(frozen=True, repr=False)
 class Evaluation:
@@ -78,8 +83,8 @@ class Evaluation:
 
         lines = []
         for name, s in self.scores.items():
-            harmful = rate(s.refusal_rate_harmful, s.refusal_rate_harmful_ci, s.n)
-            n_harmless = s.n if s.n_harmless is None else s.n_harmless
+            n, n_harmless = s.n_each
+            harmful = rate(s.refusal_rate_harmful, s.refusal_rate_harmful_ci, n)
             harmless = rate(s.refusal_rate_harmless, s.refusal_rate_harmless_ci, n_harmless)
             drift = f"KL {s.kl_harmless:.3f}, perplexity {s.perplexity:.2f}"
             lines.append(f"{name}: {s.counts} {harmful} harmful and {harmless} harmless prompts, {drift}")

@@ -42,7 +42,7 @@ from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.robust import MAY_FAIL, Robustness, Subject, parts_of
 from safesteer.evaluation.rows import change_row, rate, row
 from safesteer.evaluation.sets import COLUMNS, OWN, PAIRS, PUBLIC, check_sets, score_set, set_prompts
-from safesteer.evaluation.targets import load_target, run_of
+from safesteer.evaluation.targets import PROBE, load_target, run_of
 from safesteer.judges.judge import Judge, judge_identity
 from safesteer.judges.sentences import declines
 from safesteer.models.chat_model import ChatModel, ModelLike
@@ -56,7 +56,6 @@ from safesteer.report.page import suite_page
 from safesteer.settings import EvaluateConfig
 
 HUMANEVAL = "humaneval"
-PROBE = ("What is the capital of France?", "Tell me how rainbows form.")
 NEW_KEYS = ("weights", "first words", "rows")  # of a folder: earlier versions wrote none
 
 

@@ -9,6 +9,8 @@ from safesteer.models.hashing import weights_hash
 from safesteer.models.loading import load_model
 from safesteer.settings import ALIKE, MODEL_SOURCE
 
+PROBE = ("What is the capital of France?", "Tell me how rainbows form.")  # by which a model is recognised
+
 
 def run_of(target: str | Path | ModelLike) -> Path | None:
     """Return the target if it is a run folder with a trained model, None for a model.

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from safesteer._errors import SafeSteerError
 from safesteer._files import whole_folder
 from safesteer.models.chat_model import ChatModel
-from safesteer.models.parts import blocks, hf_model, is_bridge
+from safesteer.models.parts import blocks, hf_model, is_bridge, modes_put_back
 from safesteer.models.passes import bare
 from safesteer.models.placement import weights_in
 
@@ -74,14 +74,12 @@ def _placed(modules: Sequence[nn.Module]) -> Iterator[None]:
 def put_back(model: nn.Module) -> Iterator[None]:
     """Let every parameter and module be as it was after the block: what trains, and the mode."""
     needs = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        yield
+        with modes_put_back(model):
+            yield
     finally:
         for p, needed in needs:
             p.requires_grad = needed
-        for module, mode in modes:
-            module.training = mode
 
 
 def shares_weights(base: ChatModel, student: ChatModel) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.logits import logits_of
-from safesteer.models.parts import decoder, final_norm, hf_model, text_config
+from safesteer.models.parts import decoder, final_norm, hf_model, modes_put_back, text_config
 from safesteer.models.placement import input_device, require_head_with_embedding
 
 T = TypeVar("T")
@@ -113,17 +113,18 @@ def _unhooked(model: nn.Module) -> Iterator[None]:
     Those that transformers adds at its first pass, to record what a config asks for, stay.
     """
     modules = list(model.modules())
-    states = [(m._forward_pre_hooks, m._forward_hooks, m.training) for m in modules]
+    hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in modules]
     try:
         for m in modules:
-            m._forward_pre_hooks, m._forward_hooks, m.training = OrderedDict(), OrderedDict(), False
-        with torch.no_grad():
+            m._forward_pre_hooks, m._forward_hooks = OrderedDict(), OrderedDict()
+        with modes_put_back(model), torch.no_grad():
+            model.eval()
             yield
     finally:
-        for m, (before, after, training) in zip(modules, states, strict=True):
+        for m, (before, after) in zip(modules, hooks, strict=True):
             before.update(m._forward_pre_hooks)
             after.update(m._forward_hooks)
-            m._forward_pre_hooks, m._forward_hooks, m.training = before, after, training
+            m._forward_pre_hooks, m._forward_hooks = before, after
 
 
 @once_per_model

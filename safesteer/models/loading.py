@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from safesteer._clock import timed
-from safesteer._errors import SafeSteerError, first_line
+from safesteer._errors import SafeSteerError, first_line, is_out_of_memory
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.gguf import gguf_folder, is_gguf
 from safesteer.models.named import NAMED, SMOLLM2, named_source
@@ -124,7 +124,7 @@ def load_model(
                 model = _whole(_auto_class(config), name, source, dtype=dtype, **storage, **options)
                 model.to(device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "memory" in str(error):
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         raise _not_loaded(name, error, bool(options["trust_remote_code"])) from error
     if model.config.is_encoder_decoder:

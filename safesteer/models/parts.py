@@ -92,6 +92,17 @@ def context_length(model: nn.Module) -> int | None:
 
 
 @contextmanager
+def modes_put_back(model: nn.Module) -> Iterator[None]:
+    """Let modules be in other modes (training, evaluation) inside the block; then each has its own again."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+@contextmanager
 def tensors_put_back(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Let parameters hold other tensors inside the block; then each has its own again."""
     before = [(parameter, parameter.data) for parameter in parameters]

@@ -15,7 +15,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from safesteer._errors import SafeSteerError
 from safesteer._files import read_value, write_json
+from safesteer.models.chat_model import ChatModel
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,22 @@ class TokenSet:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def check(self, chat: ChatModel) -> None:
+        """Check that the model has a row for every token of S.
+
+        Args:
+            chat: The model on which S is used.
+
+        Raises:
+            SafeSteerError: Names a token that it lacks.
+        """
+        largest = int(self.ids.max())
+        if largest >= chat.d_vocab:
+            raise SafeSteerError(
+                f"S has the token {largest}, and '{chat.name}' has {chat.d_vocab} tokens: select S on the"
+                " model itself (select_tokens)."
+            )
 
     def __repr__(self) -> str:
         texts = " ".join(repr(t.text) for t in self.tokens[:10])
