@@ -41,7 +41,7 @@ from two_sided import COEFF, choosing_sets, look_while_training, opening_ids, tr
 
 import safesteer as ss
 from safesteer.distillation.loop import training_steps
-from safesteer.distillation.rollouts import StepPrompts, Teacher, answers_per_pass
+from safesteer.distillation.rollouts import StepPrompts, Teacher
 from safesteer.distillation.state import DistillState, prepare_student
 from safesteer.distillation.step import learning_rate
 from safesteer.models.batch import PromptBatch
@@ -255,7 +255,7 @@ def supervised_steps(
     What is not `known` has no answer to learn, and counts for nothing.
     """
     config, params = state.config, list(state.trained.values())
-    n_rows = answers_per_pass(config, state.student.device)
+    n_rows = config.micro_batch
     inside = {} if spaces is None else spaces_of(state.student, spaces)
     while state.step < config.n_steps:
         for group in state.optimizer.param_groups:

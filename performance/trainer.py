@@ -38,7 +38,6 @@ from safesteer.distillation.loop import training_steps
 from safesteer.distillation.rollouts import Teacher
 from safesteer.distillation.state import prepare_student
 from safesteer.models.batch import PromptBatch
-from safesteer.models.pass_sizes import sizes_on
 
 
 def set_up() -> tuple[Teacher, ss.PromptSet]:
@@ -141,7 +140,7 @@ def trl_steps(
     steered = chat.copy()  # the trainer keeps and wraps it
     for block in student.model.layers[direction.layer :]:
         block.requires_grad_(True)
-    micro = min(sizes_on(teacher.base.device).answers, len(texts))
+    micro = min(ss.DistillConfig().micro_batch, len(texts))
     rows = [{"prompt": [{"role": "user", "content": text}]} for text in texts]
     with tempfile.TemporaryDirectory() as folder, ss.steer(steered, direction):
         config = DistillationConfig(

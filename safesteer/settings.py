@@ -43,10 +43,12 @@ class DirectionConfig:
         " principal component and a logistic regression. 'auto' takes 'instruction' where the model refuses"
         " by itself, and filters prompts only where enough pass; else 'prefill'.",
     )
+    file: TextOrNone = setting_or_none(
+        None, "File of a direction of your own (Direction.save), scored and taken in place of candidates."
+    )
     native_share: float = setting(
         0.25,
-        "Harmful validation prompts that the model must refuse by itself, in short greedy answers, for 'auto'"
-        " to take 'instruction'.",
+        "Harmful val prompts that the model must refuse by itself for 'auto' to take 'instruction'.",
         unit="share",
         ge=0,
     )
@@ -262,11 +264,11 @@ class DistillConfig:
     )
     weight_decay: float = setting(0.0, "Weight decay of AdamW.", ge=0, le=1e30)
     max_grad_norm: float = setting(1.0, "Norm at which gradients are clipped.", gt=0, le=1e30)
-    micro_batch: CountOrNone = setting_or_none(
-        None,
-        "Answers per forward pass: fewer need less memory; the loss is the same; none: 8 on a CPU, 16 on a"
-        " GPU.",
+    micro_batch: int = setting(
+        16,
+        "Answers per forward pass: fewer need less memory and more time; the loss is the same.",
         unit="answers",
+        ge=1,
     )
     checkpoint_every: int = setting(20, "Steps between checkpoints.", ge=1)
     watch_every: int = setting(

@@ -166,3 +166,43 @@ def test_a_model_that_transformer_lens_does_not_know_has_a_direction():
     with pytest.raises(SafeSteerError, match="cannot bridge"):
         to_bridge(chat)
     find_direction(chat, config=CONFIG, judge=refuses_nothing).check(chat)
+
+
+@pytest.fixture
+def own_file(tiny_llama, direction, tmp_path):
+    """A direction of one's own, whose coefficient no table of coefficients holds."""
+    own = replace(direction, coeff=2.3)
+    own.check(tiny_llama)
+    own.save(tmp_path / "own.safetensors")
+    return own, str(tmp_path / "own.safetensors")
+
+
+def test_a_direction_of_ones_own_is_scored_and_taken_as_it_is(tiny_llama, own_file):
+    own, file = own_file
+    found = find_direction(tiny_llama, config=replace(CONFIG, file=file), judge=refuses_nothing)
+    assert found.metadata == own.metadata
+    assert torch.equal(found.vector, own.vector)
+    scored = found.sweep.table.dropna(subset=["steering_refusal"])
+    assert scored[["layer", "position"]].values.tolist() == [[own.layer, own.position]]
+    assert "a direction of your own, scored on 3" in found.story()[1]
+
+
+def test_the_coefficient_of_the_settings_goes_before_that_of_the_file(tiny_llama, own_file):
+    config = replace(CONFIG, file=own_file[1], coeff=0.7)
+    assert find_direction(tiny_llama, config=config, judge=refuses_nothing).coeff == 0.7
+
+
+def test_thresholds_act_on_a_direction_of_ones_own_where_they_are_asked_for(tiny_llama, own_file):
+    config = replace(CONFIG, file=own_file[1], rank_by="ablation", max_kl=0.0)
+    with pytest.raises(SafeSteerError, match=r"No candidate passed.*KL"):
+        find_direction(tiny_llama, config=config, judge=refuses_nothing)
+
+
+def test_a_file_that_cannot_make_a_teacher_is_refused(tiny_llama, tiny_qwen2, own_file, tmp_path):
+    own, file = own_file
+    with pytest.raises(SafeSteerError, match=r"own\.safetensors"):
+        find_direction(tiny_qwen2, config=replace(CONFIG, file=file), judge=refuses_nothing)
+    replace(own, operation="ablate").save(tmp_path / "ablate.safetensors")
+    config = replace(CONFIG, file=str(tmp_path / "ablate.safetensors"))
+    with pytest.raises(SafeSteerError, match="operation 'ablate'"):
+        find_direction(tiny_llama, config=config, judge=refuses_nothing)

@@ -6,7 +6,6 @@ import torch
 import safesteer as ss
 from conftest import PROMPTS
 from safesteer.directions.scoring import PassLimits
-from safesteer.distillation.rollouts import answers_per_pass
 from safesteer.models import logits, pass_sizes
 from safesteer.models.batch import PromptBatch
 from safesteer.models.logits import positions_per_chunk, wide_matmul
@@ -19,9 +18,6 @@ def test_settings_go_before_what_the_device_takes():
     assert PassLimits.of(left, gpu).tokens_per_pass == pass_sizes.ON_GPU.tokens
     asked = ss.DirectionConfig(batch_size=3, tokens_per_pass=100)
     assert PassLimits.of(asked, gpu).batch_size == 3
-    assert answers_per_pass(ss.DistillConfig(), cpu) == 8
-    assert answers_per_pass(ss.DistillConfig(), gpu) == 16
-    assert answers_per_pass(ss.DistillConfig(micro_batch=5), gpu) == 5
 
 
 def test_a_gpu_shares_columns_only_where_that_saves_many(tiny_llama, monkeypatch):

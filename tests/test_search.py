@@ -271,6 +271,7 @@ def test_what_a_search_cannot_do_is_said_before_any_work(tiny_llama, tmp_path, m
     fails("nothing is left to train on", {"distill.splits": "val"})
     fails("at least one trial", n_trials=0)
     fails("leave out distill.sharded", {"distill.sharded": True})
+    fails("leave out direction.file", {"direction.file": "own.safetensors"})
     fails("give them to load_model", {"template": "raw"})
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     fails(r"needs optuna: pip install 'safesteer\[search\]'")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,6 +26,18 @@ class Candidates:
     positions: tuple[str, ...]
     extraction: str
     shuffled: Float[Tensor, "n_pos n_layers d_model"] | None = None
+    layers: tuple[int, ...] | None = None  # that have a vector; None: all
+
+    @classmethod
+    def only(cls, direction: Direction, n_layers: int) -> "Candidates":
+        """Return a direction as the one candidate of a model; at the other layers the vectors are zero."""
+        vectors = torch.zeros(1, n_layers, len(direction.vector))
+        vectors[0, direction.layer] = direction.vector
+        return cls(vectors, (direction.position,), direction.extraction, layers=(direction.layer,))
+
+    def has(self, layer: int) -> bool:
+        """Return whether there are vectors for a layer."""
+        return self.layers is None or layer in self.layers
 
     def index(self, position: str, layer: int) -> tuple[int, int]:
         """Return the indices of a candidate in `vectors`.

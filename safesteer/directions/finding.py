@@ -4,10 +4,12 @@
 2. Read one candidate direction per position and layer from the train split, through a TransformerBridge.
 3. Score the candidates on the val split and rank them.
 4. Take the best one; where candidates are ranked by steering, compare the answers of the best few.
+
+A direction of your own (the setting `file`) is the one candidate: it is scored, and taken as it is.
 """
 
 import html
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
@@ -54,8 +56,8 @@ class ChosenDirection(Direction):
 
     `sweep` holds every candidate with its scores, `refusal_tokens` the tokens that the scores are about,
     `native_share` the share of harmful val prompts whose greedy answers refuse without steering, `n_harmful`
-    the harmful prompts that it was read from and scored on, and `rates` the refusal rates by layer and
-    coefficient (None where candidates were ranked by ablation).
+    the harmful prompts that it was read from (0 for one of your own) and scored on, and `rates` the refusal
+    rates by layer and coefficient (None where candidates were ranked by ablation).
     """
 
     sweep: Sweep = field(kw_only=True)
@@ -68,11 +70,15 @@ class ChosenDirection(Direction):
         """Return a few lines that say how the direction was chosen."""
         names = {"instruction": "difference of means", "prefill": "prefill contrast"}
         n_read, n_scored = self.n_harmful
+        origin = (
+            f"direction read by {names.get(self.extraction, self.extraction)}, from {n_read} harmful prompts"
+            if n_read
+            else "a direction of your own"
+        )
         lines = [
             f"{self.refusal_tokens}",
-            f"the model refuses {self.native_share:.0%} of harmful val prompts by itself; direction read by"
-            f" {names.get(self.extraction, self.extraction)},"
-            f" from {n_read} harmful prompts, scored on {n_scored}",
+            f"the model refuses {self.native_share:.0%} of harmful val prompts by itself; {origin},"
+            f" scored on {n_scored}",
         ]
         if self.rates is not None:
             lines.append(f"compared by its answers, it refuses {self.rates.refusal_rate.max():.0%}")
@@ -126,7 +132,8 @@ def find_direction(
         A Direction that carries the sweep it was chosen from.
 
     Raises:
-        SafeSteerError: If no candidate passes the thresholds; the sentence names the nearest miss.
+        SafeSteerError: If no candidate passes the thresholds; the sentence names the nearest miss. For a
+            `file` that holds no direction of this model, or one that is not added.
 
     Example:
         >>> config = ss.DirectionConfig(n_train=4, n_val=2, n_compare_prompts=2, extraction="prefill")
@@ -134,7 +141,9 @@ def find_direction(
         'prefill'
     """
     chat, prompts, config = as_chat(chat), prompts or load_prompts(), config or DirectionConfig()
-    val = prompts.split("val")
+    val, provided = prompts.split("val"), _own_direction(chat, config.file)
+    if provided is not None:
+        config = _settled_for(provided, config)
     # 1. and 2. Refusals and candidates
     reading = read_candidates(chat, prompts, config, judge)
     # 3. Scores
@@ -155,13 +164,15 @@ def find_direction(
     direction, rates = choose_candidate(
         chat, result, reading.read, val, judge, config, lambda done: progress(share + (1 - share) * done)
     )
+    if provided is not None:
+        direction = provided.with_coeff(direction.coeff)
     return ChosenDirection(
         vector=direction.vector,
         **direction.metadata,
         sweep=result,
         refusal_tokens=reading.refusal,
         native_share=reading.native_share,
-        n_harmful=(len(reading.read.harmful), len(scored.harmful)),
+        n_harmful=(0 if provided else len(reading.read.harmful), len(scored.harmful)),
         rates=rates,
     )
 
@@ -180,9 +191,36 @@ def read_candidates(
     train, val = prompts.split("train").across(config.n_train), prompts.split("val").across(None)
     refusal = learn_refusal_tokens(chat, val.harmful, val.harmless, judge)
     native = refusal_rate(chat, val.harmful, judge, ANSWER_TOKENS)
+    provided = _own_direction(chat, config.file)
+    if provided is not None:
+        return CandidateReading(refusal, native, Candidates.only(provided, chat.n_layers), train, val)
     extraction, read, suited = _readable(chat, train, val, refusal, native, config)
     candidates = EXTRACTIONS[extraction](_bridged(chat), read, seed=config.seed)
     return CandidateReading(refusal, native, candidates, read, suited)
+
+
+def _own_direction(chat: ChatModel, file: str | None) -> Direction | None:
+    """Load the direction that stands in place of candidates.
+
+    Raises:
+        SafeSteerError: For a file that holds none of this model, or one that is not added.
+    """
+    if file is None:
+        return None
+    provided = Direction.load(file, chat)
+    if provided.operation != "add":
+        raise SafeSteerError(
+            f"{file} holds a direction of operation '{provided.operation}', and a teacher adds its direction:"
+            " save one of operation 'add'."
+        )
+    return provided
+
+
+def _settled_for(provided: Direction, config: DirectionConfig) -> DirectionConfig:
+    """Keep what came with a direction: its coefficient and layer; thresholds act only where asked for."""
+    coeff = provided.coeff if config.coeff is None else config.coeff
+    rank_by = "steering" if config.rank_by == "auto" else config.rank_by
+    return replace(config, coeff=coeff, rank_by=rank_by, max_layer_share=1.0)
 
 
 def _readable(

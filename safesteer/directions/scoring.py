@@ -60,7 +60,8 @@ def layer_limit(candidates: Candidates, max_layer_share: float) -> int:
 def runnable(candidates: Candidates, max_layer_share: float) -> list[tuple[int, int]]:
     """Return (position, layer) of the candidates that can be selected, by layer."""
     last = layer_limit(candidates, max_layer_share)
-    return [(i, layer) for layer in range(last) for i in range(len(candidates.positions))]
+    layers = (layer for layer in range(last) if candidates.has(layer))
+    return [(i, layer) for layer in layers for i in range(len(candidates.positions))]
 
 
 @dataclass(frozen=True)

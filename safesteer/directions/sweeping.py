@@ -294,6 +294,8 @@ def _table(
                 reason += f" (on the first {n_pairs} of {n_all} pairs)"
             if float(candidates.vectors[i, layer].norm()) < ZERO * longest:
                 reason = "no direction here: the two means agree"
+            if not candidates.has(layer):
+                reason = "no candidate at this layer"
             place = {
                 "extraction": candidates.extraction,
                 "position": candidates.positions[i],

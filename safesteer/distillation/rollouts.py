@@ -27,7 +27,6 @@ from safesteer.models.chat_model import ChatModel
 from safesteer.models.forward import final_hidden
 from safesteer.models.generation import generate_ids, uniforms
 from safesteer.models.parts import is_quantized
-from safesteer.models.pass_sizes import sizes_on
 from safesteer.models.placement import is_offloaded
 from safesteer.models.precision import in_precision, weight_dtype
 from safesteer.models.sharding import equal_passes
@@ -283,17 +282,12 @@ def predicting_states(
     return hidden[:, -mask.shape[1] - 1 : -1][mask]
 
 
-def answers_per_pass(config: DistillConfig, device: torch.device) -> int:
-    """Return how many answers one pass of a step reads: the setting, or what it leaves to the device."""
-    return config.micro_batch or sizes_on(device).answers
-
-
 @timed("teacher")
 @torch.no_grad()
 def teacher_hidden(teacher: Teacher, rollouts: Rollouts, config: DistillConfig) -> Float[Tensor, "n d_model"]:
     """Let the teacher read the answers; return its final hidden states at every counting position."""
     base, n_new = teacher.base, rollouts.mask.shape[1]
-    dtype, n_rows = next(base.model.parameters()).dtype, answers_per_pass(config, base.device)
+    dtype, n_rows = next(base.model.parameters()).dtype, config.micro_batch
     out = torch.zeros((*rollouts.mask.shape, base.d_model), dtype=dtype, device=base.device)
     with equal_passes(base.model):
         for is_harmful in rollouts.harmful.unique().tolist():

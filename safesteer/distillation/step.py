@@ -34,7 +34,6 @@ from safesteer.distillation.rollouts import (
     Sampler,
     StepPrompts,
     Teacher,
-    answers_per_pass,
     predicting_states,
     sample_rollouts,
     teacher_hidden,
@@ -254,7 +253,7 @@ def _backward(
     # Neither recomputed nor sharded blocks have a use for a cache of the shared columns.
     without_cache = _recomputes(state) or config.sharded
     loss, terms = 0.0, torch.zeros((3, len(row)), dtype=torch.float32, device=row.device)
-    for at in torch.arange(len(rollouts.mask)).split(answers_per_pass(config, student.device)):
+    for at in torch.arange(len(rollouts.mask)).split(config.micro_batch):
         first = int(starts[at[0]])
         span = slice(first, first + int(rollouts.mask[at].sum()))
         rows = rollouts.batch.rows(at)

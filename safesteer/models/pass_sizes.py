@@ -11,15 +11,14 @@ import torch
 
 
 class PassSizes(NamedTuple):
-    """Prompts and tokens of a pass of the sweep, answers of a pass of the training step."""
+    """Prompts and tokens of a pass of the sweep."""
 
     prompts: int
     tokens: int
-    answers: int
 
 
-ON_CPU = PassSizes(prompts=8, tokens=1536, answers=8)
-ON_GPU = PassSizes(prompts=32, tokens=8192, answers=16)
+ON_CPU = PassSizes(prompts=8, tokens=1536)
+ON_GPU = PassSizes(prompts=32, tokens=8192)
 # Positions that a pass for shared columns has to save on a GPU: about what is read in the time that starting
 # a pass takes (estimated for an H200: 1,000 positions of an 8B, 7,000 of a 0.5B).
 SAVED = 4096
@@ -30,7 +29,7 @@ def sizes_on(device: torch.device | str) -> PassSizes:
 
     Example:
         >>> from safesteer.models.pass_sizes import sizes_on
-        >>> sizes_on("cpu").answers
+        >>> sizes_on("cpu").prompts
         8
     """
     return ON_CPU if torch.device(device).type == "cpu" else ON_GPU

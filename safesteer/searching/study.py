@@ -129,6 +129,8 @@ def _searchable(recipe: recipes.Recipe, n_trials: int) -> recipes.Recipe:
         raise SafeSteerError(f"A search needs at least one trial, not {n_trials}.")
     if recipe.distill.sharded:
         raise SafeSteerError("A search trains in one process: leave out distill.sharded.")
+    if recipe.direction.file is not None:
+        raise SafeSteerError("A search chooses the direction: leave out direction.file.")
     splits = tuple(name for name in recipe.distill.splits if name != "val")
     if not splits:
         raise SafeSteerError(
