@@ -40,7 +40,8 @@ SHAPE = LlamaConfig(
     dtype="bfloat16",
     architectures=["LlamaForCausalLM"],
 )
-FEW = {  # every stage, on as little as it can take
+PAIRS = {"train": 4, "val": 2, "distill": 4, "test": 2}  # of each split
+LEAST = {  # every stage, on as little as it can take
     "recipe": {"dtype": "bfloat16"},
     "direction": {
         "extraction": "prefill",
@@ -49,8 +50,7 @@ FEW = {  # every stage, on as little as it can take
         "n_val_first": "none",
         "n_controls": 1,
         "n_held_out": 1,
-        "n_compared": 1,
-        "n_compare_prompts": 2,
+        "coeff": 1.5,  # or answers at several are compared
         "min_steering": -1e9,
         "max_kl": 1e9,
     },
@@ -117,6 +117,17 @@ def write_model(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def write_prompts(path: Path) -> None:
+    """Write the first pairs of each split of the project's own prompts."""
+    splits = {split: ss.load_prompts().split(split).first(n) for split, n in PAIRS.items()}
+    rows = [
+        {"prompt": prompt.text, "label": prompt.label, "split": split}
+        for split, prompts in splits.items()
+        for prompt in prompts.prompts
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def available_mb() -> float:
     line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
     return int(line.split()[1]) / 1024
@@ -156,12 +167,14 @@ def main() -> None:
     options = parser.parse_args()
     model, run = options.folder / "model", options.folder / "run"
     write_model(model)
+    write_prompts(options.folder / "prompts.jsonl")
     settings = [
-        f"{stage}.{name}={value}" for stage, changes in FEW.items() for name, value in changes.items()
+        f"{stage}.{name}={value}" for stage, changes in LEAST.items() for name, value in changes.items()
     ]
     settings = [setting.removeprefix("recipe.") for setting in settings]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(options.processes)]
-    command += ["-m", "safesteer.cli", "align", str(model), "--out", str(run), "--device-map", "auto"]
+    command += ["-m", "safesteer.cli", "align", str(model), "--out", str(run)]
+    command += ["--prompts", str(options.folder / "prompts.jsonl"), "--device-map", "auto"]
     command += [word for setting in settings for word in ("--set", setting)]
     before, started, peaks, ended = available_mb(), time.perf_counter(), {}, threading.Event()
 
