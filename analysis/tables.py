@@ -315,6 +315,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods": lambda: markdown(*control_tables.methods()),
     "two-sided-sets": lambda: markdown(*control_tables.sets_of_tokens()),
     "whole": lambda: markdown(*whole_tables.table()),
+    "recipes-on-val": lambda: markdown(*whole_tables.on_val()),
     "demo-sets": demo_sets,
     "demo-curve": demo_curve,
     "which-tokens-steps": lambda: markdown(*control_tables.steps_table()),

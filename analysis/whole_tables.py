@@ -1,16 +1,17 @@
-"""The table of whole.py: what each idea does to the student of a model that hardly refuses, on val.
+"""The tables of whole.py and recipes_on_val.py: students of a model that hardly refuses, on val.
 
-Beside refusals by set stand the AUC of the margin, over-refusal where a constant on the openers gives AT of
-the harmful refusals (as in `control_tables`), and what answers read like.
+In the first stand, beside refusals by set, the AUC of the margin, over-refusal where a constant on the
+openers gives AT of the harmful refusals (as in `control_tables`), and what answers read like.
 """
 
 from pathlib import Path
 
 import pandas as pd
 from control_tables import AT, look_cells, over_at_equal_harm
-from table_text import percent
+from table_text import percent, ranged
 
 ROWS = Path(__file__).parent / "results" / "whole"
+ON_VAL = Path(__file__).parent / "results" / "recipes_on_val"
 FIRST = ("base", "quick", "all")
 
 
@@ -30,3 +31,24 @@ def _line(folder: Path, stem: str) -> list[str]:
     numbers = [percent(over_at_equal_harm(rows)), percent(damage.repeats)]
     numbers += [f"{damage.kl:.2f}", f"{damage.perplexity:.1f}"]
     return [stem.split("--")[0].replace("_", " "), *look_cells(rows), *numbers]
+
+
+def on_val(folder: Path = ON_VAL) -> tuple[list[str], list[list[str]]]:
+    """Make a row per recipe: the mean of its seeds, and the least and the most of them."""
+    titles = ["recipe", "seeds", "harmful, % refused", "twins, % refused", "KL to the base"]
+    return titles, [_recipe_line(folder, name) for name in ("base", "preset", "gentle")]
+
+
+def _recipe_line(folder: Path, name: str) -> list[str]:
+    """Write one recipe's row."""
+    tables = [pd.read_csv(path) for path in sorted(folder.glob(f"{name}*.rows.csv"))]
+    seeds = pd.DataFrame([{**rows.groupby("label").refused.mean(), "kl": rows.kl.mean()} for rows in tables])
+    rates = [_spread(seeds[label], ".0f", 100) for label in ("harmful", "harmless")]
+    return [name, str(len(tables)), *rates, _spread(seeds.kl, ".3f", 1)]
+
+
+def _spread(values: pd.Series, form: str, scale: float) -> str:
+    """Write the mean of seeds with their range; one seed alone, without."""
+    if len(values) == 1:
+        return f"{scale * values.iloc[0]:{form}}"
+    return ranged(values.mean(), values.min(), values.max(), form, scale)
