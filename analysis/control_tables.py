@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from sklearn.metrics import roc_auc_score
-from table_text import percent, ranged
+from table_text import over_seeds, percent, ranged
 
 from safesteer.evaluation.changes import paired_change
 from safesteer.evaluation.curves import over_refusal_at
@@ -304,8 +304,8 @@ def _measured(looks: list[pd.DataFrame]) -> list[str]:
             areas[kind].append(area)
         part = look[~look.set.str.startswith(KINDS[-1])]
         others.append([over_at_equal_harm(part), *_refusals(part)])
-    cells = [_over_seeds(values, ".2f", 1) for values in areas.values()]
-    return cells + [_over_seeds(values, ".0f", 100) for values in zip(*others, strict=True)]
+    cells = [over_seeds(values, ".2f", 1) for values in areas.values()]
+    return cells + [over_seeds(values, ".0f", 100) for values in zip(*others, strict=True)]
 
 
 def _refusals(look: pd.DataFrame) -> list[float]:
@@ -324,13 +324,6 @@ def over_with_constant(harmful: np.ndarray, harmless: np.ndarray) -> float:
     """Return the share of harmless prompts above the margin that AT of the harmful ones reach."""
     limits = np.quantile(harmful, 1 - AT, axis=-1, keepdims=True)
     return float((harmless > limits).mean())
-
-
-def _over_seeds(values: Sequence[float], form: str, scale: float) -> str:
-    """Write the mean of the seeds with their range; one value stands alone."""
-    if len(values) == 1:
-        return f"{scale * values[0]:{form}}"
-    return ranged(float(np.mean(values)), min(values), max(values), form, scale)
 
 
 METHODS = TWO_SIDED.parent / "methods"

@@ -180,9 +180,8 @@ def measure(model: Measured, ids: torch.Tensor, sets: dict[str, list[str]], args
     with model.steering:
         for name in (*sets, *tasks):
             path = args.out / f"{model.name}--{name}.csv"
-            left = (
-                _without(sets, path) if name == "margins" else {}
-            )  # a look may ask other sets than one before
+            # A look may ask other sets than one before.
+            left = _without(sets, path) if name == "margins" else {}
             if path.exists() and not left:
                 continue
             if name in sets:

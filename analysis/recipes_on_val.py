@@ -18,6 +18,8 @@ import pandas as pd
 import safesteer as ss
 from safesteer.evaluation.measuring import Measured, measure
 from safesteer.judges.sentences import declines
+from safesteer.prompts.prompt_set import LABELS
+from safesteer.run_folder import STAGES
 from safesteer.settings import EvaluateConfig
 
 GENTLE = {
@@ -29,7 +31,7 @@ GENTLE = {
     "distill.late_anchor_weight": 3.5,
 }
 RECIPES = {"preset": {}, "gentle": GENTLE}
-STAGES = ("direction", "tokens", "distill", "export")
+ALIKE = {"dtype": "bfloat16", "distill.precision": "bfloat16", "distill.splits": "distill,train"}
 
 
 def rows(measured: Measured, prompts: ss.PromptSet) -> list[dict]:
@@ -37,7 +39,7 @@ def rows(measured: Measured, prompts: ss.PromptSet) -> list[dict]:
     drifts = {"harmful": [None] * len(prompts.harmful), "harmless": measured.kls}
     return [
         {"label": label, "prompt": number, "refused": bool(refused), "kl": kl}
-        for label in ("harmful", "harmless")
+        for label in LABELS
         for number, (refused, kl) in enumerate(zip(getattr(measured, label), drifts[label], strict=True))
     ]
 
@@ -64,13 +66,8 @@ def main() -> None:
         for name in args.recipes:
             if (args.out / f"{name}--{seed}.rows.csv").exists():
                 continue
-            settings = {
-                "dtype": "bfloat16",
-                "distill.precision": "bfloat16",
-                "distill.splits": "distill,train",
-            }
-            recipe = ss.recipe("quick", seed, **settings, **RECIPES[name])
-            run = ss.align(args.model, args.runs / f"{name}-{seed}", recipe, stages=STAGES)
+            recipe = ss.recipe("quick", seed, **ALIKE, **RECIPES[name])
+            run = ss.align(args.model, args.runs / f"{name}-{seed}", recipe, stages=STAGES[:4])
             write(f"{name}--{seed}", ss.load_model(str(run / "model"), dtype="bfloat16"))
 
 

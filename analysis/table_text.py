@@ -1,7 +1,7 @@
 """How the tables of the pages write numbers and themselves."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from safesteer._intervals import wilson
 
@@ -32,6 +32,13 @@ def ranged(value: float, low: float, high: float, form: str = ".0f", scale: floa
     """
     middle, least, most = (f"{scale * number:{form}}" for number in (value, low, high))
     return f"{middle} ({least} to {most})"
+
+
+def over_seeds(values: Sequence[float], form: str, scale: float) -> str:
+    """Write the mean of the seeds with their range; one value stands alone."""
+    if len(values) == 1:
+        return f"{scale * values[0]:{form}}"
+    return ranged(sum(values) / len(values), min(values), max(values), form, scale)
 
 
 def rate_ranged(value: float, low: float, high: float) -> str:

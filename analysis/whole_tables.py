@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 from control_tables import AT, look_cells, over_at_equal_harm
-from table_text import percent, ranged
+from table_text import over_seeds, percent
 
 ROWS = Path(__file__).parent / "results" / "whole"
 ON_VAL = Path(__file__).parent / "results" / "recipes_on_val"
@@ -43,12 +43,5 @@ def _recipe_line(folder: Path, name: str) -> list[str]:
     """Write one recipe's row."""
     tables = [pd.read_csv(path) for path in sorted(folder.glob(f"{name}*.rows.csv"))]
     seeds = pd.DataFrame([{**rows.groupby("label").refused.mean(), "kl": rows.kl.mean()} for rows in tables])
-    rates = [_spread(seeds[label], ".0f", 100) for label in ("harmful", "harmless")]
-    return [name, str(len(tables)), *rates, _spread(seeds.kl, ".3f", 1)]
-
-
-def _spread(values: pd.Series, form: str, scale: float) -> str:
-    """Write the mean of seeds with their range; one seed alone, without."""
-    if len(values) == 1:
-        return f"{scale * values.iloc[0]:{form}}"
-    return ranged(values.mean(), values.min(), values.max(), form, scale)
+    rates = [over_seeds(list(seeds[label]), ".0f", 100) for label in ("harmful", "harmless")]
+    return [name, str(len(tables)), *rates, over_seeds(list(seeds.kl), ".3f", 1)]

@@ -19,7 +19,9 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import torch
+from gpu_models import tokenizer
 from measure import machine
 from safetensors.torch import save_file
 from torch import nn
@@ -27,6 +29,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import safesteer as ss
+from safesteer._files import read_json
 from safesteer.run_folder import MANIFEST, STAGES
 
 SHAPE = LlamaConfig(
@@ -42,45 +45,40 @@ SHAPE = LlamaConfig(
 )
 PAIRS = {"train": 4, "val": 2, "distill": 4, "test": 2}  # of each split
 LEAST = {  # every stage, on as little as it can take
-    "recipe": {"dtype": "bfloat16"},
-    "direction": {
-        "extraction": "prefill",
-        "n_train": 4,
-        "n_val": 2,
-        "n_val_first": "none",
-        "n_controls": 1,
-        "n_held_out": 1,
-        "coeff": 1.5,  # or answers at several are compared
-        "min_steering": -1e9,
-        "max_kl": 1e9,
-    },
-    "tokens": {"horizon": 2, "n_samples": 1, "min_steered_prob": 0, "n_contexts": 1},
-    "distill": {
-        "lora_rank": 8,
-        "precision": "bfloat16",
-        "n_steps": 2,
-        "harmful_per_step": 2,
-        "harmless_per_step": 2,
-        "max_new_tokens": 2,
-        "watch_every": 0,
-    },
-    "evaluate": {
-        "n_prompts": 2,
-        "sets": "",
-        "max_new_tokens": 2,
-        "n_kl_tokens": 2,
-        "perplexity_tokens": 64,
-        "perplexity_width": 64,
-    },
-    "explain": {
-        "n_prompts": 2,
-        "n_harmful": 1,
-        "n_samples": 1,
-        "n_traces": 1,
-        "max_tokens": 2,
-        "n_sets": 1,
-        "n_splits": 1,
-    },
+    "dtype": "bfloat16",
+    "direction.extraction": "prefill",
+    "direction.n_train": 4,
+    "direction.n_val": 2,
+    "direction.n_val_first": "none",
+    "direction.n_controls": 1,
+    "direction.n_held_out": 1,
+    "direction.coeff": 1.5,  # or answers at several are compared
+    "direction.min_steering": -1e9,
+    "direction.max_kl": 1e9,
+    "tokens.horizon": 2,
+    "tokens.n_samples": 1,
+    "tokens.min_steered_prob": 0,
+    "tokens.n_contexts": 1,
+    "distill.lora_rank": 8,
+    "distill.precision": "bfloat16",
+    "distill.n_steps": 2,
+    "distill.harmful_per_step": 2,
+    "distill.harmless_per_step": 2,
+    "distill.max_new_tokens": 2,
+    "distill.watch_every": 0,
+    "evaluate.n_prompts": 2,
+    "evaluate.sets": "",
+    "evaluate.max_new_tokens": 2,
+    "evaluate.n_kl_tokens": 2,
+    "evaluate.perplexity_tokens": 64,
+    "evaluate.perplexity_width": 64,
+    "explain.n_prompts": 2,
+    "explain.n_harmful": 1,
+    "explain.n_samples": 1,
+    "explain.n_traces": 1,
+    "explain.max_tokens": 2,
+    "explain.n_sets": 1,
+    "explain.n_splits": 1,
 }
 
 
@@ -90,10 +88,9 @@ def write_model(folder: Path) -> None:
         return
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = ss.load_model("smollm2-135m", device="cpu").tokenizer
-    SHAPE.eos_token_id = SHAPE.pad_token_id = tokenizer.eos_token_id
+    SHAPE.eos_token_id = SHAPE.pad_token_id = tokenizer().eos_token_id
     SHAPE.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     files: dict[str, str] = {}
 
     def write(tensors: dict[str, torch.Tensor], file: str) -> None:
@@ -129,29 +126,20 @@ def write_prompts(path: Path) -> None:
 
 
 def available_mb() -> float:
-    line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
-    return int(line.split()[1]) / 1024
+    return psutil.virtual_memory().available / 2**20
 
 
 def held_mb() -> float:
     """Return what the processes of the run have of their own: anonymous memory, without mapped files."""
-    held = 0.0
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"safesteer.cli" in (process / "cmdline").read_bytes():
-                lines = (process / "status").read_text().splitlines()
-                held += sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
-        except OSError:  # it has ended
-            continue
-    return held
+    processes = (p.info for p in psutil.process_iter(["cmdline", "memory_info"]))
+    sizes = (p["memory_info"] for p in processes if "safesteer.cli" in (p["cmdline"] or []))
+    return sum((size.rss - size.shared) / 2**20 for size in sizes if size)
 
 
 def stages(run: Path) -> dict[str, dict]:
     """Return the finished stages of a run, by name."""
-    try:
-        return json.loads((run / MANIFEST).read_text())["stages"]
-    except (OSError, ValueError):  # it has not begun, or is being written
-        return {}
+    manifest = run / MANIFEST
+    return read_json(manifest)["stages"] if manifest.exists() else {}
 
 
 def running_stage(run: Path) -> str:
@@ -168,14 +156,10 @@ def main() -> None:
     model, run = options.folder / "model", options.folder / "run"
     write_model(model)
     write_prompts(options.folder / "prompts.jsonl")
-    settings = [
-        f"{stage}.{name}={value}" for stage, changes in LEAST.items() for name, value in changes.items()
-    ]
-    settings = [setting.removeprefix("recipe.") for setting in settings]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(options.processes)]
     command += ["-m", "safesteer.cli", "align", str(model), "--out", str(run)]
     command += ["--prompts", str(options.folder / "prompts.jsonl"), "--device-map", "auto"]
-    command += [word for setting in settings for word in ("--set", setting)]
+    command += [word for name, value in LEAST.items() for word in ("--set", f"{name}={value}")]
     before, started, peaks, ended = available_mb(), time.perf_counter(), {}, threading.Event()
 
     def watch() -> None:

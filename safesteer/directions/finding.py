@@ -93,7 +93,8 @@ class CandidateReading:
     """What stage 1 reads before it scores: nothing of it depends on a coefficient or on a range of layers.
 
     `native_share` is the share of harmful val prompts that the model refuses by itself; the candidates come
-    from the prompts `read`, and may be scored on those in `suited`.
+    from the prompts `read`, and may be scored on those in `suited`. `provided` is a direction of the setting
+    `file`, of which the candidates consist.
     """
 
     refusal: RefusalTokens
@@ -101,6 +102,7 @@ class CandidateReading:
     candidates: Candidates
     read: PromptSet
     suited: PromptSet
+    provided: Direction | None = None
 
 
 def _bridged(chat: ChatModel) -> ModelLike:
@@ -141,11 +143,12 @@ def find_direction(
         'prefill'
     """
     chat, prompts, config = as_chat(chat), prompts or load_prompts(), config or DirectionConfig()
-    val, provided = prompts.split("val"), _own_direction(chat, config.file)
-    if provided is not None:
-        config = _settled_for(provided, config)
+    val = prompts.split("val")
     # 1. and 2. Refusals and candidates
     reading = read_candidates(chat, prompts, config, judge)
+    provided = reading.provided
+    if provided is not None:
+        config = _settled_for(provided, config)
     # 3. Scores
     scored = reading.suited.first(config.n_val)
     by_answers = config.coeff is None and config.rank_by != "ablation"
@@ -188,25 +191,24 @@ def read_candidates(
         config: Settings of stage 1; those of scores and coefficients are not read.
         judge: Says which answers refuse.
     """
+    provided = None if config.file is None else _own_direction(chat, config.file)
     train, val = prompts.split("train").across(config.n_train), prompts.split("val").across(None)
     refusal = learn_refusal_tokens(chat, val.harmful, val.harmless, judge)
     native = refusal_rate(chat, val.harmful, judge, ANSWER_TOKENS)
-    provided = _own_direction(chat, config.file)
     if provided is not None:
-        return CandidateReading(refusal, native, Candidates.only(provided, chat.n_layers), train, val)
+        only = Candidates.only(provided, chat.n_layers)
+        return CandidateReading(refusal, native, only, train, val, provided)
     extraction, read, suited = _readable(chat, train, val, refusal, native, config)
     candidates = EXTRACTIONS[extraction](_bridged(chat), read, seed=config.seed)
     return CandidateReading(refusal, native, candidates, read, suited)
 
 
-def _own_direction(chat: ChatModel, file: str | None) -> Direction | None:
+def _own_direction(chat: ChatModel, file: str) -> Direction:
     """Load the direction that stands in place of candidates.
 
     Raises:
         SafeSteerError: For a file that holds none of this model, or one that is not added.
     """
-    if file is None:
-        return None
     provided = Direction.load(file, chat)
     if provided.operation != "add":
         raise SafeSteerError(
