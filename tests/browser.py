@@ -42,6 +42,8 @@ def open_browser(profile: Path) -> Iterator[Any]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=Service(DRIVER))
+    # Not every headless Chromium gives its page the focus, by which JupyterLab knows the current notebook.
+    browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
     try:
         yield browser
     finally:
