@@ -1,6 +1,6 @@
 """Does practice make refusals deeper? Students that read prompts in wrappers, or answers that were opened.
 
-    python analysis/deeper.py RUNS [--model smollm2-135m] [--preset quick] [--seeds 3] [--out ...]
+    python analysis/deeper.py RUNS [--model smollm2-135m] [--preset quick] [--seeds 0 1 2] [--set NAME=VALUE]
 
 Claim (ours): a student that practises on some wrappers and openings, while its teacher reads the plain
 prompt, refuses in others too, at no more over-refusal in the same wrappers. Refuted where the wrappers and
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--preset", default="quick")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--arms", nargs="*", default=list(SHARES), choices=list(SHARES))
     parser.add_argument("--out", type=Path, default=Path("analysis/results/deeper"))
     args = parser.parse_args()
@@ -93,7 +94,7 @@ def main() -> None:
     if not (args.out / "base.csv").exists():
         look("base", base, args.out / "base.csv")
     for seed in args.seeds:
-        recipe = ss.recipe(args.preset, seed)
+        recipe = ss.recipe(args.preset, seed, **dict(pair.split("=", 1) for pair in args.settings))
         prompts, run = drawn_prompts(seed, recipe.prompts), args.runs / str(seed)
         if not (run / "tokens.json").exists():
             ss.align(args.model, run, recipe, prompts=prompts, stages=STAGES[:2])

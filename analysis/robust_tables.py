@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
-from table_text import markdown, percent, ranged, with_interval
+from table_text import markdown, over_seeds, percent, ranged, with_interval
 
-from safesteer.evaluation.changes import paired_change
+from safesteer.evaluation.changes import drawn_over_seeds, paired_change
 from safesteer.report.robust_table import (
     ATTACKED,
     CHANGED,
@@ -183,3 +183,63 @@ def _refused(rows: pd.DataFrame, label: str, step: int) -> list[bool]:
     """Return which prompts of a kind were refused after a step, in their order."""
     at = rows[(rows.set == label) & (rows.step == step)].sort_values("row")
     return at.refused.astype(bool).tolist()
+
+
+DEEPER = ROWS.parent / "deeper"  # rows of deeper.py
+ARMS = {  # of deeper.py, and what the table calls them
+    "plain": "the preset",
+    "opened": "half of the answers opened",
+    "wrapped": "half of the prompts wrapped",
+    "both": "a third of each",
+}
+ATTACKS = ("wrapped", "opened by 2", "opened by 10")
+
+
+def deeper_table(folder: Path = DEEPER) -> str:
+    """Write what practice does to refusals of wrapped and opened test prompts, and what it costs."""
+    if not (folder / "base.csv").exists():
+        return NOTHING
+    arms = {arm: _deeper_rows(sorted(folder.glob(f"{arm}--*.csv"))) for arm in ARMS}
+    plain = arms["plain"]
+    lines = [["base", "", *_put(_deeper_rows([folder / "base.csv"])), "", "", ""]]
+    for arm, title in ARMS.items():
+        if len(arms[arm]):
+            beside = ["", "", ""] if arm == "plain" else _beside(plain, arms[arm])
+            lines.append([title, str(arms[arm].seed.nunique()), *_put(arms[arm]), *beside])
+    closed = [f"gap closed, {attack}" for attack in (ATTACKS[0], ATTACKS[-1])]
+    return markdown(["recipe", "seeds", "plain", *ATTACKS, *closed, "over-refusal, points"], lines)
+
+
+def _deeper_rows(paths: list[Path]) -> pd.DataFrame:
+    """Read the test rows of an arm's seeds, every wrapper as "wrapped"."""
+    tables = [pd.read_csv(path).assign(seed=path.stem.partition("--")[2]) for path in paths]
+    rows = pd.concat(tables) if tables else pd.DataFrame(columns=["split", "label", "how", "seed"])
+    rows = rows[rows.split == "test"]
+    return rows.assign(put=rows.how.where(rows.how.isin(["plain", *ATTACKS]), "wrapped"))
+
+
+def _put(rows: pd.DataFrame) -> list[str]:
+    """Write refusals, harmful / harmless, plain and under each attack; over seeds with their range."""
+    means = rows.groupby(["put", "label", "seed"]).refused.mean()
+    return [
+        " / ".join(over_seeds(means[put][label].tolist(), ".0f", 100) for label in ("harmful", "harmless"))
+        for put in ("plain", *ATTACKS)
+    ]
+
+
+def _beside(plain: pd.DataFrame, practised: pd.DataFrame) -> list[str]:
+    """Write which share of the gap of the same seeds closes, and how over-refusal changes, paired."""
+    plain = plain[plain.seed.isin(practised.seed)]
+    before, after = (rows.groupby(["label", "put"]).refused.mean()["harmful"] for rows in (plain, practised))
+    gaps = [before["plain"] - before[attack] for attack in (ATTACKS[0], ATTACKS[-1])]
+    closed = [
+        percent((after[attack] - before[attack]) / gap) if gap > 0 else "no gap"
+        for gap, attack in zip(gaps, (ATTACKS[0], ATTACKS[-1]), strict=True)
+    ]
+    over = [
+        rows[(rows.label == "harmless") & ~rows.put.str.startswith("opened")].pivot_table(
+            index="seed", columns="row", values="refused"
+        )
+        for rows in (plain, practised)
+    ]
+    return [*closed, ranged(*drawn_over_seeds((over[1] - over[0]).to_numpy()), "+.0f")]

@@ -325,6 +325,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "how-deep": robust_tables.depth_table,
     "how-deep-wrappers": robust_tables.wrapper_table,
     "how-deep-weights": robust_tables.weight_table,
+    "deeper": robust_tables.deeper_table,
     "seal": robust_tables.seal_table,
     "judges": judges,
     "judges-differ": judges_differ,
