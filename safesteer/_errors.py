@@ -5,6 +5,22 @@ class SafeSteerError(Exception):
     """A mistake or a limit the user can act on. The command line prints it without a traceback."""
 
 
+WAYS_OUT = {  # how to get a value of a kind that is easily mistaken for another; for all others: write one
+    "Direction": "load one with ss.Direction.load(path), or make one of a vector with"
+    " safesteer.directions.extraction.from_vector",
+    "TokenSet": "select one with ss.select_tokens, or load one with ss.TokenSet.load(path)",
+    "PromptSet": "make one with ss.PromptSet.from_texts(harmful, harmless) or .from_jsonl(path)",
+}
+
+
+def expect(kind: type, value: object) -> None:
+    """Refuse an argument of another kind, in a sentence that says how to get one of this kind."""
+    if not isinstance(value, kind):
+        name = kind.__name__
+        way_out = WAYS_OUT.get(name, f"write ss.{name}(...)")
+        raise SafeSteerError(f"A {name} belongs here, and a {type(value).__name__} was given: {way_out}.")
+
+
 def first_line(error: Exception, most: int = 300) -> str:
     """Return the first line with words of what an error of another library says, or its kind.
 

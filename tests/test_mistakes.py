@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import jaxtyping
 import pandas as pd
 import pytest
 import torch
@@ -905,3 +906,24 @@ def test_help_says_what_settings_mean():
 def test_a_prompt_set_where_a_list_belongs_names_its_kinds(few):
     with pytest.raises(SafeSteerError, match=r"pass its .harmful or .harmless"):
         as_prompts(few)
+
+
+def test_an_argument_of_another_kind_is_one_sentence(tiny_llama, few):
+    direction = from_vector(tiny_llama, random_vector(32)).direction(tiny_llama, "given", 1)
+    tokens = ss.select_tokens(tiny_llama, direction, ["Hello"], ss.TokenConfig(k=2, horizon=1, n_samples=1))
+    wrong = [
+        (lambda: ss.distill(tiny_llama, tokens, direction, few), "A Direction belongs here, and a TokenSet"),
+        (lambda: ss.explain(tiny_llama, tokens, direction), "A Direction belongs here, and a TokenSet"),
+        (lambda: ss.select_tokens(tiny_llama, random_vector(32), ["Hello"]), "from_vector"),
+        (lambda: ss.evaluate(tiny_llama, direction="direction.safetensors", prompts=few), "Direction.load"),
+        (lambda: ss.find_direction(tiny_llama, ["Hello"]), r"PromptSet.from_texts\(harmful, harmless\)"),
+        (lambda: ss.find_direction(tiny_llama, few, {"n_train": 4}), r"write ss.DirectionConfig\(...\)"),
+        (lambda: ss.load_prompts("mine.jsonl"), "yours come with ss.PromptSet.from_jsonl"),
+    ]
+    jaxtyping.config.update("jaxtyping_disable", True)  # it checks types in tests alone
+    try:
+        for call, sentence in wrong:
+            with pytest.raises(SafeSteerError, match=sentence):
+                call()
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from safesteer._errors import expect
 from safesteer._progress import Progress, no_progress
 from safesteer.attribution.coverage import (
     AnswerShare,
@@ -100,14 +101,18 @@ def explain(
         >>> len(attribution.to_frame()) == len(tokens)
         True
     """
+    prompts, config = prompts or load_prompts().split("val"), config or ExplainConfig()
+    for kind, value in ((Direction, direction), (TokenSet, tokens), (PromptSet, prompts)):
+        expect(kind, value)
+    expect(ExplainConfig, config)
     subject = _Subject(
         chat=as_chat(chat),
         direction=direction,
         tokens=tokens,
         student=None if student is None else as_chat(student),
-        prompts=prompts or load_prompts().split("val"),
+        prompts=prompts,
         answers=[{**row, "prompt": from_row(row)} for row in answers],
-        config=config or ExplainConfig(),
+        config=config,
     )
     base, k_vote = subject.chat, subject.sampling.k_vote
     with without_student(base, subject.student):

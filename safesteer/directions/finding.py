@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
-from safesteer._errors import SafeSteerError
+from safesteer._errors import SafeSteerError, expect
 from safesteer._progress import Progress, no_progress
 from safesteer.directions.calibration import ANSWER_TOKENS, choose_direction, refusal_rate
 from safesteer.directions.candidates import Candidates
@@ -143,6 +143,8 @@ def find_direction(
         'prefill'
     """
     chat, prompts, config = as_chat(chat), prompts or load_prompts(), config or DirectionConfig()
+    expect(PromptSet, prompts)
+    expect(DirectionConfig, config)
     val = prompts.split("val")
     # 1. and 2. Refusals and candidates
     reading = read_candidates(chat, prompts, config, judge)

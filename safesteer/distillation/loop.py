@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from safesteer._errors import SafeSteerError
+from safesteer._errors import SafeSteerError, expect
 from safesteer._files import json_lines, write_text
 from safesteer._progress import Progress, no_progress
 from safesteer.distillation.early_stopping import look_at
@@ -185,6 +185,8 @@ def distill(
         1
     """
     chat, config, prompts = as_chat(chat), config or DistillConfig(), prompts or load_prompts()
+    expect(DistillConfig, config)
+    expect(PromptSet, prompts)
     if config.sharded:
         raise SafeSteerError(
             "distill.sharded needs `align`: `distill` returns one model that is not sharded."

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from safesteer._clock import timed
-from safesteer._errors import SafeSteerError
+from safesteer._errors import SafeSteerError, expect
 from safesteer.distillation.disguises import disguise, disguises_any
 from safesteer.models.adapter import as_base
 from safesteer.models.batch import PromptBatch, batches
@@ -46,6 +46,8 @@ class Teacher:
     tokens: TokenSet
 
     def __post_init__(self) -> None:
+        expect(Direction, self.direction)
+        expect(TokenSet, self.tokens)
         if not len(self.tokens):
             raise SafeSteerError("S holds no token, so there is nothing to teach on: select some.")
         self.tokens.check(self.base)

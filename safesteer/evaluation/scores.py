@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from safesteer._errors import expect
 from safesteer._files import json_lines, read_value, write_json, write_json_lines
 from safesteer._intervals import bootstrap, wilson
 from safesteer._progress import Progress, no_progress
@@ -143,9 +144,13 @@ def evaluate(
         >>> list(ss.evaluate(chat, direction=direction, config=config).scores)
         ['base', 'teacher']
     """
-    base, config = as_chat(chat), config or EvaluateConfig()
+    base, config, prompts = as_chat(chat), config or EvaluateConfig(), prompts or load_prompts()
+    expect(EvaluateConfig, config)
+    expect(PromptSet, prompts)
+    if direction is not None:
+        expect(Direction, direction)
     student = None if student is None else as_chat(student)
-    test, cached = (prompts or load_prompts()).split("test").across(config.n_prompts), CachedJudge(judge)
+    test, cached = prompts.split("test").across(config.n_prompts), CachedJudge(judge)
     n_models = 1 + (direction is not None) + (student is not None)
     scores, answers = {}, {}
     with without_student(base, student):

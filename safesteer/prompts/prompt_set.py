@@ -318,7 +318,9 @@ def load_prompts(name: str = "pairs") -> PromptSet:
         return PromptSet(load_prompts().prompts + added, f"safesteer-{name}")
     if name not in SHIPPED:
         names = ", ".join((*SHIPPED, *TOGETHER))
-        raise SafeSteerError(f"The project has prompts named {names}, not '{name}'.")
+        raise SafeSteerError(
+            f"The project has prompts named {names}, not '{name}': yours come with ss.PromptSet.from_jsonl."
+        )
     path = resources.files("safesteer.prompts") / "data" / f"{name}.jsonl"
     with resources.as_file(path) as file:
         prompts = PromptSet.from_jsonl(file)

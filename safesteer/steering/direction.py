@@ -15,7 +15,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from safesteer._errors import SafeSteerError
+from safesteer._errors import SafeSteerError, expect
 from safesteer._files import write_tensors
 from safesteer._version import __version__
 from safesteer.models.chat_model import ModelLike, module_of
@@ -186,6 +186,7 @@ def steer(
         >>> steered == ss.generate(chat, ["Hello"], max_new_tokens=4)
         False
     """
+    expect(Direction, direction)
     model = module_of(chat)
     moves = moves_of(model, direction if coeff is None else direction.with_coeff(coeff))
     with ExitStack() as stack:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from safesteer._errors import SafeSteerError
+from safesteer._errors import SafeSteerError, expect
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.logits import generalized_kl_terms
 from safesteer.models.templates import control_ids
@@ -67,6 +67,7 @@ def select_tokens(
         True
     """
     chat, config = as_chat(chat), config or TokenConfig()
+    expect(TokenConfig, config)
     if sampled is None:
         prompts = load_prompts().split("val").texts(config.prompts) if prompts is None else prompts
         sampled = sample_answers(chat, direction, prompts, config)
