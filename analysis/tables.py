@@ -255,7 +255,7 @@ JUDGES = {  # in judges.csv: name in the table
     "declines": "`declines`: its sentences",
     "embeddings": "`EmbeddingJudge`, all-MiniLM-L6-v2",
     "chat": "`ChatJudge`, Qwen2.5-Coder-1.5B-Instruct",
-    "second reader": "a second reader (110 of the answers)",
+    "second reader": "a second annotator (110 of the answers)",
 }
 COMPARED = ("refuses", "declines", "embeddings")  # the judges whose differences are listed
 

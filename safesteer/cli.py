@@ -128,7 +128,7 @@ def _add(
     app.command(name, help=help_text)(command)
 
 
-_command("align", None, "All stages: direction, tokens, distillation, export, evaluation, report.")
+_command("align", None, "All stages: direction, tokens, distill, export, evaluate, explain, report.")
 for _name, _help in UP_TO.items():
     _command(_name, _name, _help)
 

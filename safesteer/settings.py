@@ -66,8 +66,8 @@ class DirectionConfig:
     coeff: PositiveOrNone = setting_or_none(
         None,
         "Coefficient of the direction, at which it is also scored. none: 1 for a direction ranked by"
-        " ablation; for one ranked by steering, the smallest of 1.2, 1.4, 1.6 and 1.8 at which greedy answers"
-        " refuse.",
+        " ablation; for one ranked by steering, the smallest of 1.2, 1.4, 1.6 and 1.8 at which 95 % of the"
+        " greedy answers refuse, else the one that refuses most.",
     )
     rank_by: Literal["auto", "ablation", "steering"] = setting(
         "auto",

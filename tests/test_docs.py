@@ -12,9 +12,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from test_architecture import LAYERS
 
 import safesteer
+import safesteer as ss
+from conftest import random_vector
+from safesteer.directions.extraction import from_vector
 from safesteer.recipes import recipe
 from safesteer.run_folder import STAGES
 
@@ -190,6 +194,18 @@ def test_code_runs(page, small):
     names: dict = {"__name__": "__main__"}
     for code in blocks(ROOT / page, runnable=True):
         exec(compile(code, page, "exec"), names)
+
+
+def test_a_direction_in_a_plain_hook_is_ours(tiny_llama):
+    code = next(code for code in blocks(DOCS / "how-to" / "other-tools.md") if "forward_pre_hook" in code)
+    direction = from_vector(tiny_llama, 9 * random_vector(32)).direction(tiny_llama, "given", 1)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 6, "do_sample": False}
+    names = {"direction": direction, "model": tiny_llama.model, "inputs": inputs}
+    exec(code, names)
+    with ss.steer(tiny_llama, direction):
+        ours = tiny_llama.model.generate(**inputs)
+    assert torch.equal(names["answer"], ours)
+    assert not torch.equal(ours, tiny_llama.model.generate(**inputs))
 
 
 def test_every_runnable_page_has_code_to_run():

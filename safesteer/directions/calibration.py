@@ -1,7 +1,8 @@
 """How strongly to steer: by real answers, by drift, or over a table of strengths.
 
     choose_direction   among many directions: a short look at each, then `choose_coeff` for the best few
-    choose_coeff       the smallest coefficient at which greedy answers refuse
+    choose_coeff       the smallest coefficient at which 95 % of the greedy answers refuse, else the one that
+                       refuses most
     calibrate_to_kl    the coefficient that spends a given KL on harmless prompts (bisection)
     strength_table     direction x coefficient: refusal, KL and perplexity, for a curve to choose from
 

@@ -9,7 +9,7 @@ It measures one model, or base and student of a run:
     paper   the paper's benchmarks and tasks, whole
     robust  how deep refusals go: answers opened for the model, wrapped requests, changed weights (`robust`)
 
-Beside every rate of the first three stands the text quality of those answers, of 128 tokens at most. Base and
+Beside every rate of the first three stands the text quality of those answers. Base and
 student answer the same prompts, so changes between them come with a paired interval and McNemar's test.
 
 Drift is KL(base || student) along the base's answers to harmless prompts, and the shift of the final hidden
@@ -150,7 +150,7 @@ def run_suite(
         >>> ss.run_suite("runs/demo")[["model", "name", "metric", "value"]].head(3)  # doctest: +SKIP
              model          name                   metric    value
         0     base   own-harmful                  refused  0.09375
-        1     base   own-harmful  refusal phrase anywhere  0.15625
+        1     base   own-harmful     opens with a refusal  0.15625
         2     base  own-harmless                  refused  0.06250
     """
     if isinstance(suite, str) and suite not in SUITES:

@@ -136,7 +136,7 @@ def load_benchmark(
     r"""Load the prompts of a benchmark: from a file, from a folder that holds it, or from the Hub.
 
     Args:
-        name: One of `BENCHMARKS`, such as "xstest" or "harmbench".
+        name: One of `prompts.benchmarks.KNOWN`, such as "xstest" or "harmbench".
         path: A JSON Lines or CSV file with the benchmark's own columns, or with a column "prompt".
         data: A folder of such files under known names; what it does not hold comes from the Hub.
         limit: Draw this many prompts; None takes all.

@@ -298,7 +298,7 @@ def load_prompts(name: str = "pairs") -> PromptSet:
     """Load the project's own prompts (prompts/data, with a data card beside them).
 
     Args:
-        name: "pairs": matched pairs in four splits; "kinds": requests of other kinds to train on, in the
+        name: "pairs": matched pairs in five splits; "kinds": requests of other kinds to train on, in the
             splits "train" and "val"; "wide": pairs of longer tasks, of questions in a studious tone and of
             everyday risks, in the same splits; "mixed": the pairs, and in the split "distill" the train split
             of the kinds; "all": that of the wide ones too; "forms": requests in other forms than the
