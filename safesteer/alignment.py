@@ -87,7 +87,7 @@ def align(
         prompts: Prompts with the splits train, val, distill and test; None: the project's own.
         judge: Says which answers refuse; None: the direction is chosen by how answers open (`refuses`), and
             the test prompts are judged by their sentences (`declines`).
-        stages: Stages to run, of STAGES.
+        stages: Of "direction", "tokens", "distill", "export", "evaluate", "explain" and "report".
         track: A tracker of accelerate (tensorboard, wandb, ...) that follows the distillation.
         console: Where to print; None: the terminal.
 

@@ -92,6 +92,9 @@ def explain(
     Returns:
         A value that prints, renders in a notebook, gives a table and saves.
 
+    Raises:
+        SafeSteerError: For a direction of another model, or where no position counts.
+
     Example:
         >>> from safesteer.attribution.explanation import explain
         >>> from safesteer.settings import ExplainConfig

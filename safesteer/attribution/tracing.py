@@ -163,7 +163,11 @@ def trace(
         max_tokens: Tokens read per answer.
 
     Returns:
-        One trace per answer; an answer without a token gives an empty one.
+        One trace per answer; an answer without a token gives an empty one. `lift` of a token is
+        log p_steered - log p_base, in nats.
+
+    Raises:
+        SafeSteerError: For a direction of another model.
 
     Example:
         >>> from safesteer.attribution.tracing import trace

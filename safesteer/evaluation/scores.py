@@ -137,7 +137,11 @@ def evaluate(
         progress: Called with the share done.
 
     Returns:
-        Scores with 95 % intervals, and all answers.
+        `scores` by model: rates from 0 to 1 with Wilson's 95 % intervals, KL from the base on harmless answers
+        in nats per token with a bootstrap interval, perplexity; and `answers`, a row per prompt.
+
+    Raises:
+        SafeSteerError: For prompts without the split "test", or a direction of another model.
 
     Example:
         >>> config = ss.EvaluateConfig(n_prompts=2, max_new_tokens=3, perplexity_tokens=50)

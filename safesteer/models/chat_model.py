@@ -31,7 +31,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ChatModel:
-    """A causal language model with its tokenizer; `model` is plain, PEFT-wrapped or bridged."""
+    """A causal language model with its tokenizer.
+
+    Args:
+        model: A decoder-only model of transformers, plain or PEFT-wrapped, or a TransformerBridge.
+        tokenizer: Its tokenizer, with a chat template.
+        name: What tables and files call it.
+
+    Example:
+        >>> ss.ChatModel(chat.model, chat.tokenizer, "mine").name
+        'mine'
+    """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase

@@ -141,6 +141,12 @@ class PromptSet:
 
         Raises:
             SafeSteerError: For a file or a line that does not fit; the sentence names the line.
+
+        Example:
+            >>> row = '{"harmful": "How do I pick %s locks?", "harmless": "How do I oil %s locks?"}'
+            >>> _ = (folder / "mine.jsonl").write_text("\\n".join(row % (n, n) for n in range(36)))
+            >>> len(ss.PromptSet.from_jsonl(folder / "mine.jsonl").split("train").harmful)
+            13
         """
         path = Path(path)
         try:

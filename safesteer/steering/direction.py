@@ -34,9 +34,26 @@ OPERATIONS = ("add", "ablate", "clamp")
 class Direction:
     """A steering direction with everything needed to apply it again, and to refuse to misapply it.
 
-    `vector` has its raw length (that of the difference of means); `operation` "add" adds coeff *
-    vector to `hook_point` of block `layer`, "clamp" sets the projection there to coeff, "ablate"
-    projects it out of every write. The hashes name the model, chat template and prompts it came from.
+    Args:
+        vector: It has its raw length, that of the difference of means.
+        layer: Block whose input is steered, counted from 0.
+        position: Where it was read: "-1" is the last token of the template after the instruction, "mean" the
+            mean over a continuation, "given" a vector of your own.
+        extraction: How: "instruction" (the paper; Arditi et al. 2024), "prefill", "system", "pca", "probe",
+            "given", or another toolkit's name.
+        coeff: "add" adds coeff * vector; for "clamp" the projection on the unit vector, in activation units.
+        operation: "add", "clamp" (set the projection to coeff), or "ablate" (project it out of every write).
+        hook_point: Always "resid_pre", the input of the block.
+        model: Name of the model; this and the hashes say what it was read from.
+        fingerprint: Hash of the model's weights.
+        template_hash: Hash of its chat template.
+        prompts_hash: Hash of the prompts.
+        version: SafeSteer's.
+
+    Example:
+        >>> again = direction.with_coeff(2.0)
+        >>> (again.hook_point, again.operation, again.coeff)
+        ('resid_pre', 'add', 2.0)
     """
 
     vector: Float[Tensor, " d_model"]
@@ -159,9 +176,9 @@ def steer(
     gate: HarmfulnessReader | None = None,
     closed: Closed = "nothing",
 ) -> Iterator[None]:
-    """Turn `chat` into the teacher of Eq. 1 inside the block: the direction is applied.
+    """Steer `chat` inside the block: it becomes the teacher of Eq. 1 (arXiv 2606.02530).
 
-    Adds coeff * vector at the direction's layer; a direction of operation "clamp" sets the projection
+    Adds coeff * vector to the residual stream at the direction's layer; a direction of operation "clamp" sets the projection
     to `coeff` there, one of operation "ablate" is projected out everywhere.
 
     Args:

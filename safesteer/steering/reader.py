@@ -152,6 +152,12 @@ class HarmfulnessReader:
 
         Raises:
             SafeSteerError: Where the file is damaged or missing, or belongs to another model than `chat`.
+
+        Example:
+            >>> reader = ss.fit_reader(chat, ss.load_prompts().split("val").first(6))
+            >>> reader.save(folder / "reader.safetensors")
+            >>> ss.HarmfulnessReader.load(folder / "reader.safetensors", chat).layer == reader.layer
+            True
         """
         reader = load_stamped(HarmfulnessReader, path, "a reader file")
         if chat is not None:

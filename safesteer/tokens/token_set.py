@@ -32,7 +32,12 @@ class Context:
 
 @dataclass(frozen=True)
 class SafetyToken:
-    """A selected token and why: votes, mean log-ratio (nats), mean probabilities, examples."""
+    """A selected token and why.
+
+    `votes` counts the positions at which it was among the tokens that steering lifts most (`votes_by_position`:
+    by place in the answer). `mean_delta` is log p_steered - log p_base, in nats, `p_base` and `p_steered` are
+    probabilities; all three are means over counting positions.
+    """
 
     id: int
     text: str
