@@ -137,8 +137,8 @@ def evaluate(
         progress: Called with the share done.
 
     Returns:
-        `scores` by model: rates from 0 to 1 with Wilson's 95 % intervals, KL from the base on harmless answers
-        in nats per token with a bootstrap interval, perplexity; and `answers`, a row per prompt.
+        `scores` by model: rates from 0 to 1 with Wilson's 95 % intervals, KL from the base on harmless
+        answers in nats per token with a bootstrap interval, perplexity; and `answers`, a row per prompt.
 
     Raises:
         SafeSteerError: For prompts without the split "test", or a direction of another model.

@@ -144,7 +144,8 @@ class PromptSet:
 
         Example:
             >>> row = '{"harmful": "How do I pick %s locks?", "harmless": "How do I oil %s locks?"}'
-            >>> _ = (folder / "mine.jsonl").write_text("\\n".join(row % (n, n) for n in range(36)))
+            >>> rows = (row % (n, n) for n in range(36))
+            >>> _ = (folder / "mine.jsonl").write_text(chr(10).join(rows))
             >>> len(ss.PromptSet.from_jsonl(folder / "mine.jsonl").split("train").harmful)
             13
         """

@@ -178,8 +178,8 @@ def steer(
 ) -> Iterator[None]:
     """Steer `chat` inside the block: it becomes the teacher of Eq. 1 (arXiv 2606.02530).
 
-    Adds coeff * vector to the residual stream at the direction's layer; a direction of operation "clamp" sets the projection
-    to `coeff` there, one of operation "ablate" is projected out everywhere.
+    Adds coeff * vector to the residual stream at the direction's layer; a direction of operation "clamp"
+    sets the projection to `coeff` there, one of operation "ablate" is projected out everywhere.
 
     Args:
         chat: A ChatModel, a TransformerBridge, a plain model, or (model, tokenizer).

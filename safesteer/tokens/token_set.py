@@ -34,9 +34,9 @@ class Context:
 class SafetyToken:
     """A selected token and why.
 
-    `votes` counts the positions at which it was among the tokens that steering lifts most (`votes_by_position`:
-    by place in the answer). `mean_delta` is log p_steered - log p_base, in nats, `p_base` and `p_steered` are
-    probabilities; all three are means over counting positions.
+    `votes` counts the positions at which it was among the tokens that steering lifts most
+    (`votes_by_position`: by place in the answer). `mean_delta` is log p_steered - log p_base, in nats,
+    `p_base` and `p_steered` are probabilities; all three are means over counting positions.
     """
 
     id: int
