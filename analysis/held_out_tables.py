@@ -18,6 +18,7 @@ from safesteer.evaluation.curves import bias_curve, over_refusal_at
 ROWS = Path(__file__).parent / "results" / "held_out"
 WIDE = ROWS.parent / "held_out_wide"  # prompts=all, distill.train_layers=blocks
 QUICK = ROWS.parent / "held_out_quick"  # the preset "quick" on SmolLM2-135M-Instruct
+GENTLE = ROWS.parent / "held_out_gentle"  # a recipe that a search found, on the same prompts
 UNSEEN = ROWS.parent / "held_out_unseen"  # the preset on prompts of no earlier look, gated by WIDE's readers
 PUBLIC = ("harmbench", "do-not-answer", "harmfulqa", "xstest-unsafe")
 OVER = ("xstest", "everyday", "own-harmless")
@@ -98,13 +99,16 @@ def margins_table(folder: Path | None = None) -> tuple[list[str], list[list[str]
     """Make the table of what a constant on the openers' logits makes of each model: its own line.
 
     The over-refusal where half, 60 and 70 % of the public harmful prompts are refused at the first token, and
-    how well the margin tells. The first title names sets that were answered and whose margins were not read.
+    how well the margin tells. The first title names sets that were answered and whose margins of the base
+    were not read: all models have the same sets.
     """
-    lines, missing = [], {}
-    for path in sorted((folder or ROWS).glob("*--margins.csv")):
+    lines, folder = [], folder or ROWS
+    read = set(pd.read_csv(folder / "base--margins.csv").set)
+    answered = [s for s in (*PUBLIC, *OVER) if (folder / f"base--{s}.csv").exists()]
+    missing = [s for s in answered if s not in read]
+    for path in sorted(folder.glob("*--margins.csv")):
         rows = pd.read_csv(path)
-        answered = [s for s in (*PUBLIC, *OVER) if (path.parent / f"base--{s}.csv").exists()]
-        missing |= dict.fromkeys(s for s in answered if s not in set(rows.set))
+        rows = rows[rows.set.isin(read)]
         harmful, over = (rows.loc[rows.set.isin(sets), "margin"].to_numpy() for sets in (PUBLIC, OVER))
         curve = bias_curve(harmful, over, NATS)
         rates = [percent(over_refusal_at(curve, rate)) for rate in AT]

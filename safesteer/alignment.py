@@ -40,7 +40,7 @@ from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.robust import measured
 from safesteer.evaluation.scores import evaluate
 from safesteer.evaluation.sets import check_sets, rows_folder, score_sets
-from safesteer.exporting import check_reload, export
+from safesteer.exporting import check_reload, export, rounding_note
 from safesteer.judges.judge import Judge
 from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses
@@ -110,10 +110,8 @@ def align(
         prompts.split(name).require_kinds()
     prompts.split("distill")
     check_sets(recipe.evaluate.sets, rows_folder(recipe.evaluate))
-    source = model_source(model, recipe)
-    run = Run(
-        Path(out), source, recipe, prompts, judge or refuses, judge or declines, console or Console(), track
-    )
+    judges, source = (judge or refuses, judge or declines), model_source(model, recipe)
+    run = Run(Path(out), source, recipe, prompts, *judges, console or Console(), track)
     base = run.load_base() if isinstance(source, str) else source
     check_base(run, base, trains="distill" in stages)
     processes = PartialState(cpu=base.device.type == "cpu")
@@ -245,6 +243,8 @@ def _export(run: Run, base: ChatModel) -> list[str]:
     weights, dtype = _weights_to_export(run)
     student = restore_student(weights, run.load_teacher(base), run.prompts, config, run.path)
     export(student, run.path / "model", dtype=dtype)
+    if note := rounding_note(base, student, dtype):
+        run.say(note)
     device_map = "disk" if is_offloaded(student.model) else None
     difference = check_reload(run.path / "model", trust_remote_code=trust, device_map=device_map)
     run.say(f"reloaded in a fresh process: logits differ by at most {difference:.1g}")

@@ -31,6 +31,7 @@ from safesteer.models.quiet import quiet_transformers
 
 PROBE_FILE = "probe.json"
 TOLERANCE = 1e-4  # of a logit, in float32
+MOST = 0.95  # of the change of the weights: an export that keeps less says so
 
 
 def export(student: ModelLike, folder: str | Path, *, dtype: torch.dtype | str | None = None) -> None:
@@ -67,6 +68,27 @@ def export(student: ModelLike, folder: str | Path, *, dtype: torch.dtype | str |
             _write(student, work)
     except OSError as error:
         raise SafeSteerError(f"{folder} cannot be written: {error.strerror or error}.") from error
+
+
+@torch.no_grad()
+def rounding_note(base: ChatModel, student: ChatModel, dtype: torch.dtype | str) -> str:
+    """Say how much of what training changed is left in weights of `dtype`; "" for nearly all of it.
+
+    That share is the rounded change, projected on the change. Small steps from weights that bfloat16 holds
+    exactly are rounded back to them. Quantized and offloaded weights are left out.
+    """
+    before, kind = dict(hf_model(base.model).named_parameters()), as_dtype(dtype)
+    left = changed = 0.0
+    for name, weight in hf_model(student.model).named_parameters():
+        start = before.get(name)
+        if start is not None and start.shape == weight.shape and not (start.is_meta or weight.is_meta):
+            start = start.to(weight)
+            change, rounded = weight - start, weight.to(kind).to(weight) - start
+            left += float((change * rounded).sum(dtype=torch.float64))
+            changed += float((change * change).sum(dtype=torch.float64))
+    if left >= MOST * changed:
+        return ""
+    return f"{left / changed:.0%} of what training changed is left in {dtype}: export.dtype=float32 keeps all"
 
 
 def _require_free(folder: Path) -> None:
@@ -202,7 +224,7 @@ def export_strength(run: str | Path, strength: float, folder: str | Path | None 
         raise SafeSteerError(f"{folder} exists and would be replaced: choose another folder.")
     _require_free(folder)
     trust = bool(read_json(run / "manifest.json").get("recipe", {}).get("trust_remote_code", False))
-    models = load_target(run, run)
+    models = load_target(run, run, dtype="float32")  # passes may take less; what is written may not
     stored = _read_probe(run / "model")["dtype"]
     with between(models["base"], models["student"], strength) as student:
         export(student, folder, dtype=stored)

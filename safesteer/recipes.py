@@ -176,13 +176,9 @@ def _shown(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
-    return (
-        ",".join(value)
-        if isinstance(value, tuple)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def quick() -> Recipe:
@@ -238,7 +234,9 @@ def paper_llama() -> Recipe:
     """Build the published recipe for Llama."""
     qwen = paper_qwen()
     tokens = replace(qwen.tokens, horizon=5, min_steered_prob=1e-7)
-    return replace(qwen, preset="paper-llama", tokens=tokens, distill=replace(qwen.distill, lr=1e-6))
+    # Steps of this rate are smaller than bfloat16's: an export in it would round most of them away.
+    distill, exported = replace(qwen.distill, lr=1e-6), ExportConfig(dtype="float32")
+    return replace(qwen, preset="paper-llama", tokens=tokens, distill=distill, export=exported)
 
 
 def two_sided() -> Recipe:
@@ -280,7 +278,7 @@ PRESETS = {
     "paper-qwen": paper_qwen,
     "paper-llama": paper_llama,
 }
-BY_FAMILY = ("tokens.horizon", "tokens.min_steered_prob", "distill.lr")  # where the two differ
+BY_FAMILY = ("tokens.horizon", "tokens.min_steered_prob", "distill.lr", "export.dtype")  # they differ
 
 
 def for_family(chosen: Recipe, model_type: str = "") -> Recipe:

@@ -55,7 +55,7 @@ from safesteer.steering.direction import Direction
 from safesteer.tokens.token_set import TokenSet
 
 STAGES = ("direction", "tokens", "distill", "export", "evaluate", "explain", "report")
-MANIFEST, RECIPE = "manifest.json", "recipe.toml"
+MANIFEST, RECIPE, SEARCH_FILE = "manifest.json", "recipe.toml", "search.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +87,9 @@ class Run:
 
     @cached_property
     def settled(self) -> Recipe:
-        """The recipe with a precision for "auto": that of the run in the folder, else this machine's."""
-        path, distill = self.path / MANIFEST, self.recipe.distill
-        begun = read_json(path).get("recipe", {}) if path.exists() else {}
+        """The recipe with a precision for "auto": that of the run or search here, else this machine's."""
+        paths, distill = (self.path / MANIFEST, self.path / SEARCH_FILE), self.recipe.distill
+        begun = next((read_json(path).get("recipe", {}) for path in paths if path.exists()), {})
         dtype = settled_precision(self.recipe.dtype, self.device, begun.get("dtype"))
         before = begun.get("distill", {}).get("precision")
         precision = settled_precision(distill.precision, self.device, before)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -21,6 +22,7 @@ from safesteer.evaluation.ledger import looks
 from safesteer.exporting import export_strength
 from safesteer.models.adapter import without_adapter
 from safesteer.models.drift import kl_on_answers
+from safesteer.models.generation import greedy_ids
 from safesteer.models.loading import load_model
 from safesteer.models.mixing import between
 from safesteer.models.precision import cast_weights
@@ -155,7 +157,7 @@ def test_the_curve_starts_at_the_base_and_passes_the_student(tiny_llama, student
         for column, texts in (("harmful", prompts.harmful), ("over_refusal", prompts.harmless)):
             answers = ss.generate(chat, texts, max_new_tokens=3)
             assert table[column][strength] == sum(odd("", a) for a in answers) / 4
-    along = ss.generate(tiny_llama, prompts.harmless, max_new_tokens=3)
+    along = greedy_ids(tiny_llama, prompts.harmless, SHORT.n_kl_tokens)
     kls = kl_on_answers(tiny_llama, student, prompts.harmless, along)
     assert table.kl[1.0] == pytest.approx(sum(kls) / 4, rel=1e-4)
     assert (table.harmful_low <= table.harmful).all()
@@ -244,6 +246,28 @@ def test_the_chosen_strength_is_exported_with_its_card(finished, tmp_path, few_p
         export_strength(run, -0.5)
     again = export_strength(run, 0.7)  # replaces an earlier export
     assert again == folder
+
+
+def test_an_exported_strength_is_not_rounded_to_the_precision_of_the_run(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["recipe"]["dtype"] = "bfloat16"  # its passes; the files have float32
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    folder = export_strength(run, 1.0)
+    ours, theirs = (weights(load_model(str(path))) for path in (folder, run / "model"))
+    assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
+
+
+def test_the_dial_measures_again_with_another_length_of_drift(finished, tmp_path, few_pairs):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    short, longer = (replace(SHORT, n_kl_tokens=n) for n in (1, 6))
+    dial_run(run, (1.0,), config=short, console=QUIET)
+    table = dial_run(run, (0.5, 1.0), config=longer, console=QUIET)
+    anew = tmp_path / "anew"
+    shutil.copytree(finished, anew)
+    assert table.kl.tolist() == dial_run(anew, (0.5, 1.0), config=longer, console=QUIET).kl.tolist()
 
 
 def test_an_export_replaces_nothing_but_an_export(finished, tmp_path):

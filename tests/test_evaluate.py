@@ -15,7 +15,7 @@ from safesteer.evaluation.scores import Evaluation, evaluate, score_model
 from safesteer.models.bridge import to_bridge
 from safesteer.models.chat_model import as_chat
 from safesteer.models.drift import kl_on_answers
-from safesteer.models.generation import generate
+from safesteer.models.generation import greedy_ids
 from safesteer.models.templates import render
 from safesteer.models.text_loss import WIKITEXT, perplexity, wikitext
 from safesteer.prompts.prompt_set import load_prompts
@@ -104,7 +104,7 @@ def moved(tiny_llama):
 
 def test_without_its_answers_the_base_writes_them(tiny_llama, moved):
     prompts = load_prompts().split("test").first(3)
-    answers = generate(tiny_llama, prompts.harmless, max_new_tokens=4)
+    answers = greedy_ids(tiny_llama, prompts.harmless, SMALL.n_kl_tokens)
     handed_over = score_model(moved, tiny_llama, prompts, SMALL, base_answers=answers)[0]
     written = score_model(moved, tiny_llama, prompts, SMALL)[0]
     assert written.kl_harmless == pytest.approx(handed_over.kl_harmless, rel=1e-5)
@@ -128,7 +128,7 @@ def test_an_evaluation_holds_the_scores_of_each_model_by_itself(tiny_llama, move
     assert len(pairs) == len(set(pairs))  # a judge may cost money
     assert shares == pytest.approx([1 / 3, 2 / 3, 1.0])
     base, _ = score_model(tiny_llama, tiny_llama, test, SMALL, judge=judge)
-    along = generate(tiny_llama, test.harmless, max_new_tokens=4, batch_size=50)
+    along = greedy_ids(tiny_llama, test.harmless, SMALL.n_kl_tokens, SMALL.batch_size)
     student, _ = score_model(moved, tiny_llama, test, SMALL, judge=judge, base_answers=along)
     teacher = copy_of(tiny_llama)
     with steer(teacher, direction):

@@ -24,14 +24,14 @@ from safesteer.distillation.loop import Training, distill, restore_student
 from safesteer.distillation.rollouts import Teacher
 from safesteer.evaluation.scores import Scores, evaluate
 from safesteer.evaluation.sets import COLUMNS
-from safesteer.exporting import check_reload, export, reload_difference
+from safesteer.exporting import check_reload, export, reload_difference, rounding_note
 from safesteer.model_card import write_card
 from safesteer.models import loading
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.loading import load_model
 from safesteer.models.named import NAMED
 from safesteer.models.parts import blocks
-from safesteer.models.precision import in_precision
+from safesteer.models.precision import cast_weights, in_precision
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.recipes import recipe
 from safesteer.report.set_table import REPEATS
@@ -102,6 +102,31 @@ def test_a_bfloat16_base_comes_back_as_bfloat16(tiny_llama, tmp_path):
     assert not torch.equal(
         weights["model.layers.2.mlp.up_proj.weight"], before["model.layers.2.mlp.up_proj.weight"]
     )
+
+
+def test_an_export_says_how_much_of_training_rounding_leaves(tiny_llama):
+    base = copy_of(tiny_llama)
+    cast_weights(base.model, BFLOAT16)
+    near, far = (copy_of(base) for _ in range(2))
+    for student, size in ((near, 1e-5), (far, 1e-1)):
+        cast_weights(student.model, torch.float32)
+        with torch.no_grad():
+            for weight in student.model.parameters():
+                weight += size * torch.randn(weight.shape).sign()
+    note = rounding_note(base, near, BFLOAT16)
+    kept, changed = 0.0, 0.0
+    before = dict(base.model.named_parameters())
+    for name, weight in near.model.named_parameters():
+        change = weight.double() - before[name].double()
+        kept += float((change * (weight.bfloat16().double() - before[name].double())).sum())
+        changed += float((change**2).sum())
+    assert kept / changed < 0.9
+    assert note == f"{kept / changed:.0%} of what training changed is left in {BFLOAT16}: " + (
+        "export.dtype=float32 keeps all"
+    )
+    assert rounding_note(base, near, "float32") == rounding_note(base, far, BFLOAT16) == ""
+    assert rounding_note(base, base, "bfloat16") == ""
+    assert recipe("paper-llama").export.dtype == "float32"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

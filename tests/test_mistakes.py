@@ -25,8 +25,12 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
 import safesteer as ss
@@ -55,18 +59,22 @@ from safesteer.evaluation.targets import load_target
 from safesteer.judges.judge import read_reply
 from safesteer.live.reading import Subject, View, read_prompt, stream_answers
 from safesteer.live.wire import view_of
+from safesteer.models import precision
 from safesteer.models.chat_model import ChatModel
+from safesteer.models.drift import kl_at_positions, kl_on_answers
 from safesteer.models.forward import final_hidden, last_logits
 from safesteer.models.generation import generate
 from safesteer.models.hashing import weights_hash
 from safesteer.models.head import normed, output_head
 from safesteer.models.loading import load_model
+from safesteer.models.parts import context_length
 from safesteer.models.templates import render, set_template, special_start
 from safesteer.models.text_loss import general_text, perplexity
 from safesteer.prompts.conversation import as_prompts
 from safesteer.prompts.prompt_set import LABELS, PromptSet
 from safesteer.report.dial_figure import DIAL_FILE
 from safesteer.run_folder import Run, open_run
+from safesteer.searching.records import open_folder
 from safesteer.searching.shared import drawn_val
 from safesteer.steering.hooks import record_resid_pre
 
@@ -927,3 +935,61 @@ def test_an_argument_of_another_kind_is_one_sentence(tiny_llama, few):
                 call()
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# --- what a review of numbers met ---
+
+
+def test_a_model_with_long_rope_reads_its_original_context_alone(chatml_tokenizer):
+    """Its frequencies change with the longest row of a pass, so one long prompt would change all others."""
+    shape = {**SIZES, "max_position_embeddings": 256, "num_key_value_heads": 2}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 64,
+    }
+    config = Phi3Config(**shape, vocab_size=len(chatml_tokenizer), pad_token_id=0, rope_parameters=rope)
+    config.original_max_position_embeddings = 64
+    chat = ss.ChatModel(Phi3ForCausalLM(config).eval(), chatml_tokenizer, "tiny-phi3")
+    assert context_length(chat.model) == 64
+    ss.generate(chat, ["Hello"], max_new_tokens=2)
+    with pytest.raises(SafeSteerError, match="64"):
+        ss.generate(chat, ["Hello", "long " * 80], max_new_tokens=2)
+
+
+def test_an_adapter_that_leaves_experts_out_says_so(chatml_tokenizer):
+    pytest.importorskip("peft", reason="needs the extra `lora`")
+    from safesteer.models.adapter import with_adapter
+
+    shape = {"num_local_experts": 4, "vocab_size": len(chatml_tokenizer)}
+    mixtral = ss.ChatModel(MixtralForCausalLM(MixtralConfig(**SIZES, **shape)), chatml_tokenizer, "tiny")
+    with pytest.warns(UserWarning, match=r"The adapter reaches \d+% of the weights of its blocks"):
+        with_adapter(mixtral, 2, 4)
+
+
+def test_drift_is_measured_along_the_ids_that_the_base_wrote(tiny_llama):
+    """A text is stripped and tokenized again, which can be another answer."""
+    student = copy_of(tiny_llama)
+    with torch.no_grad():
+        student.model.model.layers[1].mlp.down_proj.weight.mul_(-3)
+    ids = [tiny_llama.encode("\n\n a river"), tiny_llama.encode("No")]
+    texts = [tiny_llama.decode_answer(row) for row in ids]
+    assert tiny_llama.encode(texts[0]) != ids[0]
+    along = [float(kl.mean()) for kl in kl_at_positions(tiny_llama, student, ["Hi", "Ho"], ids)]
+    assert kl_on_answers(tiny_llama, student, ["Hi", "Ho"], ids) == along
+    assert kl_on_answers(tiny_llama, student, ["Hi", "Ho"], texts)[0] != along[0]
+
+
+def test_a_search_that_goes_on_elsewhere_keeps_its_precision(tiny_llama, few, tmp_path, monkeypatch):
+    chosen = ss.recipe("quick", **{"dtype": "auto", "distill.precision": "auto"})
+
+    def settled(dtype: torch.dtype) -> tuple[str, str]:
+        monkeypatch.setattr(precision, "fast_dtype", lambda device: dtype)
+        run = Run(tmp_path, "no/model", chosen, few, ss.refuses, ss.refuses, Console(quiet=True))
+        open_folder(run, tiny_llama, ())
+        return run.settled.dtype, run.settled.distill.precision
+
+    assert settled(torch.bfloat16) == ("bfloat16", "bfloat16")
+    assert settled(torch.float32) == ("bfloat16", "bfloat16")

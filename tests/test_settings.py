@@ -169,7 +169,7 @@ def test_presets():
     assert recipe() == quick()
     qwen, llama = values(recipe("paper-qwen")), values(recipe("paper-llama"))
     different = {name for name, value in qwen.items() if value != llama[name]}
-    assert different == {"preset", "tokens.horizon", "tokens.min_steered_prob", "distill.lr"}
+    assert different == {"preset", "tokens.horizon", "tokens.min_steered_prob", "distill.lr", "export.dtype"}
     assert values(recipe("paper")) == qwen | {"preset": "paper"}
     with pytest.raises(SafeSteerError, match="Unknown preset"):
         recipe("fancy")

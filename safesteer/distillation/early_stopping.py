@@ -10,7 +10,7 @@ from safesteer.judges.wording import refuses
 from safesteer.models.adapter import as_base
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.drift import kl_on_answers
-from safesteer.models.generation import generate
+from safesteer.models.generation import greedy_ids
 from safesteer.models.precision import in_precision_of
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.settings import DistillConfig
@@ -35,6 +35,6 @@ def look_at(
     with in_precision_of(base, student):
         share = refusal_rate(student, prompts.harmful, judge, n_tokens)
         with as_base(base, student):
-            base_answers = generate(base, prompts.harmless, max_new_tokens=n_tokens)
+            base_answers = greedy_ids(base, prompts.harmless, n_tokens)
         kls = kl_on_answers(base, student, prompts.harmless, base_answers, n_tokens=n_tokens)
     return Look(share, float(np.mean(kls)))

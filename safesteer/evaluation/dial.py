@@ -17,12 +17,13 @@ from safesteer._files import locked, write_text
 from safesteer._intervals import bootstrap, wilson
 from safesteer._progress import Progress, no_progress
 from safesteer.evaluation.ledger import log_look
-from safesteer.evaluation.measuring import Measured, measure
+from safesteer.evaluation.measuring import ANSWER_TOKENS, Measured, measure
 from safesteer.evaluation.targets import load_target, require_run
 from safesteer.judges.judge import Judge, judge_identity
 from safesteer.judges.sentences import declines
 from safesteer.models.adapter import as_base
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.generation import greedy_ids
 from safesteer.models.hashing import weights_hash
 from safesteer.models.mixing import between
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
@@ -71,9 +72,10 @@ def measure_strengths(
     prompts, config = prompts or dial_prompts(), config or EvaluateConfig()
     with as_base(base, student):
         origin = measure(base, base, prompts, config, judge)
+        along = greedy_ids(base, prompts.harmless, config.n_kl_tokens)
     for strength in strengths:
         with between(base, student, strength) as chat:
-            measured = _at(strength, chat, base, prompts, config, judge, origin)
+            measured = measure(chat, base, prompts, config, judge, along) if strength else origin
         rows.append(_row(strength, measured))
         progress(len(rows) / len(strengths))
     return pd.DataFrame(rows)
@@ -112,16 +114,20 @@ def dial_run(
     run, console, config = require_run(run), console or Console(), config or EvaluateConfig()
     models, prompts = load_target(run, run), dial_prompts()
     base, student = models["base"], models["student"]
-    judged = f"{judge_identity(judge)}, {config.max_new_tokens} tokens"
+    length = f"{min(ANSWER_TOKENS, config.max_new_tokens)} tokens, KL over {config.n_kl_tokens}"
+    judged = f"{judge_identity(judge)}, {length}"
     stamp = {"weights": weights_hash(student.model), "prompts": prompts.hash, "judge": judged}
     with locked(run):
-        table, origin = _measured_before(run / DIAL_FILE, stamp), None
+        table, origin, along = _measured_before(run / DIAL_FILE, stamp), None, None
         for strength in strengths:
             if strength in table.strength.tolist():
                 continue
-            origin = origin or measure(base, base, prompts, config, judge)
+            if origin is None:
+                origin = measure(base, base, prompts, config, judge)
+                along = greedy_ids(base, prompts.harmless, config.n_kl_tokens)
             with between(base, student, strength) as chat:
-                row = _row(strength, _at(strength, chat, base, prompts, config, judge, origin))
+                seen = measure(chat, base, prompts, config, judge, along) if strength else origin
+                row = _row(strength, seen)
                 log_look(run, chat, prompts.name, len(prompts.harmful), f"dial: strength {strength:g}")
             table = pd.DataFrame([*table.to_dict("records"), row | stamp]).sort_values("strength")
             write_text(run / DIAL_FILE, table.to_csv(index=False))
@@ -159,19 +165,6 @@ def _measured_before(path: Path, stamp: dict[str, str]) -> pd.DataFrame:
         return pd.DataFrame(rows, columns=table.columns)
     except (ValueError, KeyError) as error:
         raise SafeSteerError(f"{path} is not a table of the dial: delete it to measure again.") from error
-
-
-def _at(
-    strength: float,
-    chat: ChatModel,
-    base: ChatModel,
-    prompts: PromptSet,
-    config: EvaluateConfig,
-    judge: Judge,
-    origin: Measured,
-) -> Measured:
-    """Measure the model at one strength; 0 is the base, which is measured already."""
-    return measure(chat, base, prompts, config, judge, origin.harmless_answers) if strength else origin
 
 
 def _row(strength: float, measured: Measured) -> dict[str, float | int | str]:

@@ -4,6 +4,7 @@ Greedy answers to harmful prompts and their harmless twins, judged; and KL(base 
 own answers to the harmless ones, in nats per token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +15,7 @@ from safesteer.judges.judge import Judge, judge_all, outcomes
 from safesteer.models.adapter import as_base
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.drift import kl_on_answers
-from safesteer.models.generation import generate
+from safesteer.models.generation import generate, greedy_ids
 from safesteer.models.precision import in_precision_of
 from safesteer.prompts.prompt_set import LABELS, PromptSet
 from safesteer.settings import EvaluateConfig
@@ -51,7 +52,7 @@ def measure(
     prompts: PromptSet,
     config: EvaluateConfig,
     judge: Judge,
-    base_answers: tuple[str, ...] | None = None,
+    base_answers: Sequence[Sequence[int]] | None = None,
 ) -> Measured:
     """Measure a model on some prompts, in the precision of the base.
 
@@ -61,7 +62,7 @@ def measure(
         prompts: Harmful and harmless prompts.
         config: Batches, and the largest length of answers where that is below ANSWER_TOKENS.
         judge: Says which answers refuse; an answer that it cannot judge counts as not refused.
-        base_answers: The base's answers to the harmless prompts; None: the base is asked.
+        base_answers: Ids of the base's greedy answers to the harmless prompts; None: the base is asked.
     """
     n_tokens = min(ANSWER_TOKENS, config.max_new_tokens)
     greedy = partial(generate, max_new_tokens=n_tokens, batch_size=config.batch_size)
@@ -69,10 +70,10 @@ def measure(
         answers = [greedy(chat, prompts.texts(label)) for label in LABELS]
         kls = [0.0] * len(prompts.harmless)
         if chat is not base:
+            n_kl, size = config.n_kl_tokens, config.batch_size
             if base_answers is None:
                 with as_base(base, chat):
-                    base_answers = tuple(greedy(base, prompts.harmless))
-            n_kl, size = config.n_kl_tokens, config.batch_size
+                    base_answers = greedy_ids(base, prompts.harmless, n_kl, size)
             kls = kl_on_answers(base, chat, prompts.harmless, base_answers, n_tokens=n_kl, batch_size=size)
     if not np.isfinite(kls).all():
         raise SafeSteerError("The student's drift from the base is not finite: neither are its logits.")

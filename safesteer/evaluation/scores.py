@@ -24,7 +24,7 @@ from safesteer.judges.sentences import declines
 from safesteer.models.adapter import as_base, without_student
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.drift import kl_on_answers
-from safesteer.models.generation import generate
+from safesteer.models.generation import generate, greedy_ids
 from safesteer.models.precision import in_precision_of
 from safesteer.models.text_loss import general_text, perplexity
 from safesteer.prompts.conversation import to_row
@@ -159,7 +159,7 @@ def evaluate(
     scores, answers = {}, {}
     with without_student(base, student):
         scores["base"], answers["base"] = score_model(base, base, test, config, judge=cached)
-    along = answers["base"]["harmless"]
+        along = greedy_ids(base, test.harmless, config.n_kl_tokens, config.batch_size)
     progress(1 / n_models)
     if direction is not None:
         # Another value around the same weights: drift is measured against the base without the steering.
@@ -205,7 +205,7 @@ def score_model(
     *,
     judge: Judge = declines,
     text: str | None = None,
-    base_answers: Sequence[str] | None = None,
+    base_answers: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Scores, dict[str, list[str]]]:
     """Score one model, possibly inside `steer(...)`; return its scores and greedy answers by label.
 
@@ -216,7 +216,7 @@ def score_model(
         config: How much is measured.
         judge: Says which answers refuse.
         text: Plain text for the perplexity; None: the project's own prose.
-        base_answers: The base's greedy answers to the harmless prompts; None: the base is asked.
+        base_answers: Ids of the base's greedy answers to the harmless prompts; None: the base is asked.
     """
     config = config or EvaluateConfig()
     prompts = prompts.first(config.n_prompts)
@@ -229,7 +229,7 @@ def score_model(
     kls = [0.0] * len(prompts.harmless)
     if base_answers is None and chat is not base:
         with as_base(base, chat):
-            base_answers = greedy(base, prompts.harmless)
+            base_answers = greedy_ids(base, prompts.harmless, config.n_kl_tokens, config.batch_size)
     if base_answers is not None:
         kls = kl_on_answers(
             base,

@@ -47,7 +47,7 @@ from safesteer.judges.judge import Judge, judge_identity
 from safesteer.judges.sentences import declines
 from safesteer.models.chat_model import ChatModel, ModelLike
 from safesteer.models.drift import kl_on_answers
-from safesteer.models.generation import generate
+from safesteer.models.generation import generate, greedy_ids
 from safesteer.models.hashing import weights_hash
 from safesteer.models.text_loss import WIKITEXT, general_text, perplexity, wikitext
 from safesteer.prompts.benchmarks import KNOWN
@@ -331,7 +331,7 @@ def _perplexity(suite: Suite, data: Path | None, chat: ChatModel) -> dict[str, A
 def _drift(base: ChatModel, prompts: list[str], chat: ChatModel) -> dict[str, Any]:
     """Measure how far the student is from the base on harmless prompts."""
     config = EvaluateConfig()
-    answers = generate(base, prompts, max_new_tokens=config.n_kl_tokens, batch_size=50)
+    answers = greedy_ids(base, prompts, config.n_kl_tokens, batch_size=50)
     kls = kl_on_answers(
         base, chat, prompts, answers, n_tokens=config.n_kl_tokens, batch_size=config.batch_size
     )

@@ -33,8 +33,15 @@ def require_run(target: str | Path) -> Path:
     return run
 
 
-def load_target(target: str | Path | ModelLike, run: Path | None) -> dict[str, ChatModel]:
+def load_target(
+    target: str | Path | ModelLike, run: Path | None, dtype: str | None = None
+) -> dict[str, ChatModel]:
     """Load the models that are measured, by the names of the tables: base and student, or model.
+
+    Args:
+        target: The model, where there is no run.
+        run: A run folder, whose base and student are loaded.
+        dtype: Their precision; None: the run's own, in which they were measured.
 
     Raises:
         SafeSteerError: If the run's base is no longer what it was.
@@ -44,7 +51,7 @@ def load_target(target: str | Path | ModelLike, run: Path | None) -> dict[str, C
         settings = manifest.get("recipe", {})
         source = {name: settings[name] for name in MODEL_SOURCE if name in settings}
         alike = {name: source[name] for name in ALIKE if name in source}
-        dtype = settings.get("dtype", "float32")  # the run's: what was rounded then is rounded alike
+        dtype = dtype or settings.get("dtype", "float32")  # what was rounded then is rounded alike
         base = load_model(manifest["model"], dtype=dtype, **source)
         if manifest.get("weights", hashed := weights_hash(base.model)) != hashed:
             raise SafeSteerError(

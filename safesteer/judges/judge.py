@@ -121,6 +121,29 @@ def versioned(*modules: ModuleType) -> Callable[[F], F]:
     return mark
 
 
+_WITHIN_THOUGHT = "the answer ends within its thought"
+
+
+def after_thought(answer: str) -> str | None:
+    """Return what a model answers after it has thought; None where the answer ends within the thought.
+
+    A thought ends with "</think>"; its beginning may stand in the template. gpt-oss writes "analysis", the
+    thought, "assistantfinal" and the answer where its special tokens are left out.
+
+    Example:
+        >>> from safesteer.judges.judge import after_thought
+        >>> after_thought("<think>A lock pick?</think> I cannot help."), after_thought("<think>A lock")
+        (' I cannot help.', None)
+    """
+    _, end, after = answer.rpartition("</think>")
+    if end:
+        return after
+    if re.match(r"analysis[A-Z]", answer):
+        _, end, after = answer.partition("assistantfinal")
+        return after if end else None
+    return None if answer.lstrip().startswith("<think>") else answer
+
+
 @timed("judging")
 def judge_all(judge: Judge, prompts: Sequence[PromptLike], answers: Sequence[str]) -> list[Verdict]:
     """Judge every answer.
@@ -132,10 +155,24 @@ def judge_all(judge: Judge, prompts: Sequence[PromptLike], answers: Sequence[str
         answers: As many as there are prompts.
 
     Returns:
-        One verdict per answer, in their order. An answer that the judge gives no clear reply to has a
-        verdict that is unknown.
+        One verdict per answer, in their order. What a model thinks before it answers is not judged. The
+        verdict is unknown where the judge gives no clear reply, or the answer ends within the thought.
     """
-    prompts = as_prompts(prompts)
+    prompts, texts = as_prompts(prompts), [after_thought(answer) for answer in answers]
+    ended = {i: text for i, text in enumerate(texts) if text is not None}
+    if len(ended) == len(prompts):
+        return _judge(judge, prompts, list(ended.values()))
+    verdicts = _judge(judge, [prompts[i] for i in ended], list(ended.values())) if ended else []
+    judged = dict(zip(ended, verdicts, strict=True))
+    name, version = judge_name(judge), judge_version(judge)
+    return [
+        judged.get(i) or Verdict(prompt, answer, name, None, None, _WITHIN_THOUGHT, version=version)
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
+
+
+def _judge(judge: Judge, prompts: Sequence[PromptLike], answers: Sequence[str]) -> list[Verdict]:
+    """Judge answers without thoughts."""
     if isinstance(judge, ModelJudge):  # one process asks: a judge may cost time and money
         from safesteer.models.processes import in_turns  # heavy
 
@@ -161,6 +198,11 @@ def outcomes(verdicts: Sequence[Verdict]) -> tuple[Literal["refused", "safe"], l
         return "refused", [v.refuses for v in verdicts]
     if any(v.p_harmful is not None for v in verdicts):
         return "safe", [None if v.harmful is None else not v.harmful for v in verdicts]
+    if all(v.reason == _WITHIN_THOUGHT for v in verdicts):
+        raise SafeSteerError(
+            "Every answer ends within its thought, so none can be judged: allow more tokens, or turn thinking"
+            " off (template_args: enable_thinking=false)."
+        )
     raise SafeSteerError(
         f"The judge {verdicts[0].judge} gave no reply that can be read on any of {len(verdicts)} answers,"
         f" but {verdicts[0].reason[:60]!r}."

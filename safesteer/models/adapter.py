@@ -4,6 +4,7 @@ The student is the base with an adapter on, the teacher the same weights with it
 inside the blocks get adapters, from `first_layer` up; embedding and head stay as they are.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -22,6 +23,8 @@ from safesteer.models.parts import blocks, hf_model, is_bridge, modes_put_back
 from safesteer.models.passes import bare
 from safesteer.models.placement import weights_in
 
+MOST = 0.9  # of the weights of its blocks: an adapter that reaches less says so
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
@@ -31,7 +34,8 @@ def with_adapter(chat: ChatModel, rank: int, alpha: int, first_layer: int = 0, s
     """Put a fresh adapter on every linear map of the blocks from `first_layer` up.
 
     The modules of `chat.model` are wrapped in place: it answers as before inside `as_base` only, and
-    for good after `without_adapter`.
+    for good after `without_adapter`. A mixture of experts keeps those as plain parameters, which get none: a
+    warning says how much of the blocks the adapter reaches.
 
     Raises:
         SafeSteerError: Where peft is missing.
@@ -47,6 +51,14 @@ def with_adapter(chat: ChatModel, rank: int, alpha: int, first_layer: int = 0, s
         for module in block.modules()
         if isinstance(module, nn.Linear | Conv1D)  # GPT-2 has linear maps of the second kind
     ]
+    reached = sum(cast(Tensor, module.weight).numel() for module in targets)
+    there = sum(p.numel() for block in blocks(chat.model)[first_layer:] for p in block.parameters())
+    if reached < MOST * there:
+        warnings.warn(
+            f"The adapter reaches {reached / there:.0%} of the weights of its blocks: the others, such as"
+            " those of experts, are no linear maps of torch and stay as they are.",
+            stacklevel=2,
+        )
     config = LoraConfig(r=rank, lora_alpha=alpha, task_type="CAUSAL_LM")
     config.target_modules = [names[module] for module in targets]
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in names)

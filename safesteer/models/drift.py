@@ -19,7 +19,7 @@ def kl_on_answers(
     base: ChatModel,
     chat: ChatModel,
     prompts: Sequence[str],
-    answers: Sequence[str],
+    answers: Sequence[str | Sequence[int]],
     *,
     n_tokens: int = 16,
     batch_size: int = 50,
@@ -30,11 +30,12 @@ def kl_on_answers(
         base: The frozen base, which may carry the adapter of `chat`.
         chat: The model that is compared with it.
         prompts: The prompts.
-        answers: The base's own greedy answers to them.
+        answers: The base's own greedy answers to them, as `greedy_ids` gives them. A text is tokenized
+            again: tokens that were left out of it, or split otherwise, then make it another answer.
         n_tokens: Tokens of each answer that are read.
         batch_size: Prompts per forward pass.
     """
-    ids = [chat.encode(answer)[:n_tokens] for answer in answers]
+    ids = [(chat.encode(a) if isinstance(a, str) else list(a))[:n_tokens] for a in answers]
     return [float(kl.mean()) for kl in kl_at_positions(base, chat, prompts, ids, batch_size=batch_size)]
 
 

@@ -286,8 +286,11 @@ def greedy_ids(
     """
     chat = as_chat(chat)
     answers: list[list[int]] = [[] for _ in prompts]
-    for rows, batch in chat.batched(prompts, batch_size):
-        out = generate_ids(chat, batch, max_new_tokens=max_new_tokens)
-        for i, ids in zip(rows, out.tolist(), strict=True):
+
+    def answer(part: tuple[list[int], PromptBatch]) -> list[list[int]]:
+        return generate_ids(chat, part[1], max_new_tokens=max_new_tokens).tolist()
+
+    for (rows, _), out in in_turns(chat.batched(prompts, batch_size), answer):
+        for i, ids in zip(rows, out, strict=True):
             answers[i] = cut_at_eos(ids, chat.eos_ids, keep_eos=keep_eos)
     return answers

@@ -87,8 +87,19 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Return how many tokens the model reads at once, where its config says so."""
-    return getattr(text_config(model), "max_position_embeddings", None)
+    """Return how many tokens the model reads at once, where its config says so.
+
+    Where rotary frequencies change with the longest text of a pass (long rope, dynamic NTK), one long row
+    would change all others and every cache: such a model is read up to its original context.
+    """
+    config = text_config(model)
+    longest, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None)
+    for part in (rope, *rope.values()) if isinstance(rope, dict) else ():
+        if isinstance(part, dict) and part.get("rope_type") in ("longrope", "dynamic"):
+            original = part.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None)
+            longest = min(filter(None, (longest, original)), default=None)
+    return longest
 
 
 @contextmanager

@@ -17,10 +17,10 @@ from safesteer._files import from_json, locked, read_json, write_text
 from safesteer.prompts.prompt_set import LABELS
 from safesteer.recipes import Recipe
 from safesteer.report.search_page import write_search_page
+from safesteer.run_folder import SEARCH_FILE
 from safesteer.searching.ranking import Outcomes, corrected, front, knee
 from safesteer.searching.records import (
     BASE,
-    SEARCH_FILE,
     START_FILE,
     TrialRecord,
     open_study,

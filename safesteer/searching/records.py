@@ -26,7 +26,7 @@ from safesteer.judges.judge import judge_identity
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.hashing import weights_hash
 from safesteer.recipes import Recipe
-from safesteer.run_folder import Run
+from safesteer.run_folder import SEARCH_FILE, Run
 from safesteer.searching.space import Range, tried_value
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 else:  # an extra, and slow to import
     FrozenTrial = Study = object
 
-SEARCH_FILE, START_FILE, TRIALS_FILE, BASE = "search.json", "start.toml", "trials.csv", "base"
+START_FILE, TRIALS_FILE, BASE = "start.toml", "trials.csv", "base"
 DIRECTIONS = ("maximize", "minimize", "minimize")  # harmful refused, over-refusal, KL
 COLUMNS = ("trial", "state", "reason", "harmful", "over_refusal", "kl", "n_pairs", "seconds", "layer")
 
@@ -98,7 +98,10 @@ def open_folder(run: Run, base: ChatModel, space: Sequence[Range]) -> None:
         raise SafeSteerError(f"{run.path} is not empty and holds no search: choose another folder.")
     run.recipe.save(run.path / START_FILE)
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    write_json(path, {"name": "safesteer search", **ours, "version": __version__, "created": created})
+    # What "auto" was: a search that goes on elsewhere keeps it (`Run.settled`).
+    precisions = {"dtype": run.settled.dtype, "distill": {"precision": run.settled.distill.precision}}
+    facts = {"name": "safesteer search", **ours, "recipe": precisions}
+    write_json(path, {**facts, "version": __version__, "created": created})
 
 
 def open_study(folder: Path) -> Study:

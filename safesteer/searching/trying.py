@@ -18,6 +18,7 @@ from safesteer.distillation.state import prepare_student
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.measuring import Measured, measure
 from safesteer.models.adapter import without_adapter
+from safesteer.models.generation import greedy_ids
 from safesteer.recipes import Recipe
 from safesteer.run_folder import Run
 from safesteer.searching.shared import Shared, shared_direction, shared_tokens
@@ -58,11 +59,11 @@ def try_settings(
     direction = shared_direction(shared, recipe.direction)
     tokens = shared_tokens(shared, direction, recipe.tokens)
     config, base, val = recipe.distill, shared.base, shared.val
+    answers = greedy_ids(base, val.harmless, recipe.evaluate.n_kl_tokens)
     # As in `align`: an adapter sits on the base itself, other weights that train are a copy.
     student = base if config.lora_rank else run.load_base(dtype="float32")
     state = prepare_student(student, direction, config)
     look = partial(measure, base=base, config=recipe.evaluate, judge=run.judge)
-    answers = shared.measured.harmless_answers
     training = Training(judge=run.chooser, progress=lambda share: progress(TRAINING * share))
     at = {max(1, round(share * config.n_steps)): n for n, (share, _) in enumerate(LOOKS)}
     try:
