@@ -12,7 +12,7 @@ and take home a plain Hugging Face checkpoint:
     ss.export(student, "my-model")
 
 The names are listed in `__init__.pyi` and imported when they are first used, so that `import safesteer` and
-the command line's --help load no torch. Everything else is in the rooms: `safesteer.directions`,
+the command line's --help load no torch. Everything else is in the subpackages: `safesteer.directions`,
 `safesteer.tokens`, `safesteer.attribution`, `safesteer.distillation`, `safesteer.evaluation` ...
 """
 
