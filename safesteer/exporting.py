@@ -224,8 +224,8 @@ def export_strength(run: str | Path, strength: float, folder: str | Path | None 
         raise SafeSteerError(f"{folder} exists and would be replaced: choose another folder.")
     _require_free(folder)
     trust = bool(read_json(run / "manifest.json").get("recipe", {}).get("trust_remote_code", False))
-    models = load_target(run, run, dtype="float32")  # passes may take less; what is written may not
     stored = _read_probe(run / "model")["dtype"]
+    models = load_target(run, run, dtype=stored)  # the run's passes may take less
     with between(models["base"], models["student"], strength) as student:
         export(student, folder, dtype=stored)
     write_text(folder / CARD, card_at(card.read_text(encoding="utf-8"), run, strength))
