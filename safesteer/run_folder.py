@@ -9,12 +9,10 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +20,9 @@ import pandas as pd
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import (
-    Progress as Bar,
-)
 
 from safesteer._errors import SafeSteerError
 from safesteer._files import digest, json_lines, locked, read_json, write_json
-from safesteer._progress import Progress
 from safesteer._version import __version__
 from safesteer.distillation.rollouts import Teacher
 from safesteer.distillation.state import require_adapter
@@ -48,6 +35,7 @@ from safesteer.models.parts import is_quantized
 from safesteer.models.placement import require_together, require_trainable
 from safesteer.models.precision import as_dtype, cast_weights, settled_precision, weight_dtype
 from safesteer.models.templates import template_hash
+from safesteer.progress import Progress, progress_bar
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.recipes import Recipe
 from safesteer.settings import ALIKE
@@ -137,22 +125,9 @@ class Run:
         """Print one line about the running stage."""
         self.console.print(f"  {text}", highlight=False)
 
-    @contextmanager
-    def progress(self, title: str) -> Iterator[Progress]:
-        """Show a bar with the time left; the yielded function takes the share done."""
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        # In a notebook rich draws bars with ipywidgets; without it, it would warn at every change.
-        off = self.console.is_jupyter and find_spec("ipywidgets") is None
-        with Bar(*columns, console=self.console, transient=True, disable=off) as bar:
-            task = bar.add_task(title, total=1.0)
-            yield lambda share: bar.update(task, completed=share)
+    def progress(self, title: str) -> AbstractContextManager[Progress]:
+        """Show a bar on the run's console; the function that it gives takes the share done."""
+        return progress_bar(title, self.console)
 
 
 def model_source(model: str | Path | ModelLike, recipe: Recipe) -> str | ChatModel:

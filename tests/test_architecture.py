@@ -30,7 +30,7 @@ LAYERS = (
     "settings",
     "_settings",
     "_files _endpoint _token_text _intervals",
-    "_errors _version _progress _clock _options",
+    "_errors _version progress _clock _options",
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms.split()}
 MODULES = {

@@ -16,7 +16,6 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from safesteer._errors import expect
-from safesteer._progress import Progress, no_progress
 from safesteer.attribution.coverage import (
     AnswerShare,
     Controls,
@@ -35,6 +34,7 @@ from safesteer.attribution.votes import allowed_ids
 from safesteer.models.adapter import without_student
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.generation import generate
+from safesteer.progress import Progress, no_progress
 from safesteer.prompts.conversation import from_row
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.settings import ExplainConfig, TokenConfig

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from safesteer._files import read_value, write_json
-from safesteer._progress import Progress, no_progress
 from safesteer.attribution.tracing import Trace, answer_logps, trace_tokens
 from safesteer.models.adapter import without_student
 from safesteer.models.batch import cut_at_eos
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.generation import generate_ids, greedy_ids
 from safesteer.models.passes import rows_differ
+from safesteer.progress import Progress, no_progress
 from safesteer.prompts.conversation import PromptLike, as_prompts
 from safesteer.steering.direction import Direction, steer
 from safesteer.steering.interventions import add

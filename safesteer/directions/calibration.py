@@ -18,7 +18,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from safesteer._errors import SafeSteerError
-from safesteer._progress import Progress, no_progress
 from safesteer.directions.refusal_tokens import refusal_scores
 from safesteer.judges.judge import Judge, judge_all, refusals
 from safesteer.models.batch import PromptBatch
@@ -28,6 +27,7 @@ from safesteer.models.generation import generate, with_greedy_tokens
 from safesteer.models.logits import kl_divergence, mean_over
 from safesteer.models.processes import in_turns
 from safesteer.models.text_loss import general_text, perplexity
+from safesteer.progress import Progress, no_progress
 from safesteer.prompts.conversation import PromptLike
 from safesteer.prompts.prompt_set import LABELS, PromptSet
 from safesteer.steering.direction import Direction, steer

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 
 from safesteer._errors import SafeSteerError, expect
-from safesteer._progress import Progress, no_progress
 from safesteer.directions.calibration import ANSWER_TOKENS, choose_direction, refusal_rate
 from safesteer.directions.candidates import Candidates
 from safesteer.directions.extraction import (
@@ -34,6 +33,7 @@ from safesteer.judges.judge import Judge
 from safesteer.judges.wording import refuses
 from safesteer.models.bridge import to_bridge
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.progress import Progress, no_progress
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.settings import DirectionConfig
 from safesteer.steering.direction import Direction

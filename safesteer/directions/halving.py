@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from safesteer._progress import Progress, no_progress
+from safesteer.progress import Progress, no_progress
 from safesteer.prompts.prompt_set import LABELS, PromptSet
 
 KEPT = 4  # one of so many goes on

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from safesteer._clock import count_pass, timed
-from safesteer._progress import Progress, no_progress
 from safesteer.directions.candidates import Candidates
 from safesteer.models.batch import PromptBatch, batches
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
@@ -36,6 +35,7 @@ from safesteer.models.parts import decoder
 from safesteer.models.pass_sizes import ON_CPU, sizes_on
 from safesteer.models.passes import select_rows
 from safesteer.models.processes import in_turns
+from safesteer.progress import Progress, no_progress
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.settings import DirectionConfig
 from safesteer.steering import interventions

@@ -28,11 +28,11 @@ from torch import Tensor
 from safesteer._errors import SafeSteerError
 from safesteer._files import write_text
 from safesteer._intervals import bootstrap_means
-from safesteer._progress import Progress, no_progress
 from safesteer.directions.candidates import Candidates
 from safesteer.directions.halving import Scored, Scores, score_by_halving
 from safesteer.directions.scoring import SCORES, PassLimits, layer_limit, runnable, score
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.progress import Progress, no_progress
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.settings import DirectionConfig
 from safesteer.steering.direction import Direction

@@ -23,7 +23,6 @@ from torch import nn
 
 from safesteer._errors import SafeSteerError, expect
 from safesteer._files import json_lines, write_text
-from safesteer._progress import Progress, no_progress
 from safesteer.distillation.early_stopping import look_at
 from safesteer.distillation.holding import base_texts
 from safesteer.distillation.rollouts import Sampler, StepPrompts, Teacher, trained_prompts
@@ -45,6 +44,7 @@ from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.parts import hf_model, is_bridge, is_quantized
 from safesteer.models.placement import require_together
 from safesteer.models.sharding import shard
+from safesteer.progress import Progress, no_progress
 from safesteer.prompts.conversation import PromptLike
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.settings import DistillConfig

@@ -15,7 +15,6 @@ from rich.console import Console
 from safesteer._errors import SafeSteerError
 from safesteer._files import locked, write_text
 from safesteer._intervals import bootstrap, wilson
-from safesteer._progress import Progress, no_progress
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.measuring import ANSWER_TOKENS, Measured, measure
 from safesteer.evaluation.targets import load_target, require_run
@@ -26,6 +25,7 @@ from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.generation import greedy_ids
 from safesteer.models.hashing import weights_hash
 from safesteer.models.mixing import between
+from safesteer.progress import Progress, no_progress
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.report.dial_figure import DIAL_FILE
 from safesteer.report.page import write_report

@@ -18,7 +18,6 @@ import pandas as pd
 from safesteer._errors import expect
 from safesteer._files import json_lines, read_value, write_json, write_json_lines
 from safesteer._intervals import bootstrap, wilson
-from safesteer._progress import Progress, no_progress
 from safesteer.judges.judge import CachedJudge, Judge, judge_all, judge_version, outcomes
 from safesteer.judges.sentences import declines
 from safesteer.models.adapter import as_base, without_student
@@ -27,6 +26,7 @@ from safesteer.models.drift import kl_on_answers
 from safesteer.models.generation import generate, greedy_ids
 from safesteer.models.precision import in_precision_of
 from safesteer.models.text_loss import general_text, perplexity
+from safesteer.progress import Progress, no_progress
 from safesteer.prompts.conversation import to_row
 from safesteer.prompts.prompt_set import LABELS, PromptSet, load_prompts
 from safesteer.settings import EvaluateConfig

@@ -18,13 +18,13 @@ from typing import Any
 import pandas as pd
 
 from safesteer._errors import SafeSteerError
-from safesteer._progress import Progress, no_progress
 from safesteer.evaluation.rows import change_row, quality_rows, rate
 from safesteer.judges.judge import Judge, judge_all, judge_name, judge_version, outcomes
 from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses, refuses_anywhere
 from safesteer.models.chat_model import ModelLike, as_chat
 from safesteer.models.generation import generate
+from safesteer.progress import Progress, no_progress
 from safesteer.prompts.benchmarks import KNOWN, Kind, is_local, load_benchmark
 from safesteer.prompts.prompt_set import load_prompts
 from safesteer.settings import EvaluateConfig

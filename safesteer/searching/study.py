@@ -22,7 +22,6 @@ from rich.console import Console
 from safesteer import recipes
 from safesteer._errors import SafeSteerError
 from safesteer._files import locked, write_json
-from safesteer._progress import Progress
 from safesteer.directions.finding import read_candidates
 from safesteer.distillation.state import require_adapter
 from safesteer.evaluation.ledger import log_look
@@ -31,6 +30,7 @@ from safesteer.judges.judge import Judge
 from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses
 from safesteer.models.chat_model import ChatModel, ModelLike
+from safesteer.progress import Progress
 from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.run_folder import Run, model_source
 from safesteer.searching.choosing import choose

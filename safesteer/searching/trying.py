@@ -11,7 +11,6 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 
-from safesteer._progress import Progress, no_progress
 from safesteer.distillation.loop import Training, follow_steps
 from safesteer.distillation.rollouts import Teacher
 from safesteer.distillation.state import prepare_student
@@ -19,6 +18,7 @@ from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.measuring import Measured, measure
 from safesteer.models.adapter import without_adapter
 from safesteer.models.generation import greedy_ids
+from safesteer.progress import Progress, no_progress
 from safesteer.recipes import Recipe
 from safesteer.run_folder import Run
 from safesteer.searching.shared import Shared, shared_direction, shared_tokens
