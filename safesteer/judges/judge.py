@@ -158,20 +158,20 @@ def judge_all(judge: Judge, prompts: Sequence[PromptLike], answers: Sequence[str
         One verdict per answer, in their order. What a model thinks before it answers is not judged. The
         verdict is unknown where the judge gives no clear reply, or the answer ends within the thought.
     """
-    prompts, texts = as_prompts(prompts), [after_thought(answer) for answer in answers]
+    requests, texts = as_prompts(prompts), [after_thought(answer) for answer in answers]
     ended = {i: text for i, text in enumerate(texts) if text is not None}
-    if len(ended) == len(prompts):
-        return _judge(judge, prompts, list(ended.values()))
-    verdicts = _judge(judge, [prompts[i] for i in ended], list(ended.values())) if ended else []
+    if len(ended) == len(requests):
+        return _judge(judge, requests, list(ended.values()))
+    verdicts = _judge(judge, [requests[i] for i in ended], list(ended.values())) if ended else []
     judged = dict(zip(ended, verdicts, strict=True))
     name, version = judge_name(judge), judge_version(judge)
     return [
         judged.get(i) or Verdict(prompt, answer, name, None, None, _WITHIN_THOUGHT, version=version)
-        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        for i, (prompt, answer) in enumerate(zip(requests, answers, strict=True))
     ]
 
 
-def _judge(judge: Judge, prompts: Sequence[PromptLike], answers: Sequence[str]) -> list[Verdict]:
+def _judge(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
     """Judge answers without thoughts."""
     if isinstance(judge, ModelJudge):  # one process asks: a judge may cost time and money
         from safesteer.models.processes import in_turns  # heavy
