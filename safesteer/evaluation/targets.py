@@ -51,8 +51,8 @@ def load_target(
         settings = manifest.get("recipe", {})
         source = {name: settings[name] for name in MODEL_SOURCE if name in settings}
         alike = {name: source[name] for name in ALIKE if name in source}
-        dtype = dtype or settings.get("dtype", "float32")  # what was rounded then is rounded alike
-        base = load_model(manifest["model"], dtype=dtype, **source)
+        precision: str = dtype or settings.get("dtype", "float32")  # what was rounded then is rounded alike
+        base = load_model(manifest["model"], dtype=precision, **source)
         if manifest.get("weights", hashed := weights_hash(base.model)) != hashed:
             raise SafeSteerError(
                 f"'{manifest['model']}' has other weights than the base that {run} began with: nothing can be"
@@ -60,6 +60,6 @@ def load_target(
             )
         return {
             "base": base,
-            "student": load_model(str(run / "model"), dtype=dtype, **alike),
+            "student": load_model(str(run / "model"), dtype=precision, **alike),
         }
     return {"model": load_model(str(target)) if isinstance(target, str | Path) else as_chat(target)}
