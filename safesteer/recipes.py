@@ -278,7 +278,7 @@ PRESETS = {
     "paper-qwen": paper_qwen,
     "paper-llama": paper_llama,
 }
-BY_FAMILY = ("tokens.horizon", "tokens.min_steered_prob", "distill.lr", "export.dtype")  # they differ
+BY_FAMILY = ("tokens.horizon", "tokens.min_steered_prob", "distill.lr", "export.dtype")  # where they differ
 
 
 def for_family(chosen: Recipe, model_type: str = "") -> Recipe:

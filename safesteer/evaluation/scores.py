@@ -205,7 +205,7 @@ def score_model(
     *,
     judge: Judge = declines,
     text: str | None = None,
-    base_answers: Sequence[Sequence[int]] | None = None,
+    base_answers: Sequence[str | Sequence[int]] | None = None,
 ) -> tuple[Scores, dict[str, list[str]]]:
     """Score one model, possibly inside `steer(...)`; return its scores and greedy answers by label.
 
@@ -216,7 +216,8 @@ def score_model(
         config: How much is measured.
         judge: Says which answers refuse.
         text: Plain text for the perplexity; None: the project's own prose.
-        base_answers: Ids of the base's greedy answers to the harmless prompts; None: the base is asked.
+        base_answers: The base's greedy answers to the harmless prompts, as `kl_on_answers` takes them; None:
+            the base is asked.
     """
     config = config or EvaluateConfig()
     prompts = prompts.first(config.n_prompts)
