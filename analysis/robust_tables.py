@@ -186,7 +186,7 @@ def _refused(rows: pd.DataFrame, label: str, step: int) -> list[bool]:
 
 
 DEEPER = ROWS.parent / "deeper"  # rows of deeper.py
-ARMS = {  # of deeper.py, and what the table calls them
+PRACTICE = {  # of deeper.py, and what the table calls them
     "plain": "the preset",
     "opened": "half of the answers opened",
     "wrapped": "half of the prompts wrapped",
@@ -199,10 +199,10 @@ def deeper_table(folder: Path = DEEPER) -> str:
     """Write what practice does to refusals of wrapped and opened test prompts, and what it costs."""
     if not (folder / "base.csv").exists():
         return NOTHING
-    arms = {arm: _deeper_rows(sorted(folder.glob(f"{arm}--*.csv"))) for arm in ARMS}
+    arms = {arm: _deeper_rows(sorted(folder.glob(f"{arm}--*.csv"))) for arm in PRACTICE}
     plain = arms["plain"]
     lines = [["base", "", *_put(_deeper_rows([folder / "base.csv"])), "", "", ""]]
-    for arm, title in ARMS.items():
+    for arm, title in PRACTICE.items():
         if len(arms[arm]):
             beside = ["", "", ""] if arm == "plain" else _beside(plain, arms[arm])
             lines.append([title, str(arms[arm].seed.nunique()), *_put(arms[arm]), *beside])
