@@ -41,7 +41,7 @@ from safesteer.models.batch import PromptBatch
 from safesteer.models.bridge import to_bridge
 from safesteer.models.chat_model import ChatModel, as_chat
 from safesteer.models.forward import final_hidden
-from safesteer.models.generation import generate
+from safesteer.models.generation import generate, greedy_ids
 from safesteer.models.head import output_head
 from safesteer.models.parts import blocks
 from safesteer.models.precision import cast_weights
@@ -840,7 +840,7 @@ def test_training_stops_at_the_first_look_at_which_both_limits_hold(tiny_llama, 
     val = pairs.split("val").first(4)
     prompts = PromptSet((*pairs.split("distill").first(6).prompts, *val.prompts))
     config = one_call(n_steps=6, check_every=2, watch_every=0, splits=("distill",))
-    heard = [tiny_llama.encode(a) for a in generate(tiny_llama, val.harmless, max_new_tokens=16)]
+    heard = greedy_ids(tiny_llama, val.harmless, 16)
     state, kl, answers = prepare_student(copy_of(tiny_llama), direction, config), {}, {}
     teacher = Teacher(tiny_llama, direction, tokens)
     for record in training_steps(state, teacher, prompts.split("distill")):
