@@ -16,7 +16,7 @@ from safesteer.alignment import align
 from safesteer.directions import finding
 from safesteer.directions.finding import find_direction
 from safesteer.evaluation.ledger import looks
-from safesteer.models.generation import generate
+from safesteer.models.generation import generate, greedy_ids
 from safesteer.prompts.prompt_set import PromptSet
 from safesteer.recipes import Recipe, recipe
 from safesteer.run_folder import Run
@@ -141,8 +141,8 @@ def test_the_recipe_is_taken_as_it_is_and_repeats_its_trial(folder, model_folder
     of_base = json.loads((folder / "trials" / "base.json").read_text())["measured"]
     answers = generate(student, val.harmful, max_new_tokens=SMALLER["evaluate.max_new_tokens"])
     assert measured["harmful_answers"] == answers != of_base["harmful_answers"]
-    said = zip(val.harmless, of_base["harmless_answers"], strict=True)
-    kls = [naive_kl(base, student, prompt, base.encode(answer)) for prompt, answer in said]
+    said = zip(val.harmless, greedy_ids(base, val.harmless, chosen.evaluate.n_kl_tokens), strict=True)
+    kls = [naive_kl(base, student, prompt, ids) for prompt, ids in said]
     assert measured["kls"] == pytest.approx(kls, rel=0.01)
     assert table.set_index("trial").kl[number] == pytest.approx(sum(kls) / len(kls), rel=1e-3)
 

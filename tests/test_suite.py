@@ -25,7 +25,7 @@ from safesteer.evaluation.sets import score_sets
 from safesteer.evaluation.suite import SUITES, Suite, run_suite
 from safesteer.judges.judge import ModelJudge, Verdict
 from safesteer.models.batch import PromptBatch
-from safesteer.models.generation import generate
+from safesteer.models.generation import generate, greedy_ids
 from safesteer.models.loading import load_model
 from safesteer.prompts.benchmarks import KNOWN as BENCHMARKS
 from safesteer.prompts.prompt_set import load_prompts
@@ -199,8 +199,7 @@ def test_a_student_that_refuses_more_rises_and_its_drift_starts_from_the_base(
     assert changes.value.to_dict() == {harmful: 1.0, harmless: 1.0}
     assert changes.metric[harmful].startswith(f"refused, student - base ({n} more, 0 less")
     prompts, kls = load_prompts().split("test").across(n).harmless, []
-    for prompt, answer in zip(prompts, generate(base, prompts, max_new_tokens=16), strict=True):
-        tail = base.encode(answer)[:16]
+    for prompt, tail in zip(prompts, greedy_ids(base, prompts, 16), strict=True):
         ids = PromptBatch.of(base.tokenizer, [prompt], [tail]).prompt_ids
         with torch.no_grad():
             logp = base.model(ids).logits[0, -len(tail) - 1 :].double().log_softmax(-1)
