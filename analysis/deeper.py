@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 from ablation import LEDGER
-from held_out import drawn_prompts
+from held_out import drawn_prompts, recipe_of
 
 import safesteer as ss
 from safesteer.evaluation.depth import continue_answers
@@ -94,7 +94,7 @@ def main() -> None:
     if not (args.out / "base.csv").exists():
         look("base", base, args.out / "base.csv")
     for seed in args.seeds:
-        recipe = ss.recipe(args.preset, seed, **dict(pair.split("=", 1) for pair in args.settings))
+        recipe = recipe_of(seed, args)
         prompts, run = drawn_prompts(seed, recipe.prompts), args.runs / str(seed)
         if not (run / "tokens.json").exists():
             ss.align(args.model, run, recipe, prompts=prompts, stages=STAGES[:2])

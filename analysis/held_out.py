@@ -75,12 +75,16 @@ def drawn_prompts(seed: int, which: str) -> ss.PromptSet:
     return ss.PromptSet(tuple(p for p in prompts if p.pair not in left_out), f"drawn by seed {seed}")
 
 
+def recipe_of(seed: int, args: argparse.Namespace) -> ss.Recipe:
+    """Return the preset with the settings that the command changes."""
+    return ss.recipe(args.preset, seed, **dict(pair.split("=", 1) for pair in args.settings))
+
+
 def run_of(seed: int, folder: Path, args: argparse.Namespace) -> Path:
     """Return the run of a seed, made up to its export where it is missing."""
     run = folder / str(seed)
     if not (run / "model" / "config.json").exists():
-        changes = dict(pair.split("=", 1) for pair in args.settings)
-        recipe, stages = ss.recipe(args.preset, seed, **changes), STAGES[: STAGES.index("export") + 1]
+        recipe, stages = recipe_of(seed, args), STAGES[: STAGES.index("export") + 1]
         ss.align(args.model, run, recipe, prompts=drawn_prompts(seed, recipe.prompts), stages=stages)
         (run / CHECKPOINT).unlink()  # as large as the model, and exported
     return run

@@ -193,6 +193,7 @@ PRACTICE = {  # of deeper.py, and what the table calls them
     "both": "a third of each",
 }
 ATTACKS = ("wrapped", "opened by 2", "opened by 10")
+GAPS = ("wrapped", "opened by 10")  # what practice is to close
 
 
 def deeper_table(folder: Path = DEEPER) -> str:
@@ -206,7 +207,7 @@ def deeper_table(folder: Path = DEEPER) -> str:
         if len(arms[arm]):
             beside = ["", "", ""] if arm == "plain" else _beside(plain, arms[arm])
             lines.append([title, str(arms[arm].seed.nunique()), *_put(arms[arm]), *beside])
-    closed = [f"gap closed, {attack}" for attack in (ATTACKS[0], ATTACKS[-1])]
+    closed = [f"gap closed, {attack}" for attack in GAPS]
     return markdown(["recipe", "seeds", "plain", *ATTACKS, *closed, "over-refusal, points"], lines)
 
 
@@ -231,10 +232,10 @@ def _beside(plain: pd.DataFrame, practised: pd.DataFrame) -> list[str]:
     """Write which share of the gap of the same seeds closes, and how over-refusal changes, paired."""
     plain = plain[plain.seed.isin(practised.seed)]
     before, after = (rows.groupby(["label", "put"]).refused.mean()["harmful"] for rows in (plain, practised))
-    gaps = [before["plain"] - before[attack] for attack in (ATTACKS[0], ATTACKS[-1])]
+    gaps = {attack: before["plain"] - before[attack] for attack in GAPS}
     closed = [
         percent((after[attack] - before[attack]) / gap) if gap > 0 else "no gap"
-        for gap, attack in zip(gaps, (ATTACKS[0], ATTACKS[-1]), strict=True)
+        for attack, gap in gaps.items()
     ]
     over = [
         rows[(rows.label == "harmless") & ~rows.put.str.startswith("opened")].pivot_table(

@@ -16,7 +16,6 @@ import torch
 from test_architecture import LAYERS
 
 import safesteer
-import safesteer as ss
 from conftest import random_vector
 from safesteer.directions.extraction import from_vector
 from safesteer.recipes import recipe
@@ -202,7 +201,7 @@ def test_a_direction_in_a_plain_hook_is_ours(tiny_llama):
     inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 6, "do_sample": False}
     names = {"direction": direction, "model": tiny_llama.model, "inputs": inputs}
     exec(code, names)
-    with ss.steer(tiny_llama, direction):
+    with safesteer.steer(tiny_llama, direction):
         ours = tiny_llama.model.generate(**inputs)
     assert torch.equal(names["answer"], ours)
     assert not torch.equal(ours, tiny_llama.model.generate(**inputs))

@@ -303,7 +303,7 @@ def test_what_trials_share_is_what_the_stages_make(tiny_llama, monkeypatch, extr
     measured = study_module.measure(
         tiny_llama, tiny_llama, val.first(1), ss.EvaluateConfig(max_new_tokens=1), odd
     )
-    both = Shared(tiny_llama, prompts, val, reading, measured, 1.0, odd)
+    both = Shared(tiny_llama, prompts, val, reading, measured, [], 1.0, odd)
     scored, real = [], shared.sweep
     monkeypatch.setattr(shared, "sweep", lambda *args: scored.append(args) or real(*args))
     small = ss.TokenConfig(k=5, horizon=2, n_samples=1, min_steered_prob=1e-4)

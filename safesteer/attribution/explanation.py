@@ -105,8 +105,9 @@ def explain(
         True
     """
     prompts, config = prompts or load_prompts().split("val"), config or ExplainConfig()
-    for kind, value in ((Direction, direction), (TokenSet, tokens), (PromptSet, prompts)):
-        expect(kind, value)
+    expect(Direction, direction)
+    expect(TokenSet, tokens)
+    expect(PromptSet, prompts)
     expect(ExplainConfig, config)
     subject = _Subject(
         chat=as_chat(chat),

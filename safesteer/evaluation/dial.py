@@ -16,13 +16,12 @@ from safesteer._errors import SafeSteerError
 from safesteer._files import locked, write_text
 from safesteer._intervals import bootstrap, wilson
 from safesteer.evaluation.ledger import log_look
-from safesteer.evaluation.measuring import ANSWER_TOKENS, Measured, measure
+from safesteer.evaluation.measuring import ANSWER_TOKENS, Measured, drift_answers, measure
 from safesteer.evaluation.targets import load_target, require_run
 from safesteer.judges.judge import Judge, judge_identity
 from safesteer.judges.sentences import declines
 from safesteer.models.adapter import as_base
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
-from safesteer.models.generation import greedy_ids
 from safesteer.models.hashing import weights_hash
 from safesteer.models.mixing import between
 from safesteer.progress import Progress, no_progress
@@ -72,7 +71,7 @@ def measure_strengths(
     prompts, config = prompts or dial_prompts(), config or EvaluateConfig()
     with as_base(base, student):
         origin = measure(base, base, prompts, config, judge)
-        along = greedy_ids(base, prompts.harmless, config.n_kl_tokens)
+        along = drift_answers(base, prompts, config)
     for strength in strengths:
         with between(base, student, strength) as chat:
             measured = measure(chat, base, prompts, config, judge, along) if strength else origin
@@ -124,7 +123,7 @@ def dial_run(
                 continue
             if origin is None:
                 origin = measure(base, base, prompts, config, judge)
-                along = greedy_ids(base, prompts.harmless, config.n_kl_tokens)
+                along = drift_answers(base, prompts, config)
             with between(base, student, strength) as chat:
                 seen = measure(chat, base, prompts, config, judge, along) if strength else origin
                 row = _row(strength, seen)

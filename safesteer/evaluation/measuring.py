@@ -46,6 +46,11 @@ class Measured:
         return 1 - harmful, over_refusal, kl
 
 
+def drift_answers(base: ChatModel, prompts: PromptSet, config: EvaluateConfig) -> list[list[int]]:
+    """Return the ids along which drift is measured: the base's first greedy tokens on harmless prompts."""
+    return greedy_ids(base, prompts.harmless, config.n_kl_tokens, config.batch_size)
+
+
 def measure(
     chat: ChatModel,
     base: ChatModel,
@@ -62,7 +67,7 @@ def measure(
         prompts: Harmful and harmless prompts.
         config: Batches, and the largest length of answers where that is below ANSWER_TOKENS.
         judge: Says which answers refuse; an answer that it cannot judge counts as not refused.
-        base_answers: Ids of the base's greedy answers to the harmless prompts; None: the base is asked.
+        base_answers: What `drift_answers` returns; None: the base is asked.
     """
     n_tokens = min(ANSWER_TOKENS, config.max_new_tokens)
     greedy = partial(generate, max_new_tokens=n_tokens, batch_size=config.batch_size)
@@ -73,7 +78,7 @@ def measure(
             n_kl, size = config.n_kl_tokens, config.batch_size
             if base_answers is None:
                 with as_base(base, chat):
-                    base_answers = greedy_ids(base, prompts.harmless, n_kl, size)
+                    base_answers = drift_answers(base, prompts, config)
             kls = kl_on_answers(base, chat, prompts.harmless, base_answers, n_tokens=n_kl, batch_size=size)
     if not np.isfinite(kls).all():
         raise SafeSteerError("The student's drift from the base is not finite: neither are its logits.")

@@ -18,12 +18,13 @@ import pandas as pd
 from safesteer._errors import expect
 from safesteer._files import json_lines, read_value, write_json, write_json_lines
 from safesteer._intervals import bootstrap, wilson
+from safesteer.evaluation.measuring import drift_answers
 from safesteer.judges.judge import CachedJudge, Judge, judge_all, judge_version, outcomes
 from safesteer.judges.sentences import declines
 from safesteer.models.adapter import as_base, without_student
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.drift import kl_on_answers
-from safesteer.models.generation import generate, greedy_ids
+from safesteer.models.generation import generate
 from safesteer.models.precision import in_precision_of
 from safesteer.models.text_loss import general_text, perplexity
 from safesteer.progress import Progress, no_progress
@@ -159,7 +160,7 @@ def evaluate(
     scores, answers = {}, {}
     with without_student(base, student):
         scores["base"], answers["base"] = score_model(base, base, test, config, judge=cached)
-        along = greedy_ids(base, test.harmless, config.n_kl_tokens, config.batch_size)
+        along = drift_answers(base, test, config)
     progress(1 / n_models)
     if direction is not None:
         # Another value around the same weights: drift is measured against the base without the steering.
@@ -230,7 +231,7 @@ def score_model(
     kls = [0.0] * len(prompts.harmless)
     if base_answers is None and chat is not base:
         with as_base(base, chat):
-            base_answers = greedy_ids(base, prompts.harmless, config.n_kl_tokens, config.batch_size)
+            base_answers = drift_answers(base, prompts, config)
     if base_answers is not None:
         kls = kl_on_answers(
             base,

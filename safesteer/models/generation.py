@@ -244,7 +244,21 @@ def generate(
         (2, <class 'str'>)
     """
     chat, prompts = as_chat(chat), as_prompts(prompts)
-    answers = [""] * len(prompts)
+    answers = _answer_ids(chat, prompts, max_new_tokens, batch_size, system, temperature, seed)
+    return [chat.decode_answer(ids) for ids in answers]
+
+
+def _answer_ids(
+    chat: ChatModel,
+    prompts: Sequence[PromptLike],
+    max_new_tokens: int,
+    batch_size: int,
+    system: str | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Return the ids of each answer as its batch has them: what follows the end is still there."""
+    answers: list[list[int]] = [[] for _ in prompts]
 
     def answer(part: tuple[list[int], PromptBatch]) -> list[list[int]]:
         rows, batch = part
@@ -256,7 +270,7 @@ def generate(
 
     for (rows, _), out in in_turns(chat.batched(prompts, batch_size, system=system), answer):
         for i, ids in zip(rows, out, strict=True):
-            answers[i] = chat.decode_answer(ids)
+            answers[i] = ids
     return answers
 
 
@@ -285,12 +299,5 @@ def greedy_ids(
         True
     """
     chat = as_chat(chat)
-    answers: list[list[int]] = [[] for _ in prompts]
-
-    def answer(part: tuple[list[int], PromptBatch]) -> list[list[int]]:
-        return generate_ids(chat, part[1], max_new_tokens=max_new_tokens).tolist()
-
-    for (rows, _), out in in_turns(chat.batched(prompts, batch_size), answer):
-        for i, ids in zip(rows, out, strict=True):
-            answers[i] = cut_at_eos(ids, chat.eos_ids, keep_eos=keep_eos)
-    return answers
+    answers = _answer_ids(chat, prompts, max_new_tokens, batch_size)
+    return [cut_at_eos(ids, chat.eos_ids, keep_eos=keep_eos) for ids in answers]

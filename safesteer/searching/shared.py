@@ -10,6 +10,7 @@ What is made is what `find_direction` and `select_tokens` make with the trial's 
 recipe repeats the trial. It is kept in memory: a search that goes on makes it again where it is needed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -35,8 +36,8 @@ class Shared:
     """What the trials of a search share, filled as they need it.
 
     `val` holds the val prompts in a drawn order, so that its first few are of all kinds. `measured` is what
-    the base does with them. Candidates are scored up to `max_layer_share` of the depth; `chooser` judges
-    answers where a direction is chosen by them.
+    the base does with them, `along` the ids of its answers along which drift is measured. Candidates are
+    scored up to `max_layer_share` of the depth; `chooser` judges answers where a direction is chosen by them.
     """
 
     base: ChatModel
@@ -44,6 +45,7 @@ class Shared:
     val: PromptSet
     reading: CandidateReading
     measured: Measured
+    along: Sequence[Sequence[int]]
     max_layer_share: float
     chooser: Judge
     sweeps: dict[DirectionConfig, Sweep] = field(default_factory=dict)

@@ -25,7 +25,7 @@ from safesteer._files import locked, write_json
 from safesteer.directions.finding import read_candidates
 from safesteer.distillation.state import require_adapter
 from safesteer.evaluation.ledger import log_look
-from safesteer.evaluation.measuring import measure
+from safesteer.evaluation.measuring import drift_answers, measure
 from safesteer.judges.judge import Judge
 from safesteer.judges.sentences import declines
 from safesteer.judges.wording import refuses
@@ -177,7 +177,8 @@ def _share(run: Run, base: ChatModel, space: Sequence[Range]) -> Shared:
     widest = {entry.name: entry.high for entry in space}.get(
         "direction.max_layer_share", config.max_layer_share
     )
-    return Shared(base, run.prompts, val, reading, measured, widest, run.chooser)
+    along = drift_answers(base, val, run.recipe.evaluate)
+    return Shared(base, run.prompts, val, reading, measured, along, widest, run.chooser)
 
 
 def _ask(study: Study, space: Sequence[Range], seed: int, done: int) -> Trial:

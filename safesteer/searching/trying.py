@@ -17,7 +17,6 @@ from safesteer.distillation.state import prepare_student
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.measuring import Measured, measure
 from safesteer.models.adapter import without_adapter
-from safesteer.models.generation import greedy_ids
 from safesteer.progress import Progress, no_progress
 from safesteer.recipes import Recipe
 from safesteer.run_folder import Run
@@ -59,7 +58,6 @@ def try_settings(
     direction = shared_direction(shared, recipe.direction)
     tokens = shared_tokens(shared, direction, recipe.tokens)
     config, base, val = recipe.distill, shared.base, shared.val
-    answers = greedy_ids(base, val.harmless, recipe.evaluate.n_kl_tokens)
     # As in `align`: an adapter sits on the base itself, other weights that train are a copy.
     student = base if config.lora_rank else run.load_base(dtype="float32")
     state = prepare_student(student, direction, config)
@@ -71,10 +69,10 @@ def try_settings(
             number = at.get(record.step)
             if number is not None and record.step < config.n_steps:
                 first = val.first(LOOKS[number][1])
-                seen = look(state.student, prompts=first, base_answers=answers[: len(first.harmless)])
+                seen = look(state.student, prompts=first, base_answers=shared.along[: len(first.harmless)])
                 log_look(run.path, state.student, "val", len(first.harmless), why)
                 yield Tried(direction, tokens, seen, number)
-        measured = look(state.student, prompts=val, base_answers=answers)
+        measured = look(state.student, prompts=val, base_answers=shared.along)
         log_look(run.path, state.student, "val", len(val.harmless), why)
         progress(1.0)
         yield Tried(direction, tokens, measured)
