@@ -14,6 +14,7 @@ VAGUE = {"found", "said", "asked", "mine", "these", "rest", "how", "few", "given
 
 # A module imports only rooms further down (or its own room). The docs draw this list.
 LAYERS = (
+    "__main__",
     "cli",
     "alignment live searching",
     "run_folder",

@@ -123,6 +123,14 @@ def test_help_answers_at_once_and_loads_no_torch():
     assert all(word in done.stdout for word in ("align", "direction", "tokens", "distill", "settings"))
 
 
+def test_the_module_runs_as_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "safesteer", "settings", "fancy"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: Unknown preset 'fancy'")
+
+
 def test_a_models_options_go_into_the_recipe(monkeypatch, tmp_path):
     from typer.testing import CliRunner
 
