@@ -233,11 +233,13 @@ def explore(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Build report.html again from a run folder."""
+    from safesteer._files import locked
     from safesteer.report.page import write_report
 
     if not (run / "manifest.json").is_file():
         raise SafeSteerError(f"{run} is not a run folder: it has no manifest.json.")
-    typer.echo(f"Report: {write_report(run)}")
+    with locked(run):
+        typer.echo(f"Report: {write_report(run)}")
 
 
 @app.command()

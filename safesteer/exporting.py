@@ -15,7 +15,7 @@ import torch
 
 from safesteer._clock import timed
 from safesteer._errors import SafeSteerError
-from safesteer._files import read_json, whole_folder, write_json, write_text
+from safesteer._files import locked, read_json, whole_folder, write_json, write_text
 from safesteer.evaluation.targets import PROBE, load_target, require_run
 from safesteer.model_card import CARD, card_at
 from safesteer.models.batch import PromptBatch
@@ -228,8 +228,9 @@ def export_strength(run: str | Path, strength: float, folder: str | Path | None 
     trust = bool(read_json(run / "manifest.json").get("recipe", {}).get("trust_remote_code", False))
     stored = _read_probe(run / "model")["dtype"]
     models = load_target(run, run, dtype=stored)  # the run's passes may take less
-    with between(models["base"], models["student"], strength) as student:
-        export(student, folder, dtype=stored)
-    write_text(folder / CARD, card_at(card.read_text(encoding="utf-8"), run, strength))
+    with locked(run):  # which clears away what a killed process left: never what another one is writing
+        with between(models["base"], models["student"], strength) as student:
+            export(student, folder, dtype=stored)
+        write_text(folder / CARD, card_at(card.read_text(encoding="utf-8"), run, strength))
     check_reload(folder, trust_remote_code=trust)
     return folder

@@ -129,10 +129,12 @@ class Recipe:
         write_text(Path(path), self.to_toml())
 
     def to_toml(self) -> str:
-        """Return the text of a recipe file. It has every value, so "paper" is written as "paper-qwen"."""
+        """Return the text of a recipe file, all values, so "paper" is written as "paper-qwen"."""
         document: Any = tomlkit.document()
         for name, value, unit, description in for_family(self).rows():
             stage, _, key = name.rpartition(".")
+            if key == "seed" and stage and value == self.seed:
+                continue  # it follows the recipe's; beside that one, an edit of it would count for nothing
             if stage and stage not in document:
                 document.add(tomlkit.nl())
                 document.add(stage, tomlkit.table())

@@ -123,7 +123,7 @@ class Run:
 
     def say(self, text: object) -> None:
         """Print one line about the running stage."""
-        self.console.print(f"  {text}", highlight=False)
+        self.console.print(f"  {text}", highlight=False, markup=False)
 
     def progress(self, title: str) -> AbstractContextManager[Progress]:
         """Show a bar on the run's console; the function that it gives takes the share done."""

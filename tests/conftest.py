@@ -221,7 +221,7 @@ def direction(tiny_llama, candidates, few) -> Direction:
 
 def set_of(ids: Iterable[int]) -> TokenSet:
     """A set of tokens of which nothing but the ids is known."""
-    return TokenSet(tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in ids), {}, {}, 1)
+    return TokenSet(tuple(SafetyToken(i, "", 1, (1,), 0.0, 0.0, 0.0) for i in ids), {}, {}, 1)
 
 
 def random_vector(d_model: int, seed: int = 0) -> torch.Tensor:

@@ -36,6 +36,11 @@ def test_text_quality_is_the_mean_over_answers():
     assert text_quality(["Hello"], ["Hi"]).code is None
 
 
+def test_a_verdict_that_pandas_read_as_nan_is_unknown():
+    before, after = [1.0, 0.0, float("nan"), 1.0], [0.0, float("nan"), 1.0, 1.0]
+    assert paired_change(before, after) == paired_change([True, True], [False, True])
+
+
 def test_a_paired_change_is_mcnemars():
     before = [True] * 10 + [False] * 30
     after = [True] * 8 + [False] * 2 + [True] * 12 + [False] * 18

@@ -13,6 +13,7 @@ from test_pipeline import QUIET, SMALL, model_folder  # noqa: F401
 import safesteer as ss
 from conftest import assert_near, batch_of, copy_of, naive_logits
 from safesteer._errors import SafeSteerError
+from safesteer._files import locked
 from safesteer.alignment import align
 from safesteer.distillation.loop import train_student
 from safesteer.distillation.rollouts import Teacher
@@ -23,6 +24,7 @@ from safesteer.exporting import export_strength
 from safesteer.models.adapter import without_adapter
 from safesteer.models.drift import kl_on_answers
 from safesteer.models.generation import greedy_ids
+from safesteer.models.hashing import weights_hash
 from safesteer.models.loading import load_model
 from safesteer.models.mixing import between
 from safesteer.models.precision import cast_weights
@@ -257,6 +259,30 @@ def test_an_exported_strength_is_not_rounded_to_the_precision_of_the_run(finishe
     folder = export_strength(run, 1.0)
     ours, theirs = (weights(load_model(str(path))) for path in (folder, run / "model"))
     assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
+
+
+def test_a_strength_of_a_run_in_float16_is_exported(finished, tmp_path):
+    """float16 rounds weights so that rounded again, to bfloat16, some lie elsewhere: the hash knows."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    base = load_model(manifest["model"], dtype="float16")
+    manifest["recipe"]["dtype"], before = "float16", manifest["weights"]
+    manifest["weights"] = weights_hash(base.model)
+    assert manifest["weights"] != before
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert (export_strength(run, 0.5) / "config.json").is_file()
+    manifest["weights"] = before
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SafeSteerError, match="other weights than the base"):
+        export_strength(run, 0.5)
+
+
+def test_a_strength_is_not_written_while_another_command_is_at_work(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    with locked(run), pytest.raises(SafeSteerError, match="Another process is at work"):
+        export_strength(run, 0.5)
 
 
 def test_the_dial_measures_again_with_another_length_of_drift(finished, tmp_path, few_pairs):

@@ -132,7 +132,7 @@ def _installed(monkeypatch):
 
 @pytest.fixture
 def tokens():
-    return TokenSet(tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in range(40, 48)), {}, {}, 1)
+    return TokenSet(tuple(SafetyToken(i, "", 1, (1,), 0.0, 0.0, 0.0) for i in range(40, 48)), {}, {}, 1)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from safesteer._errors import SafeSteerError
 from safesteer._intervals import bootstrap, wilson
 from safesteer.directions.extraction import mean_difference
 from safesteer.evaluation.scores import Evaluation, evaluate, score_model
+from safesteer.judges.judge import ModelJudge, Verdict
 from safesteer.models.bridge import to_bridge
 from safesteer.models.chat_model import as_chat
 from safesteer.models.drift import kl_on_answers
@@ -91,6 +92,30 @@ def test_scores_count_what_the_judge_says(tiny_llama):
     assert scores.refusal_rate_harmless == 0.0
     assert (scores.n, scores.counts) == (4, "refused")
     assert [len(answers[label]) for label in ("harmful", "harmless")] == [4, 4]
+
+
+class HalfJudge(ModelJudge):
+    """It has no reply for the first two harmful prompts."""
+
+    version = "0"
+
+    def verdicts(self, prompts, answers):
+        silent = load_prompts().split("test").first(3).harmful[:2]
+        return [
+            Verdict(p, a, "half", None if p in silent else 1.0, None)
+            for p, a in zip(prompts, answers, strict=True)
+        ]
+
+
+def test_answers_without_a_verdict_are_counted(tiny_llama, tmp_path):
+    """They count as not refused, which nobody would see in the rate."""
+    prompts, config = load_prompts().split("test").first(3), EvaluateConfig(max_new_tokens=2, n_prompts=3)
+    made = evaluate(tiny_llama, prompts=prompts, config=config, judge=HalfJudge())
+    assert made.scores["base"].n_unknown == (2, 0)
+    assert made.scores["base"].refusal_rate_harmful == pytest.approx(1 / 3)
+    assert made.lines()[0].endswith("; no verdict on 2 and 0 answers")
+    made.save(tmp_path)
+    assert Evaluation.load(tmp_path).scores == made.scores
 
 
 @pytest.fixture

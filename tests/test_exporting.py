@@ -200,7 +200,7 @@ def test_equal_weights_show_no_drift_at_all(tiny_llama, narrow):
 def wrapped(name: str) -> tuple[ChatModel, Direction, TokenSet]:
     chat = build(f"{name} (multimodal)")
     vector = torch.randn(chat.d_model, generator=torch.Generator().manual_seed(3))
-    tokens = tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in range(10, 18))
+    tokens = tuple(SafetyToken(i, "", 1, (1,), 0.0, 0.0, 0.0) for i in range(10, 18))
     return chat, Direction(vector, 1, "-1", "given"), TokenSet(tokens, {}, {}, 1)
 
 

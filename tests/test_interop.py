@@ -12,6 +12,7 @@ import torch
 from conftest import assert_near, batch_of, naive_logits, random_vector
 from safesteer._errors import SafeSteerError
 from safesteer.directions.formats import (
+    _card,
     from_block_outputs,
     from_repeng,
     from_steering_vectors,
@@ -186,6 +187,26 @@ def test_push_uploads_the_file_and_a_card(tiny_llama, direction, monkeypatch):
     assert torch.equal(seen["again"].vector, direction.vector)
     assert seen["private"]
     assert "resid_pre" in seen["card"]
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        ("org/model", "base_model: org/model\n"),
+        ("smollm2-135m", "base_model: HuggingFaceTB/"),
+        ("/home/me/m", ""),
+    ],
+)
+def test_a_card_names_the_models_of_the_hub_alone(direction, model, line):
+    card = _card(replace(direction, model=model))
+    assert ("base_model" in card) is bool(line)
+    assert line in card
+    assert "/home" not in card
+
+
+def test_what_the_hubs_client_raises_is_one_sentence(direction):
+    with pytest.raises(SafeSteerError, match=r"Cannot upload to 'a/b/c': Repo id must"):
+        push_to_hub(direction, "a/b/c")
 
 
 def test_push_without_a_network_is_one_sentence(direction, monkeypatch):

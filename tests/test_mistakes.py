@@ -50,7 +50,7 @@ from safesteer.directions.sweeping import sweep
 from safesteer.distillation.loop import training_steps
 from safesteer.distillation.rollouts import StepPrompts, Teacher, sample_rollouts
 from safesteer.distillation.state import prepare_student
-from safesteer.evaluation.capability import measure_capability, write_tasks
+from safesteer.evaluation.capability import HUMANEVAL, measure_capability, write_tasks
 from safesteer.evaluation.dial import keep_rows_of
 from safesteer.evaluation.humaneval import passes
 from safesteer.evaluation.scores import score_model
@@ -77,6 +77,8 @@ from safesteer.run_folder import Run, open_run
 from safesteer.searching.records import open_folder
 from safesteer.searching.shared import drawn_val
 from safesteer.steering.hooks import record_resid_pre
+from safesteer.steering.reader import HarmfulnessReader
+from safesteer.tokens.token_set import SafetyToken
 
 SMALL = {"vocab_size": 400, "num_hidden_layers": 3, "bos_token_id": None, "pad_token_id": None}
 GPT2_SIZES = {
@@ -682,6 +684,9 @@ def test_a_base_that_carries_an_adapter_keeps_it(tiny_llama, direction, few, tmp
 # --- one sentence ---
 
 
+OF_ANOTHER = replace(set_of([]), tokens=(SafetyToken(5, " unlawful", 1, (1,), 0.0, 0.0, 0.0),))
+
+
 def harmful_only(prompts: PromptSet) -> PromptSet:
     return PromptSet(tuple(p for p in prompts.prompts if p.label == "harmful"), "half")
 
@@ -692,6 +697,12 @@ def harmful_only(prompts: PromptSet) -> PromptSet:
         (lambda c, d, p: ss.distill(c, d, set_of([5]), harmful_only(p), ONE_STEP), "hold no harmless ones"),
         (lambda c, d, p: ss.distill(c, d, set_of([5000]), p, ONE_STEP), "S has the token 5000"),
         (lambda c, d, p: ss.distill(c, d, set_of([]), p, ONE_STEP), "S holds no token"),
+        (lambda c, d, p: ss.distill(c, d, OF_ANOTHER, p, ONE_STEP), "its token 5 is ' unlawful', and "),
+        (lambda c, d, p: trace(c, d, OF_ANOTHER, p.harmful[:1], ["No"]), "Select S on the model itself"),
+        (lambda c, d, p: trace(c, d, set_of([5000]), p.harmful[:1], ["No"]), "S has the token 5000"),
+        (lambda c, d, p: ss.explain(c, d, OF_ANOTHER), "S is of another vocabulary"),
+        (lambda c, d, p: answer_grid(c, d, OF_ANOTHER, prompts=["Hi"]), "S is of another vocabulary"),
+        (lambda c, d, p: Subject(c, d, OF_ANOTHER), "S is of another vocabulary"),
         (lambda c, d, p: ss.distill(c, replace(d, layer=9), set_of([5]), p, ONE_STEP), "layers 0 to 2"),
         (lambda c, d, p: ss.select_tokens(c, d, []), "no prompts to select tokens on"),
         (lambda c, d, p: choose_coeff(c, [], ["Hi"], ss.refuses), "no directions to choose by"),
@@ -777,11 +788,23 @@ def test_a_suite_goes_on_with_the_same_template_and_rows_only(tiny_llama, direct
         measure(other)
     with ss.steer(tiny_llama, direction, 8.0), pytest.raises(SafeSteerError, match="another first words"):
         measure(tiny_llama)
+    # A gate that opens on no prompt changes no word, and a precision hardly any.
+    shut = HarmfulnessReader(random_vector(32), 0.0, 1, "prompt", n_after=1, threshold=1e9)
+    with ss.steer(tiny_llama, direction, gate=shut), pytest.raises(SafeSteerError, match="another acting"):
+        measure(tiny_llama)
+    half = copy_of(tiny_llama)
+    half.model.bfloat16()
+    with pytest.raises(SafeSteerError, match="acting"):
+        measure(half)
+    assert measure(tiny_llama).equals(first)
     rows_file(rows / "xstest.jsonl", [{"prompt": f"Hello {i}", "label": "safe"} for i in range(3)])
     with pytest.raises(SafeSteerError, match="an evaluation with another rows"):
         measure(tiny_llama)
     with pytest.raises(SafeSteerError, match=r"holds no piqa_val.jsonl"):
         ss.run_suite(tiny_llama, replace(short, tasks=("piqa",)), tmp_path / "new", data=rows)
+    code = replace(short, tasks=(HUMANEVAL,))
+    with pytest.raises(SafeSteerError, match=r"holds no humaneval.jsonl"):
+        ss.run_suite(tiny_llama, code, tmp_path / "new", data=rows, allow_code=True)
     assert not (tmp_path / "new" / "parts").exists()
 
 

@@ -51,7 +51,7 @@ def processor(monkeypatch):
 
 @pytest.fixture
 def tokens() -> TokenSet:
-    return TokenSet(tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in range(40, 48)), {}, {}, 1)
+    return TokenSet(tuple(SafetyToken(i, "", 1, (1,), 0.0, 0.0, 0.0) for i in range(40, 48)), {}, {}, 1)
 
 
 # --- what is chosen ---

@@ -87,6 +87,14 @@ def test_reading_accepts_bom_crlf_and_both_forms(tmp_path):
     assert prompts.name == "mine"
 
 
+@pytest.mark.parametrize(("key", "meant"), [("spilt", "split"), ("Split", "split"), ("catagory", "category")])
+def test_a_misspelt_key_is_named(tmp_path, key, meant):
+    """Its prompts would be dealt to any split, and trained on."""
+    with pytest.raises(SafeSteerError, match=f"line 1 has the key '{key}': write '{meant}'"):
+        read(tmp_path, json.dumps({"prompt": "x", "label": "harmful", key: "test"}))
+    assert read(tmp_path, f'{GOOD[:-1]}, "prompt_id": 3, "source": "me", "format": "x"}}').harmful
+
+
 def test_line_separators_inside_a_text_do_not_break_lines(tmp_path):
     prompts = read(tmp_path, '{"harmful": "a\u2028b\u0085c", "harmless": "y"}')
     assert prompts.harmful == ["a\u2028b\u0085c"]

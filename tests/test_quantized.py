@@ -78,7 +78,7 @@ def test_weights_are_quantized_once(tiny_llama, tmp_path, monkeypatch):
 @pytest.fixture
 def tokens() -> TokenSet:
     """A few tokens, as S: which ones does not matter here."""
-    chosen = tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in range(40, 48))
+    chosen = tuple(SafetyToken(i, "", 1, (1,), 0.0, 0.0, 0.0) for i in range(40, 48))
     return TokenSet(chosen, {}, {}, 1)
 
 

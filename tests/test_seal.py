@@ -24,7 +24,7 @@ from safesteer.distillation.seal import N_TOKENS, divergence_from, hold
 from safesteer.models.templates import ids_of, render
 from safesteer.tokens.token_set import SafetyToken, TokenSet
 
-TOKENS = TokenSet(tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in range(40, 120, 5)), {}, {}, 1)
+TOKENS = TokenSet(tuple(SafetyToken(i, "", 1, (1,), 0.0, 0.0, 0.0) for i in range(40, 120, 5)), {}, {}, 1)
 ARGUMENTS = {
     "use_cpu": True,
     "report_to": "none",

@@ -66,7 +66,7 @@ def answered(chat, body: dict) -> dict:
 
 def train(chat, direction, few, endpoint, **options):
     config = DistillConfig(**{**SETTINGS, **options})
-    chosen = tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in range(40, 48))
+    chosen = tuple(SafetyToken(i, "", 1, (1,), 0.0, 0.0, 0.0) for i in range(40, 48))
     teacher = Teacher(chat, direction, TokenSet(chosen, {}, {}, 1))
     state = prepare_student(copy_of(chat), direction, config)
     return list(training_steps(state, teacher, few, sampler=server_sampler(endpoint) if endpoint else None))

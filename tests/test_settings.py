@@ -222,6 +222,14 @@ def test_a_recipe_file_is_read_as_it_was_written(tmp_path):
     assert "# Size of S. [tokens]" in (tmp_path / "r.toml").read_text()
 
 
+def test_the_seed_of_a_written_recipe_is_that_of_every_stage(tmp_path):
+    """One line of the file changes it; a stage with a seed of its own keeps that."""
+    path = tmp_path / "r.toml"
+    recipe(seed=5, **{"tokens.seed": 8}).save(path)
+    path.write_text(path.read_text().replace("\nseed = 5\n", "\nseed = 3\n", 1))
+    assert Recipe.load(path) == recipe(seed=3, **{"tokens.seed": 8})
+
+
 def test_a_recipe_file_holds_what_it_changes(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('preset = "paper"\nseed = 3\n\n[distill]\nlr = 1e-6\n')

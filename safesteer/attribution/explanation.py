@@ -93,7 +93,7 @@ def explain(
         A value that prints, renders in a notebook, gives a table and saves.
 
     Raises:
-        SafeSteerError: For a direction of another model, or where no position counts.
+        SafeSteerError: For a direction or safety tokens of another model, or where no position counts.
 
     Example:
         >>> from safesteer.attribution.explanation import explain
@@ -118,6 +118,7 @@ def explain(
         answers=[{**row, "prompt": from_row(row)} for row in answers],
         config=config,
     )
+    tokens.check(subject.chat)
     base, k_vote = subject.chat, subject.sampling.k_vote
     with without_student(base, subject.student):
         sampled = _sample(subject)

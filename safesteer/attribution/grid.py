@@ -97,6 +97,9 @@ def answer_grid(
         max_new_tokens: Length limit of an answer.
         progress: Receives the share of the work that is done.
 
+    Raises:
+        SafeSteerError: For a direction or safety tokens of another model.
+
     Example:
         >>> from safesteer.attribution.grid import answer_grid
         >>> grid = answer_grid(chat, direction, tokens, prompts=["Name a river."], max_new_tokens=2)
@@ -106,6 +109,8 @@ def answer_grid(
         ['base', 'teacher']
     """
     chat, student = as_chat(chat), None if student is None else as_chat(student)
+    direction.check(chat)
+    tokens.check(chat)
     prompts = as_prompts(prompts)
     layers = layers_around(direction.layer, chat.n_layers)
     coeffs = tuple(direction.coeff * strength for strength in STRENGTHS)

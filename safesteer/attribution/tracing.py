@@ -167,7 +167,7 @@ def trace(
         log p_steered - log p_base, in nats.
 
     Raises:
-        SafeSteerError: For a direction of another model.
+        SafeSteerError: For a direction or safety tokens of another model.
 
     Example:
         >>> from safesteer.attribution.tracing import trace
@@ -178,6 +178,7 @@ def trace(
         4
     """
     chat, student = as_chat(chat), None if student is None else as_chat(student)
+    tokens.check(chat)
     prompts = as_prompts(prompts)
     names = authors or [""] * len(prompts)
     traces = []

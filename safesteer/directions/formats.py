@@ -11,6 +11,7 @@
 Our layer convention is resid_pre of block l, so a block output l becomes layer l + 1.
 """
 
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -22,13 +23,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safesteer._errors import SafeSteerError
+from safesteer._errors import SafeSteerError, first_line
 from safesteer._files import atomic
 from safesteer.directions.candidates import Candidates
 from safesteer.models.chat_model import ModelLike, as_chat
+from safesteer.models.named import NAMED
 from safesteer.steering.direction import Direction
 
 ARCHITECTURE = "controlvector"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def write_gguf(direction: Direction, path: str | Path, n_layers: int, model_hint: str = "") -> None:
@@ -208,7 +211,6 @@ def push_to_hub(direction: Direction, repo_id: str, *, private: bool = True, tok
         SafeSteerError: Where the upload fails.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     folder = Path(tempfile.mkdtemp())
     try:
@@ -218,21 +220,26 @@ def push_to_hub(direction: Direction, repo_id: str, *, private: bool = True, tok
         address = api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, repo_type="model")
         return str(address)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise SafeSteerError(f"Cannot upload to '{repo_id}': {str(error).splitlines()[0]}") from error
+    except SafeSteerError:
+        raise
+    except Exception as error:  # the Hub raises whatever it likes
+        raise SafeSteerError(f"Cannot upload to '{repo_id}': {first_line(error)}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _card(direction: Direction) -> str:
-    """Write the model card."""
+    """Write the model card. A model that is not the Hub's is called by its name alone, without its path."""
+    name, metadata = direction.model, "library_name: safesteer\ntags: [safesteer, steering-vector]\n"
+    origin = NAMED[name].base_model if name in NAMED else name
+    if HUB_ID.fullmatch(origin) and not Path(origin).exists():
+        metadata += f"base_model: {origin}\n"
+    else:
+        origin = Path(name).name
     return f"""---
-library_name: safesteer
-tags: [safesteer, steering-vector]
-base_model: {direction.model}
----
+{metadata}---
 
-# A steering direction of {direction.model}
+# A steering direction of {origin}
 
 Read by {direction.extraction} at position {direction.position}; operation `{direction.operation}` at
 `{direction.hook_point}` of block {direction.layer}, coefficient {direction.coeff:g}. The file names the

@@ -74,6 +74,7 @@ def _ifeval(r: dict) -> dict:
     return {"key": r["id"], "prompt": r["prompt"], "instruction_id_list": ids, "kwargs": kwargs}
 
 
+HUMANEVAL = "humaneval"  # no task of the harness here: see `evaluation.humaneval`
 IFEVAL_ARGUMENTS = """
     relation num_words num_sentences num_paragraphs nth_paragraph first_word num_placeholders
     postscript_marker num_bullets num_highlights section_spliter num_sections keyword keywords
@@ -136,13 +137,26 @@ def local_name(task: Task) -> str:
 
 
 def check_rows(names: Sequence[str], data: Path | None) -> None:
-    """Raise SafeSteerError for a task that there is not, or whose rows the folder of data does not hold."""
-    for task in map(task_named, names):
-        if data is not None and not (data / task.file).is_file():
+    """Check that tasks can be measured, before an hour has gone into what comes before them.
+
+    Raises:
+        SafeSteerError: For a task that there is not, or whose rows the folder of data does not hold; where
+            a task needs the extra `eval` and it is missing.
+    """
+    files = {name: f"{name}.jsonl" if name == HUMANEVAL else task_named(name).file for name in names}
+    for name, file in files.items():
+        if data is not None and not (data / file).is_file():
             raise SafeSteerError(
-                f"{data} holds no {task.file} for the task '{task.name}': name another folder of data, or"
+                f"{data} holds no {file} for the task '{name}': name another folder of data, or"
                 " none to load the task from the Hub."
             )
+    if files.keys() - {HUMANEVAL}:
+        _require_harness()
+
+
+def _require_harness() -> None:
+    if find_spec("lm_eval") is None:
+        raise SafeSteerError("Capability needs the extra `eval`: pip install 'safesteer[eval]'.")
 
 
 def write_tasks(folder: Path, data: Path, names: Sequence[str]) -> None:
@@ -201,8 +215,7 @@ def measure_capability(
         SafeSteerError: If the extra `eval` is missing, a task is unknown, or its rows cannot be read.
     """
     chat, tasks = as_chat(chat), [task_named(name) for name in names]
-    if find_spec("lm_eval") is None:
-        raise SafeSteerError("Capability needs the extra `eval`: pip install 'safesteer[eval]'.")
+    _require_harness()
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from safesteer._errors import SafeSteerError
 from safesteer._intervals import wilson
@@ -32,8 +33,10 @@ class Change:
     n: int
 
 
-def paired_change(before: Sequence[bool | None], after: Sequence[bool | None]) -> Change:
+def paired_change(before: Sequence[bool | float | None], after: Sequence[bool | float | None]) -> Change:
     """Compare two models on the same prompts; a prompt with an unknown verdict on either side is left out.
+
+    Unknown is None, or NaN, which pandas reads in its place.
 
     Args:
         before: Whether it holds for each prompt, with the first model.
@@ -52,7 +55,7 @@ def paired_change(before: Sequence[bool | None], after: Sequence[bool | None]) -
 
     if len(before) != len(after):
         raise SafeSteerError(f"{len(before)} verdicts cannot be paired with {len(after)}.")
-    pairs = [(a, b) for a, b in zip(before, after, strict=True) if a is not None and b is not None]
+    pairs = [(bool(a), bool(b)) for a, b in zip(before, after, strict=True) if not (pd.isna(a) or pd.isna(b))]
     if not pairs:
         raise SafeSteerError("No prompt has a verdict for both models.")
     n, both = len(pairs), sum(a and b for a, b in pairs)

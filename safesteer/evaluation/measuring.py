@@ -5,7 +5,7 @@ own answers to the harmless ones, in nats per token.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -30,8 +30,8 @@ class Measured:
     harmful: tuple[bool, ...]
     harmless: tuple[bool, ...]
     kls: tuple[float, ...]
-    harmful_answers: tuple[str, ...]
-    harmless_answers: tuple[str, ...]
+    harmful_answers: tuple[str, ...] = field(repr=False)
+    harmless_answers: tuple[str, ...] = field(repr=False)
     counts: str = "refused"  # or "safe", by a judge that only says what is harmful
 
     @property

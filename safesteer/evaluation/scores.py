@@ -41,7 +41,8 @@ class Scores:
     """One model's numbers. Rates in 0..1, KL in nats per token, n harmful prompts.
 
     `n_harmless` is None where there are n harmless prompts too. `counts` is what the rates count: "refused",
-    or "safe" with a judge that only says what is harmful.
+    or "safe" with a judge that only says what is harmful. `n_unknown` is how many answers to harmful and to
+    harmless prompts have no verdict: rates count them as not refused (not safe).
     """
 
     refusal_rate_harmful: float
@@ -54,6 +55,7 @@ class Scores:
     n: int
     counts: str = "refused"
     n_harmless: int | None = None
+    n_unknown: tuple[int, int] = (0, 0)
 
     @property
     def n_each(self) -> tuple[int, int]:
@@ -90,6 +92,8 @@ class Evaluation:
             harmless = rate(s.refusal_rate_harmless, s.refusal_rate_harmless_ci, n_harmless)
             drift = f"KL {s.kl_harmless:.3f}, perplexity {s.perplexity:.2f}"
             lines.append(f"{name}: {s.counts} {harmful} harmful and {harmless} harmless prompts, {drift}")
+            if any(s.n_unknown):
+                lines[-1] += f"; no verdict on {s.n_unknown[0]} and {s.n_unknown[1]} answers"
         return lines
 
     def __repr__(self) -> str:
@@ -228,6 +232,7 @@ def score_model(
     counts, values = outcomes(verdicts)
     n = len(prompts.harmful)
     n_harmful, n_harmless = (sum(v is True for v in part) for part in (values[:n], values[n:]))
+    unknown = (sum(v is None for v in values[:n]), sum(v is None for v in values[n:]))
     kls = [0.0] * len(prompts.harmless)
     if base_answers is None and chat is not base:
         with as_base(base, chat):
@@ -257,5 +262,6 @@ def score_model(
         n=n,
         counts=counts,
         n_harmless=None if len(prompts.harmless) == n else len(prompts.harmless),
+        n_unknown=unknown,
     )
     return scores, answers

@@ -35,14 +35,14 @@ from safesteer._errors import SafeSteerError
 from safesteer._files import digest, locked, read_json, write_json, write_json_lines, write_text
 from safesteer._intervals import bootstrap, wilson
 from safesteer.directions.shifts import representation_shift
+from safesteer.evaluation.capability import HUMANEVAL, check_rows, measure_capability
 from safesteer.evaluation.capability import KNOWN as TASKS
-from safesteer.evaluation.capability import check_rows, measure_capability
 from safesteer.evaluation.humaneval import problems, run_humaneval
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.robust import MAY_FAIL, Robustness, Subject, parts_of
 from safesteer.evaluation.rows import change_row, rate, row
 from safesteer.evaluation.sets import COLUMNS, OWN, PAIRS, PUBLIC, check_sets, score_set, set_prompts
-from safesteer.evaluation.targets import PROBE, load_target, run_of
+from safesteer.evaluation.targets import PROBE, acting_on, load_target, run_of
 from safesteer.judges.judge import Judge, judge_identity
 from safesteer.judges.sentences import declines
 from safesteer.models.chat_model import ChatModel, ModelLike
@@ -55,8 +55,7 @@ from safesteer.prompts.prompt_set import load_prompts
 from safesteer.report.page import suite_page
 from safesteer.settings import EvaluateConfig
 
-HUMANEVAL = "humaneval"
-NEW_KEYS = ("weights", "first words", "rows")  # of a folder: earlier versions wrote none
+NEW_KEYS = ("weights", "first words", "acting", "rows")  # of a folder: earlier versions wrote none
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def run_suite(
         selected = replace(selected, tasks=tuple(t for t in selected.tasks if t != HUMANEVAL))
     data = None if data is None else Path(data)
     check_sets(selected.sets, data)
-    check_rows([task for task in selected.tasks if task != HUMANEVAL], data)
+    check_rows(selected.tasks, data)
     if run is not None and selected.n_prompts == 1:
         raise SafeSteerError("The drift of a student is measured over prompts: n_prompts must be at least 2.")
     models = load_target(target, run)
@@ -186,6 +185,7 @@ def _check_folder(job: _Job) -> None:
         "weights": {label: weights_hash(chat.model) for label, chat in job.models.items()},
         # Of the template, thinking and steering, too.
         "first words": {label: generate(chat, PROBE, max_new_tokens=8) for label, chat in job.models.items()},
+        "acting": {label: acting_on(chat) for label, chat in job.models.items()},
         "rows": {file.name: digest(file) for file in _row_files(job)},
     }
     path = job.folder / "suite.json"

@@ -1,15 +1,22 @@
 """What is measured: the base and the student of a run folder, or one model."""
 
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from safesteer._errors import SafeSteerError
 from safesteer._files import read_json
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.generation import generate
 from safesteer.models.hashing import weights_hash
 from safesteer.models.loading import load_model
+from safesteer.models.precision import weight_dtype
+from safesteer.prompts.prompt_set import load_prompts
 from safesteer.settings import ALIKE, MODEL_SOURCE
 
 PROBE = ("What is the capital of France?", "Tell me how rainbows form.")  # by which a model is recognised
+N_HARMFUL = 4  # beside them, of the split that directions are read from: a gate may open on these alone
 
 
 def run_of(target: str | Path | ModelLike) -> Path | None:
@@ -53,7 +60,8 @@ def load_target(
         alike = {name: source[name] for name in ALIKE if name in source}
         precision: str = dtype or settings.get("dtype", "float32")  # what was rounded then is rounded alike
         base = load_model(manifest["model"], dtype=precision, **source)
-        if manifest.get("weights", hashed := weights_hash(base.model)) != hashed:
+        through = torch.float16 if settings.get("dtype") == "float16" else None
+        if manifest.get("weights", hashed := weights_hash(base.model, through=through)) != hashed:
             raise SafeSteerError(
                 f"'{manifest['model']}' has other weights than the base that {run} began with: nothing can be"
                 " measured against it. Put those weights back (for a model of the Hub --revision at align)."
@@ -63,3 +71,20 @@ def load_target(
             "student": load_model(str(run / "model"), dtype=precision, **alike),
         }
     return {"model": load_model(str(target)) if isinstance(target, str | Path) else as_chat(target)}
+
+
+def acting_on(chat: ChatModel) -> dict[str, Any]:
+    """Describe what makes a model answer as it does, beside the values of its weights.
+
+    That is their precision, the scales of adapters, how many hooks there are (steering), and the model's
+    first words to a few harmful prompts of the split "train".
+    """
+    modules = list(chat.model.modules())
+    scales = {v for m in modules if isinstance(s := getattr(m, "scaling", None), dict) for v in s.values()}
+    prompts = load_prompts().split("train").across(N_HARMFUL).harmful
+    return {
+        "precision": str(weight_dtype(chat.model)),
+        "adapter scales": sorted(scales),
+        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules),
+        "first words": generate(chat, prompts, max_new_tokens=8),
+    }

@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -38,7 +38,7 @@ class Regression:
     log_loss: float  # of that C, in cross-validation
     n_rows: int
     n_refuse: int
-    weights: tuple[float, ...]
+    weights: tuple[float, ...] = field(repr=False)
     bias: float
 
 

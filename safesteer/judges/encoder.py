@@ -7,7 +7,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -26,8 +27,8 @@ DEFAULT_WINDOW = 512  # tokens, where neither tokenizer nor model has a limit
 class Encoder:
     """An encoder with its tokenizer. `revision` is the one of the Hub that was asked for."""
 
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
+    model: nn.Module = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
     name: str
     revision: str | None = None
     fingerprint: str = field(init=False, default="")  # hash of all its weights
@@ -85,7 +86,7 @@ class Encoder:
         return nn.functional.normalize(means, dim=-1)
 
 
-def load_encoder(name: str, *, revision: str | None = None, device: str = "cpu") -> Encoder:
+def load_encoder(name: str | Path, *, revision: str | None = None, device: str = "cpu") -> Encoder:
     """Load an encoder and its tokenizer in float32.
 
     Args:
@@ -102,7 +103,7 @@ def load_encoder(name: str, *, revision: str | None = None, device: str = "cpu")
         >>> load_encoder(str(folder)).embed(["Hello"]).shape
         torch.Size([1, 32])
     """
-    options: dict[str, Any] = {"revision": revision}
+    name, options = str(name), {"revision": revision}
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(name, **options)

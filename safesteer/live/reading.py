@@ -54,6 +54,9 @@ class Subject:
     reader: HarmfulnessReader | None = None
     stories: Mapping[int, TokenStory] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.tokens.check(self.chat)
+
     @property
     def authors(self) -> tuple[str, ...]:
         """Who answers, in the order of every tuple of the lens."""
@@ -124,7 +127,7 @@ class PromptReading:
     projections: Float[Tensor, "n_layers pos"]
     mass_on_s: Float[Tensor, " n_layers"]
     top: tuple[str, ...]
-    score: float | None  # of the reader, 0 to 1
+    score: float | None  # of the reader, log-odds in nats
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from safesteer._errors import SafeSteerError
 from safesteer.models.batch import Continuation, PromptBatch, batches, cut_at_eos
+from safesteer.models.hashing import bfloat16_bytes
 from safesteer.models.parts import blocks, hf_model, is_adapted, is_bridge, is_quantized, text_config
 from safesteer.models.passes import n_rows_in_order, take_hooks_off
 from safesteer.models.placement import input_device, require_together
@@ -176,12 +177,15 @@ class ChatModel:
     @property
     def fingerprint(self) -> str:
         """Hash of architecture and a sample of the weights: tells two models of a size apart."""
+        return self.fingerprint_through(None)
+
+    def fingerprint_through(self, dtype: torch.dtype | None) -> str:
+        """Return the fingerprint that the model has after its weights were rounded to a precision."""
         config, digest = self.config, hashlib.sha256()
         shape = (config.model_type, config.num_hidden_layers, config.hidden_size, self.d_vocab)
         digest.update(repr(shape).encode())
         row = cast(Tensor, hf_model(self.model).get_input_embeddings().weight)[:64, :32]
-        # Rounded to bfloat16 so that one model in two precisions has one fingerprint.
-        digest.update(row.detach().to(torch.bfloat16).float().cpu().numpy().tobytes())
+        digest.update(bfloat16_bytes(row, dtype))
         return digest.hexdigest()[:16]
 
     def __repr__(self) -> str:

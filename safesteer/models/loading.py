@@ -9,6 +9,7 @@ import shutil
 import weakref
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, TypedDict, Unpack
 
@@ -47,7 +48,7 @@ class HubOptions(TypedDict, total=False):
 
 @timed("loading")
 def load_model(
-    name: str = SMOLLM2,
+    name: str | Path = SMOLLM2,
     *,
     dtype: torch.dtype | str = torch.float32,
     device: str = "auto",
@@ -98,7 +99,7 @@ def load_model(
     unknown = hub.keys() - HubOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"load_model takes no {', '.join(sorted(unknown))}.")
-    options = {"revision": None, "trust_remote_code": False, **hub}
+    name, options = str(name), {"revision": None, "trust_remote_code": False, **hub}
     dtype = dtype if dtype == "auto" else as_dtype(dtype)
     device_map = read_map(device_map)
     names_places = device == "auto" and isinstance(device_map, Mapping)  # of which one is the first device

@@ -9,8 +9,9 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ SPLITS = {"train": 128, "val": 32, "distill": 100, "test": 100}  # pairs per spl
 OLD_SPLITS = {"distil": "distill"}  # what files written for the first versions say
 SHIPPED = ("pairs", "kinds", "wide", "forms")  # the project's own, by name
 TOGETHER = {"mixed": ("kinds",), "all": ("kinds", "wide")}  # what joins the pairs
+OPTIONAL = ("split", "category", "system")  # keys of a row that change what is done with it
 EXTRA = "extra"  # pairs kept out of every split, for work that comes before alignment
 
 
@@ -256,6 +258,7 @@ def _parse_row(line: str, where: str, number: int) -> list[Prompt]:
         texts = {row["label"]: row["prompt"]}
     else:
         raise SafeSteerError(f"{where} needs the keys 'harmful' and 'harmless', or 'prompt' and 'label'.")
+    _refuse_misspelt(row.keys(), where)
     row = {key: value for key, value in row.items() if value is not None}  # what pandas writes for "none"
     extra = {k: str(row.get(k, "")) for k in ("split", "category", "form")}
     extra["split"] = OLD_SPLITS.get(extra["split"], extra["split"])
@@ -267,6 +270,14 @@ def _parse_row(line: str, where: str, number: int) -> list[Prompt]:
         Prompt(_with_system(_checked_text(t, where), system, where), label, pair=pair, **extra)
         for label, t in texts.items()
     ]
+
+
+def _refuse_misspelt(keys: Iterable[str], where: str) -> None:
+    """Raise SafeSteerError for a key that is almost a known one: a "spilt" would be trained on, unseen."""
+    for key in keys:
+        near = [] if key in OPTIONAL else get_close_matches(key, OPTIONAL, n=1, cutoff=0.75)
+        if near:
+            raise SafeSteerError(f"{where} has the key '{key}': write '{near[0]}', or another word.")
 
 
 def _with_system(prompt: str, system: object, where: str) -> str:

@@ -7,6 +7,8 @@ with their metadata as JSON in the header, and both are refused where they do no
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
+import torch
+
 from safesteer._errors import SafeSteerError
 from safesteer._files import from_json, read_tensors
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
@@ -62,9 +64,12 @@ def check_stamp(value: Stamped, width: int, chat: ModelLike, source: str) -> Non
         SafeSteerError: Names what differs between the value's model and `chat`.
     """
     chat = as_chat(chat)
+    fingerprint = chat.fingerprint
+    if value.fingerprint == chat.fingerprint_through(torch.float16):  # read from the same weights in float16
+        fingerprint = value.fingerprint
     compared = {
         "width": (width, chat.d_model),
-        "model fingerprint": (value.fingerprint, chat.fingerprint),
+        "model fingerprint": (value.fingerprint, fingerprint),
         "chat template": (value.template_hash, template_hash(chat.tokenizer)),
     }
     for name, (there, here) in compared.items():

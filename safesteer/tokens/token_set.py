@@ -72,20 +72,27 @@ class TokenSet:
         return len(self.tokens)
 
     def check(self, chat: ChatModel) -> None:
-        """Check that the model has a row for every token of S.
+        """Check that S is of the model's vocabulary: every id stands for the same text there.
 
         Args:
             chat: The model on which S is used.
 
         Raises:
-            SafeSteerError: Names a token that it lacks.
+            SafeSteerError: Names a token that it lacks, or that is another one there.
         """
-        largest = int(self.ids.max())
+        largest = max((t.id for t in self.tokens), default=-1)
         if largest >= chat.d_vocab:
             raise SafeSteerError(
                 f"S has the token {largest}, and '{chat.name}' has {chat.d_vocab} tokens: select S on the"
                 " model itself (select_tokens)."
             )
+        for t in self.tokens:
+            text = chat.decode([t.id])
+            if t.text not in ("", text):  # none where nothing but the id is known
+                raise SafeSteerError(
+                    f"S is of another vocabulary: its token {t.id} is {t.text!r}, and {text!r} in"
+                    f" '{chat.name}'. Select S on the model itself (select_tokens)."
+                )
 
     def __repr__(self) -> str:
         texts = " ".join(repr(t.text) for t in self.tokens[:10])

@@ -85,7 +85,7 @@ class Case:
     @cached_property
     def tokens(self) -> TokenSet:
         allowed = (~banned_ids(self.chat)).nonzero().flatten()[100::20][:12].tolist()
-        return TokenSet(tuple(SafetyToken(i, str(i), 1, (1,), 0.0, 0.0, 0.0) for i in allowed), {}, {}, 1)
+        return TokenSet(tuple(SafetyToken(i, "", 1, (1,), 0.0, 0.0, 0.0) for i in allowed), {}, {}, 1)
 
     @cached_property
     def direction(self) -> Direction:

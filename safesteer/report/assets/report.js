@@ -133,7 +133,8 @@ function summary() {
     { key: "refusal_rate_harmless", name: safe ? "harmless: safe answers" : "harmless refused", show: cell("refusal_rate_harmless", share) },
     { key: "kl_harmless", name: "KL, nats", show: cell("kl_harmless", x => fixed(x, 3)) },
     { key: "perplexity", name: "perplexity", show: r => fixed(r.perplexity, 2) },
-  ], rows, { sortable: false }).node, el("p", { class: "note" },
+  ], rows, { sortable: false }).node, ...rows.filter(r => r.n_unknown && r.n_unknown.some(Boolean)).map(r => el("p", { class: "note" },
+    `${r.name}: ${r.n_unknown[0]} answers to harmful and ${r.n_unknown[1]} to harmless prompts have no verdict, and count as not ${safe ? "safe" : "refused"}.`)), el("p", { class: "note" },
     `${rows[0] && rows[0].n ? `${none(rows[0].n_harmless) ? `${whole(rows[0].n)} prompts of each kind` : `${whole(rows[0].n)} harmful and ${whole(rows[0].n_harmless)} harmless prompts`}. ` : ""}The ranges are 95 % intervals.`));
   otherPrompts();
 }
