@@ -53,6 +53,7 @@ from safesteer.tokens.token_set import TokenSet
 
 CHECKS = (6, 12, 24)
 N_TOKENS = 16  # of an answer that is a target
+ROWS_PER_PASS = 4  # dpo keeps the logits of a better and a worse answer for each until it has the gradient
 BETA = 0.1  # of dpo
 MARGIN_WEIGHT = 6.0  # of the margin, in nats of KL; found on SmolLM2 (docs/log.md)
 VARIANCE = 0.99  # of a layer's inputs that the null space leaves out
@@ -255,7 +256,6 @@ def supervised_steps(
     What is not `known` has no answer to learn, and counts for nothing.
     """
     config, params = state.config, list(state.trained.values())
-    n_rows = config.micro_batch
     inside = {} if spaces is None else spaces_of(state.student, spaces)
     while state.step < config.n_steps:
         for group in state.optimizer.param_groups:
@@ -263,8 +263,8 @@ def supervised_steps(
         state.optimizer.zero_grad(set_to_none=True)
         drawn = StepPrompts.of(prompts.harmful, prompts.harmless, config, state.step)
         for texts, harmful in ((drawn.harmful, True), (drawn.harmless, False)):
-            for start in range(0, len(texts), n_rows):
-                part = [p for p in texts[start : start + n_rows] if p in known]
+            for start in range(0, len(texts), ROWS_PER_PASS):
+                part = [p for p in texts[start : start + ROWS_PER_PASS] if p in known]
                 if not part:
                     continue
                 weight = 1.0 if harmful else config.anchor_weight
