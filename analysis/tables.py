@@ -316,6 +316,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "two-sided-sets": lambda: markdown(*control_tables.sets_of_tokens()),
     "whole": lambda: markdown(*whole_tables.table()),
     "recipes-on-val": lambda: markdown(*whole_tables.on_val()),
+    "search-knee": lambda: markdown(*whole_tables.knee()),
     "gentle-seeds": lambda: markdown(*held_out_tables.table(held_out_tables.GENTLE)),
     "gentle-seeds-margins": lambda: markdown(*held_out_tables.margins_table(held_out_tables.GENTLE)),
     "demo-sets": demo_sets,

@@ -1,4 +1,4 @@
-"""The tables of whole.py and recipes_on_val.py: students of a model that hardly refuses, on val.
+"""The tables of whole.py, recipes_on_val.py and search_knee.py: students of a model that hardly refuses.
 
 In the first stand, beside refusals by set, the AUC of the margin, over-refusal where a constant on the
 openers gives AT of the harmful refusals (as in `control_tables`), and what answers read like.
@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pandas as pd
 from control_tables import AT, look_cells, over_at_equal_harm
-from table_text import over_seeds, percent
+from table_text import over_seeds, percent, ranged
 
 ROWS = Path(__file__).parent / "results" / "whole"
 ON_VAL = Path(__file__).parent / "results" / "recipes_on_val"
+SEARCH = Path(__file__).parent / "results" / "search"
+OBJECTIVES = {  # of a search: what the table calls them, the prompts, the column of rows, how it is written
+    "harmful": ("harmful, % refused", "harmful", "refused", ".0f", 100),
+    "over_refusal": ("twins, % refused", "harmless", "refused", ".0f", 100),
+    "kl": ("KL to the base", "harmless", "kl", ".4f", 1),
+}
 FIRST = ("base", "quick", "all")
 
 
@@ -45,3 +51,29 @@ def _recipe_line(folder: Path, name: str) -> list[str]:
     seeds = pd.DataFrame([{**rows.groupby("label").refused.mean(), "kl": rows.kl.mean()} for rows in tables])
     rates = [over_seeds(list(seeds[label]), ".0f", 100) for label in ("harmful", "harmless")]
     return [name, str(len(tables)), *rates, over_seeds(list(seeds.kl), ".3f", 1)]
+
+
+def knee(folder: Path = SEARCH) -> tuple[list[str], list[list[str]]]:
+    """Make a row per objective: what the search promised of its knee, and what its seeds do on test."""
+    promised = pd.read_csv(folder / "corrected.csv").query("rule == 'the knee'").set_index("objective")
+    base, seeds = pd.read_csv(folder / "base.csv"), sorted(folder.glob("test--*.csv"))
+    lines = []
+    for objective, (title, label, column, form, scale) in OBJECTIVES.items():
+        value, low, high = promised.loc[objective, ["corrected", "low", "high"]]
+        values = [_mean(pd.read_csv(path), label, column) for path in seeds]
+        inside = sum(low <= v <= high for v in values)
+        lines.append(
+            [
+                title,
+                f"{scale * promised.on_val[objective]:{form}}",
+                ranged(value, low, high, form, scale),
+                f"{scale * _mean(base, label, column):{form}}",
+                over_seeds(values, form, scale),
+                f"{inside} of {len(values)}",
+            ]
+        )
+    return ["", "on val", "corrected", "base, test", "knee, test", "seeds inside"], lines
+
+
+def _mean(rows: pd.DataFrame, label: str, column: str) -> float:
+    return float(rows[rows.label == label][column].mean())
