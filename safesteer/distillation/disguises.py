@@ -34,7 +34,11 @@ def disguises_any(config: DistillConfig) -> bool:
 
 
 def disguise(
-    student: ChatModel, prompt: PromptLike, config: DistillConfig, key: tuple[int, ...] = ()
+    student: ChatModel,
+    prompt: PromptLike,
+    config: DistillConfig,
+    key: tuple[int, ...] = (),
+    opens: bool = True,
 ) -> Disguise:
     """Draw what the student reads in a prompt's place.
 
@@ -53,7 +57,7 @@ def disguise(
     """
     draw, opening = random.Random(repr((key, prompt))), ()
     wrapped, opened = draw.random() < config.wrapped_share, draw.random() < config.opened_share
-    if opened:
+    if opened and opens:
         ids = student.encode(draw.choice(load_openings("train")))
         opening = tuple(ids[: draw.randint(1, config.max_opening)])
     if wrapped:
