@@ -35,7 +35,7 @@ from safesteer.run_folder import STAGES
 
 SHARES = {
     "plain": {},
-    "opened harmful": {"opened_share": 0.5},
+    "opened": {"opened_share": 0.5},
     "wrapped": {"wrapped_share": 0.5},
     "both": {"opened_share": 0.35, "wrapped_share": 0.35},
 }

@@ -191,6 +191,7 @@ PRACTICE = {  # of deeper.py, and what the table calls them
     "opened": "half of the answers opened",
     "wrapped": "half of the prompts wrapped",
     "both": "a third of each",
+    "opened harmful": "half of the answers to harmful prompts opened",
 }
 ATTACKS = ("wrapped", "opened by 2", "opened by 10")
 GAPS = ("wrapped", "opened by 10")  # what practice is to close

@@ -14,6 +14,7 @@ Each look is in the ledger. The search's own tables are copied beside the rows: 
 
 import argparse
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -67,7 +68,8 @@ def main() -> None:
         along = drift_answers(base, ss.load_prompts().split("test"), recipe.evaluate)
         if not (args.out / "base.csv").exists():
             rows_of("base", seed, base, base, recipe, along).to_csv(args.out / "base.csv", index=False)
-        rows = rows_of("student", seed, student, base, recipe, along)
+        named = replace(student, name=f"student of seed {seed}")
+        rows = rows_of("student", seed, named, base, recipe, along)
         rows.to_csv(path, index=False)
         print(seed, rows.groupby("label")[["refused", "kl"]].mean().round(3).to_dict(), flush=True)
 

@@ -34,11 +34,7 @@ def disguises_any(config: DistillConfig) -> bool:
 
 
 def disguise(
-    student: ChatModel,
-    prompt: PromptLike,
-    config: DistillConfig,
-    key: tuple[int, ...] = (),
-    opens: bool = True,
+    student: ChatModel, prompt: PromptLike, config: DistillConfig, key: tuple[int, ...] = ()
 ) -> Disguise:
     """Draw what the student reads in a prompt's place.
 
@@ -57,7 +53,7 @@ def disguise(
     """
     draw, opening = random.Random(repr((key, prompt))), ()
     wrapped, opened = draw.random() < config.wrapped_share, draw.random() < config.opened_share
-    if opened and opens:
+    if opened:
         ids = student.encode(draw.choice(load_openings("train")))
         opening = tuple(ids[: draw.randint(1, config.max_opening)])
     if wrapped:

@@ -184,10 +184,7 @@ def sample_rollouts(
     if teacher and config.teacher == "prompt":
         told = PromptBatch.of(student.tokenizer, ordered, system=config.system, device=student.device)
     if disguises_any(config):
-        read = [
-            disguise(student, texts[i], config, (*prompts.key, i), opens=i < len(prompts.harmful))
-            for i in places
-        ]
+        read = [disguise(student, texts[i], config, (*prompts.key, i)) for i in places]
         batch = PromptBatch.of(
             student.tokenizer, [d.prompt for d in read], [d.opening for d in read], device=student.device
         )
