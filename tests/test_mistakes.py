@@ -702,7 +702,7 @@ def harmful_only(prompts: PromptSet) -> PromptSet:
         (lambda c, d, p: trace(c, d, set_of([5000]), p.harmful[:1], ["No"]), "S has the token 5000"),
         (lambda c, d, p: ss.explain(c, d, OF_ANOTHER), "S is of another vocabulary"),
         (lambda c, d, p: answer_grid(c, d, OF_ANOTHER, prompts=["Hi"]), "S is of another vocabulary"),
-        (lambda c, d, p: Subject(c, d, OF_ANOTHER), "S is of another vocabulary"),
+        (lambda c, d, p: ss.lens(c, d, OF_ANOTHER), "S is of another vocabulary"),
         (lambda c, d, p: ss.distill(c, replace(d, layer=9), set_of([5]), p, ONE_STEP), "layers 0 to 2"),
         (lambda c, d, p: ss.select_tokens(c, d, []), "no prompts to select tokens on"),
         (lambda c, d, p: choose_coeff(c, [], ["Hi"], ss.refuses), "no directions to choose by"),

@@ -54,9 +54,6 @@ class Subject:
     reader: HarmfulnessReader | None = None
     stories: Mapping[int, TokenStory] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.tokens.check(self.chat)
-
     @property
     def authors(self) -> tuple[str, ...]:
         """Who answers, in the order of every tuple of the lens."""

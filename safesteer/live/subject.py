@@ -56,11 +56,12 @@ def _of_run(run: Path, dtype: str) -> Subject:
         alike = {name: source[name] for name in ALIKE if name in source}
         student = load_model(str(run / "model"), dtype=dtype, **alike)
     reader = HarmfulnessReader.load(run / READER_FILE, base) if (run / READER_FILE).is_file() else None
-    told = run / "attribution.json"
+    told, tokens = run / "attribution.json", TokenSet.load(run / "tokens.json")
+    tokens.check(base)
     return Subject(
         base,
         Direction.load(run / "direction.safetensors", base),
-        TokenSet.load(run / "tokens.json"),
+        tokens,
         student,
         reader,
         Attribution.load(told).stories if told.is_file() else {},

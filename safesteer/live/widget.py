@@ -127,8 +127,12 @@ def lens(
     Returns:
         A widget; its `direction` is the one that was kept last.
 
+    Raises:
+        SafeSteerError: For safety tokens of another model.
+
     Example:
         >>> widget = ss.lens(chat, direction, tokens)  # doctest: +SKIP
     """
     base = as_chat(chat)
+    tokens.check(base)
     return LensWidget(Subject(base, direction, tokens, None if student is None else as_chat(student), reader))
