@@ -431,7 +431,7 @@ def test_answers_in_files_keep_their_conversations(tiny_llama, direction, tmp_pa
     config = ExplainConfig(
         n_prompts=2, n_harmful=1, n_samples=1, n_traces=1, max_tokens=4, n_sets=1, n_splits=1
     )
-    tokens = TokenSet((SafetyToken(40, "x", 1, (1,), 0.0, 0.0, 0.0),), SAMPLING, {}, 1)
+    tokens = TokenSet((SafetyToken(40, "", 1, (1,), 0.0, 0.0, 0.0),), SAMPLING, {}, 1)
     (traced, *_) = explain(
         tiny_llama, direction, tokens, prompts=prompts, answers=answers, config=config
     ).traces

@@ -98,7 +98,7 @@ def answer_grid(
         progress: Receives the share of the work that is done.
 
     Raises:
-        SafeSteerError: For a direction or safety tokens of another model.
+        SafeSteerError: For safety tokens of another model.
 
     Example:
         >>> from safesteer.attribution.grid import answer_grid
@@ -109,7 +109,6 @@ def answer_grid(
         ['base', 'teacher']
     """
     chat, student = as_chat(chat), None if student is None else as_chat(student)
-    direction.check(chat)
     tokens.check(chat)
     prompts = as_prompts(prompts)
     layers = layers_around(direction.layer, chat.n_layers)
