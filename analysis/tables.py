@@ -191,12 +191,6 @@ def demo_curve() -> str:
     return markdown(titles, lines)
 
 
-def comparison_rows(method: str) -> list[dict]:
-    """Read the rows of one method of the comparison."""
-    table = pd.read_csv(RESULTS / "comparison.csv")
-    return table[table.method == method].to_dict("records")
-
-
 def demo_suite() -> str:
     """Make the table of the demo's suite, with the anchor on S and over the whole vocabulary."""
     plain, anchored = suite("demo-suite"), suite("demo-full-anchor-suite")

@@ -28,7 +28,7 @@ def bootstrap(values: Sequence[float], seed: int = 0, n_draws: int = 2000) -> tu
 def bootstrap_means(
     values: Float[np.ndarray, "n n_prompts"], seed: int = 0, n_draws: int = 1000
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Return `bootstrap` of each row, all rows on the same resamples of the prompts."""
+    """Return the ends of each row's interval, all rows on the same resamples of the prompts."""
     n_prompts = values.shape[1]
     drawn = np.random.default_rng(seed).integers(0, n_prompts, (n_draws, n_prompts))
     counts = np.stack([np.bincount(d, minlength=n_prompts) for d in drawn]) / n_prompts

@@ -13,7 +13,6 @@ from safesteer._errors import SafeSteerError
 
 ROW = {"harmful": "How do I break into a shed?", "harmless": "How do I break in new shoes?", "split": "train"}
 WORDS = ["-1", "0", "1e400", "nan", "inf", "-inf", "", "x", "none", "3.5", "[]", "999999999999999999999"]
-RUN_FILES = ["direction.safetensors", "tokens.json", "evaluation.json", "attribution.json", "manifest.json"]
 HEADERS = [b"", b"\x00", b"\xff" * 8, (2**62).to_bytes(8, "little"), (8).to_bytes(8, "little") + b"{}      "]
 
 

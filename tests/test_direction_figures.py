@@ -11,7 +11,7 @@ from conftest import random_vector
 from safesteer.directions.calibration import strength_table
 from safesteer.directions.candidates import Candidates
 from safesteer.directions.inspection import component_contributions, cosines, residual_pca
-from safesteer.directions.sweeping import sweep
+from safesteer.directions.sweeping import RANKED_BY_ABLATION, sweep
 from safesteer.report.direction_figures import (
     contributions_figure,
     cosine_figure,
@@ -51,6 +51,14 @@ def test_sweep_hover_tells_scores_controls_and_reason(scored, theme):
         assert part in text
     assert f"{scored.best.steering_refusal:.3f} ({scored.best.steering_refusal_low:.2f}" in text
     json.loads(figure.to_json())
+
+
+@pytest.mark.parametrize(
+    ("extraction", "shown"), [("prefill", "steering"), *((name, "ablation") for name in RANKED_BY_ABLATION)]
+)
+def test_a_sweep_shows_the_score_that_selection_ranks_by(scored, extraction, shown):
+    heat = sweep_figure(scored.table.assign(extraction=extraction)).data[0]
+    assert heat.colorbar.title.text == f"refusal score, {shown} (nats)"
 
 
 def test_strength_curves_have_one_line_per_layer(tiny_llama, direction, few, theme):

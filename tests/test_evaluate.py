@@ -61,7 +61,7 @@ def test_perplexity_equals_the_models_own_loss(tiny_llama):
 
 def test_wikitext_is_one_text_again(tmp_path):
     (tmp_path / WIKITEXT).write_text('{"prompt": " = A =\\n"}\n{"prompt": "b\\n"}\n')
-    assert wikitext(tmp_path) == wikitext(tmp_path / WIKITEXT) == " = A =\nb\n"
+    assert wikitext(tmp_path) == " = A =\nb\n"
 
 
 @torch.no_grad()

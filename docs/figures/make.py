@@ -115,7 +115,7 @@ def direction(theme: str) -> None:
         d.text(x(layer), 345, str(layer), d.soft, anchor="middle")
     d.text(0, 368, "refusal score (nats) when added, by layer; last fifth not run", d.soft)
 
-    def points(name: str, sign: float = 0.0) -> list[Point]:
+    def points(name: str) -> list[Point]:
         return [(x(float(r["layer"])), y(float(r[name]))) for r in rows if r[name]]
 
     d.band(points("steering_refusal_high"), points("steering_refusal_low"), TEAL)

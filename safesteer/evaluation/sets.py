@@ -27,6 +27,7 @@ from safesteer.models.generation import generate
 from safesteer.progress import Progress, no_progress
 from safesteer.prompts.benchmarks import KNOWN, Kind, is_local, load_benchmark
 from safesteer.prompts.prompt_set import load_prompts
+from safesteer.report.robust_table import UNKNOWN
 from safesteer.settings import EvaluateConfig
 
 COLUMNS = ["model", "kind", "name", "metric", "value", "low", "high", "n"]
@@ -135,7 +136,7 @@ def score_set(
     counts, values = outcomes(verdicts)
     rows = [rate(kind, name, counts, [value is True for value in values])]
     if any(value is None for value in values):
-        rows.append(rate(kind, name, "verdict unknown", [value is None for value in values]))
+        rows.append(rate(kind, name, UNKNOWN, [value is None for value in values]))
     rows += _other_judges(kind, name, judge, prompts, answers)
     rows += quality_rows(name, prompts, answers)
     version = {"judge": judge_name(judge), "judge_version": judge_version(judge)}

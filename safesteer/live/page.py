@@ -9,7 +9,7 @@ import hashlib
 from importlib import resources
 from typing import Any
 
-from safesteer.report.page import as_json, asset, theme
+from safesteer.report.page import as_json, asset
 
 BODY = "body { margin: 0; background: var(--paper); }\n"
 
@@ -22,7 +22,7 @@ def lens_script(source: str) -> str:
 
 def lens_style(scope: str = ":root") -> str:
     """Return the style of the lens, with the report's colours as variables of the elements `scope`."""
-    return theme().replace(":root", scope) + asset("lens.css")
+    return asset("theme.css").replace(":root", scope) + asset("lens.css")
 
 
 def lens_page(saved: dict[str, Any] | None = None) -> tuple[str, str]:

@@ -27,14 +27,9 @@ LARGEST_LOSS = 700.0  # nats per token; exp of more is no float
 WIKITEXT = "wikitext2_test.jsonl"  # its articles as JSON Lines, in a folder of local rows
 
 
-def wikitext(path: str | Path) -> str:
-    """Read WikiText-2 as one text again, from its articles in JSON Lines.
-
-    Args:
-        path: The file, or the folder of local rows that holds it.
-    """
-    path = Path(path)
-    return "".join(row["prompt"] for row in json_lines(path / WIKITEXT if path.is_dir() else path))
+def wikitext(data: str | Path) -> str:
+    """Read WikiText-2 as one text again, from its articles in a folder of local rows."""
+    return "".join(row["prompt"] for row in json_lines(Path(data) / WIKITEXT))
 
 
 def general_text() -> str:

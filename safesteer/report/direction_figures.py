@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from safesteer.directions.sweeping import RANKED_BY_ABLATION
 from safesteer.report.figures import COLOURS, DIVERGING, SEQUENCE, Theme, figure_of, numbers, safe
 
 LABELS = {
@@ -33,11 +34,11 @@ def sweep_figure(
     Args:
         table: The table of a `Sweep`.
         theme: "light" or "dark".
-        score: A column of the table; by default the one that selection ranks by.
+        score: A column of the table; by default the one that selection ranks by where nobody said which.
         chosen: (position, layer) of the candidate to mark.
     """
-    ranked_by = "ablation_refusal" if "instruction" in set(table.extraction) else "steering_refusal"
-    score = score or ranked_by
+    by_ablation = set(table.extraction) & set(RANKED_BY_ABLATION)
+    score = score or ("ablation_refusal" if by_ablation else "steering_refusal")
     table = table.assign(
         hover=[_sweep_hover(row) for row in table.to_dict("records")], at=table.position.astype(str)
     )
@@ -143,9 +144,6 @@ def _sweep_hover(row: Mapping[Any, Any]) -> str:
         others = {k: float(row.get(f"{name}_{k}", math.nan)) for k in ("random", "shuffled", "held_out")}
         shown = [f"{k.replace('_', ' ')} {v:.2f}" for k, v in others.items() if not math.isnan(v)]
         lines.append(text + (f"<br>    {', '.join(shown)}" if shown else ""))
-    rate = float(row.get("refusal_rate", math.nan))
-    if not math.isnan(rate):
-        lines.append(f"answers to harmless prompts that refuse, steered: {rate:.0%}")
     return "<br>".join([*lines, f"{'kept' if row['kept'] else 'dropped'}: {safe(str(row['reason']), 90)}"])
 
 

@@ -86,7 +86,7 @@ def fill_page(shell: str, scripts: Sequence[str], data: Any, texts: Mapping[str,
         plotly = plotly.replace("</script", "<\\/script").replace("<!--", "<\\!--")
     parts = {name: html.escape(text) for name, text in texts.items()} | {
         "policy": html.escape(_policy(script, plotly)),
-        "style": theme() + asset("report.css") + asset("lens.css"),
+        "style": asset("theme.css") + asset("report.css") + asset("lens.css"),
         "data": as_json(data),
         "plotly": plotly,
         "script": script,
@@ -138,11 +138,6 @@ def as_json(value: Any) -> str:
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text
-
-
-def theme() -> str:
-    """Return the colours and fonts of all pages, light and dark, as CSS variables of the root."""
-    return asset("theme.css")
 
 
 def _policy(*scripts: str) -> str:

@@ -41,8 +41,8 @@ class HarmfulnessReader:
     columns of the prompt (pooling "prompt") or at the last token of the instruction (pooling "instruction",
     `n_after` template tokens before the answer). `auc`, `false_alarms` and `hits` come from cross-validation:
     the shares of harmless and of harmful prompts above the threshold; `misses` is that of harmful prompts
-    below `clear_below`. `layer_aucs` holds (layer, AUC) of
-    every layer that was tried. The hashes name the model, chat template and prompts it came from.
+    below `clear_below`. `layer_aucs` holds (layer, AUC) of every layer that was tried. The hashes name the
+    model, chat template and prompts it came from.
     """
 
     weight: Float[Tensor, " d_model"]
