@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from safesteer._errors import SafeSteerError
 from safesteer._intervals import wilson
@@ -55,7 +54,11 @@ def paired_change(before: Sequence[bool | float | None], after: Sequence[bool | 
 
     if len(before) != len(after):
         raise SafeSteerError(f"{len(before)} verdicts cannot be paired with {len(after)}.")
-    pairs = [(bool(a), bool(b)) for a, b in zip(before, after, strict=True) if not (pd.isna(a) or pd.isna(b))]
+    pairs = [
+        (bool(a), bool(b))
+        for a, b in zip(before, after, strict=True)
+        if not (a is None or b is None or math.isnan(a) or math.isnan(b))
+    ]
     if not pairs:
         raise SafeSteerError("No prompt has a verdict for both models.")
     n, both = len(pairs), sum(a and b for a, b in pairs)
