@@ -72,19 +72,10 @@ NAMES = {  # of sets and tasks, as the tables show them
     "piqa": "PIQA",
     "lambada_openai": "LAMBADA",
 }
-POOLS = {  # of the README: sets whose prompts are pooled, harmful ones first
-    "harmful, public: HarmBench, Do-Not-Answer, HarmfulQA, XSTest": (
-        "harmbench",
-        "do-not-answer",
-        "harmfulqa",
-        "xstest-unsafe",
-    ),
-    "harmful, our own in other forms": ("own-short", "own-questions"),
-    "harmful, our own pairs": ("own-harmful",),
-    "harmless, public: XSTest": ("xstest",),
-    "harmless, public: everyday instructions": ("everyday",),
-    "harmless, our own with a hazard word": ("own-hazard-words",),
-    "harmless, our own pairs": ("own-harmless",),
+POOLS = {  # of the README: each prompt in one set, harmful ones first
+    title: sets
+    for title, sets in held_out_tables.POOLS.items()
+    if sets not in (("xstest-unsafe",), held_out_tables.OVER)
 }
 
 

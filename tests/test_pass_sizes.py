@@ -5,19 +5,31 @@ import torch
 
 import safesteer as ss
 from conftest import PROMPTS
-from safesteer.directions.scoring import PassLimits
+from safesteer.directions import scoring
 from safesteer.models import logits, pass_sizes
 from safesteer.models.batch import PromptBatch
 from safesteer.models.logits import positions_per_chunk, wide_matmul
 
 
-def test_settings_go_before_what_the_device_takes():
-    cpu, gpu = torch.device("cpu"), torch.device("meta")
-    left = ss.DirectionConfig()
-    assert PassLimits.of(left, cpu) == PassLimits()
-    assert PassLimits.of(left, gpu).tokens_per_pass == pass_sizes.ON_GPU.tokens
-    asked = ss.DirectionConfig(batch_size=3, tokens_per_pass=100)
-    assert PassLimits.of(asked, gpu).batch_size == 3
+def test_settings_go_before_what_the_device_takes(tiny_llama, monkeypatch):
+    asked = []
+
+    def batches(tokenizer, texts, size):
+        asked.append(size)
+        return split(tokenizer, texts, size)
+
+    split = scoring.batches
+    monkeypatch.setattr(scoring, "batches", batches)
+    monkeypatch.setattr(scoring, "sizes_on", lambda device: pass_sizes.PassSizes(prompts=5, tokens=100))
+    pairs, vectors = ss.load_prompts().split("val").first(3), torch.ones(1, tiny_llama.d_model)
+    for config in (ss.DirectionConfig(), ss.DirectionConfig(batch_size=3)):
+        scoring.score(tiny_llama, vectors, [0], pairs, torch.tensor([1]), config)
+    assert asked == [5, 5, 3, 3]
+
+
+def test_a_gpu_takes_more_per_pass():
+    assert pass_sizes.sizes_on("cpu") == pass_sizes.ON_CPU
+    assert pass_sizes.sizes_on(torch.device("meta")) == pass_sizes.ON_GPU
 
 
 def test_a_gpu_shares_columns_only_where_that_saves_many(tiny_llama, monkeypatch):

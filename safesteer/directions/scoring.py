@@ -32,7 +32,7 @@ from safesteer.models.generation import with_greedy_tokens
 from safesteer.models.head import output_head
 from safesteer.models.logits import kl_divergence, logits_of, mean_over, refusal_score
 from safesteer.models.parts import decoder
-from safesteer.models.pass_sizes import ON_CPU, sizes_on
+from safesteer.models.pass_sizes import sizes_on
 from safesteer.models.passes import select_rows
 from safesteer.models.processes import in_turns
 from safesteer.progress import Progress, no_progress
@@ -42,6 +42,7 @@ from safesteer.steering import interventions
 from safesteer.steering.hooks import record_resid_pre, resumption, run_from_layer
 
 SCORES = ["ablation_refusal", "steering_refusal", "kl_harmless"]
+CANDIDATES_PER_GROUP = 32
 
 # Projects one vector per row out of the model, inside the block.
 Ablate: TypeAlias = Callable[[nn.Module, Tensor], AbstractContextManager[None]]
@@ -64,24 +65,6 @@ def runnable(candidates: Candidates, max_layer_share: float) -> list[tuple[int, 
     return [(i, layer) for layer in layers for i in range(len(candidates.positions))]
 
 
-@dataclass(frozen=True)
-class PassLimits:
-    """How much one forward pass holds, how many answer tokens KL covers, and the seed of the controls."""
-
-    n_kl_tokens: int = 3
-    batch_size: int = ON_CPU.prompts
-    tokens_per_pass: int = ON_CPU.tokens
-    candidates_per_group: int = 32
-    seed: int = 0
-
-    @classmethod
-    def of(cls, config: DirectionConfig, device: torch.device) -> "PassLimits":
-        """Read the limits from the settings of stage 1; what they leave open is the device's."""
-        sizes = sizes_on(device)
-        n_prompts, n_tokens = config.batch_size or sizes.prompts, config.tokens_per_pass or sizes.tokens
-        return cls(config.n_kl_tokens, n_prompts, n_tokens, seed=config.seed)
-
-
 @torch.no_grad()
 def score(
     chat: ModelLike,
@@ -89,7 +72,7 @@ def score(
     layers: list[int],
     prompts: PromptSet,
     refusal_ids: Int[Tensor, " n_refusal"],
-    limits: PassLimits | None = None,
+    config: DirectionConfig | None = None,
     *,
     placebo: bool = False,
     progress: Progress = no_progress,
@@ -102,7 +85,7 @@ def score(
         layers: Where each of them is added.
         prompts: Harmful and harmless prompts.
         refusal_ids: First tokens of a refusal.
-        limits: Batch sizes, tokens of KL and the seed of the placebo.
+        config: Sizes of passes, tokens of KL and the seed of the placebo; None: the defaults.
         placebo: Replace every candidate by its control: for addition a random direction of its length,
             for ablation a move of the same distance.
         progress: Called with the share done.
@@ -110,9 +93,10 @@ def score(
     Returns:
         The three SCORES by name: ablation on harmful prompts, the others on harmless ones.
     """
-    chat, limits = as_chat(chat), limits or PassLimits()
+    chat, config = as_chat(chat), config or DirectionConfig()
     vectors, refusal_ids = vectors.to(chat.device), refusal_ids.to(chat.device)
-    texts = _Texts.of(chat, prompts, limits)
+    texts = _Texts.of(chat, prompts, config)
+    n_tokens = config.tokens_per_pass or sizes_on(chat.device).tokens
     n_harmful, n_harmless = len(prompts.harmful), len(prompts.harmless)
     scores = {
         name: torch.zeros((len(vectors), n), dtype=torch.float64)
@@ -121,23 +105,21 @@ def score(
     ablate: Ablate = interventions.ablate
     shifts, total, done = vectors, len(vectors) * (n_harmful + n_harmless), 0
     if placebo:
-        ablate = partial(interventions.ablate_placebo, seed=limits.seed)
-        shifts = _random_like(vectors, limits.seed)
+        ablate = partial(interventions.ablate_placebo, seed=config.seed)
+        shifts = _random_like(vectors, config.seed)
     by_layer = torch.tensor(sorted(range(len(layers)), key=layers.__getitem__))
 
     def score_group(group: Int[Tensor, " group"]) -> list[tuple[str, Tensor, list[int], Tensor]]:
         parts, inside = [], 0
-        ablated = _ablation(chat, texts.joined, vectors[group], ablate, limits.tokens_per_pass)
-        added = _addition(
-            chat, texts.joined, shifts[group], [layers[i] for i in group], limits.tokens_per_pass
-        )
+        ablated = _ablation(chat, texts.joined, vectors[group], ablate, n_tokens)
+        added = _addition(chat, texts.joined, shifts[group], [layers[i] for i in group], n_tokens)
         for name, at, rows, values in _group_scores(chat, texts, ablated, added, refusal_ids):
             parts.append((name, at, rows, values.double().cpu()))
             inside += 0 if name == "steering_refusal" else len(at) * len(rows)
             progress((done + inside) / total)
         return parts
 
-    for group, parts in in_turns(by_layer.split(limits.candidates_per_group), score_group):
+    for group, parts in in_turns(by_layer.split(CANDIDATES_PER_GROUP), score_group):
         for name, at, rows, values in parts:
             scores[name][group[at][:, None], rows] = values
         done += len(group) * (n_harmful + n_harmless)
@@ -162,20 +144,20 @@ class _Texts:
     n_kl_tokens: int
 
     @classmethod
-    def of(cls, chat: ChatModel, prompts: PromptSet, limits: PassLimits) -> "_Texts":
+    def of(cls, chat: ChatModel, prompts: PromptSet, config: DirectionConfig) -> "_Texts":
         """Split the prompts into batches; harmless ones get the base's own first greedy tokens."""
         joined = [*prompts.harmful, *prompts.harmless]
         texts = PromptBatch.of(chat.tokenizer, joined, device=chat.device, keep_shared=True)
         texts = earned(chat.model, texts)
-        harmful, harmless = [], []
-        for rows in batches(chat.tokenizer, prompts.harmful, limits.batch_size):
+        harmful, harmless, n_prompts = [], [], config.batch_size or sizes_on(chat.device).prompts
+        for rows in batches(chat.tokenizer, prompts.harmful, n_prompts):
             batch = texts.rows(torch.tensor(rows))
             harmful.append(_Batch(rows, batch, batch))
-        for rows in batches(chat.tokenizer, prompts.harmless, limits.batch_size):
+        for rows in batches(chat.tokenizer, prompts.harmless, n_prompts):
             batch = texts.rows(len(prompts.harmful) + torch.tensor(rows))
             # KL over the base's own first tokens: one token alone is often structural.
-            harmless.append(_Batch(rows, batch, with_greedy_tokens(chat, batch, limits.n_kl_tokens - 1)))
-        return cls(texts, harmful, harmless, limits.n_kl_tokens)
+            harmless.append(_Batch(rows, batch, with_greedy_tokens(chat, batch, config.n_kl_tokens - 1)))
+        return cls(texts, harmful, harmless, config.n_kl_tokens)
 
 
 def _group_scores(

@@ -30,7 +30,7 @@ from safesteer._files import write_text
 from safesteer._intervals import bootstrap_means
 from safesteer.directions.candidates import Candidates
 from safesteer.directions.halving import Scored, Scores, score_by_halving
-from safesteer.directions.scoring import SCORES, PassLimits, layer_limit, runnable, score
+from safesteer.directions.scoring import SCORES, layer_limit, runnable, score
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.progress import Progress, no_progress
 from safesteer.prompts.prompt_set import PromptSet
@@ -164,7 +164,6 @@ def sweep(
     """
     chat, config = as_chat(chat), config or DirectionConfig()
     prompts = prompts.first(config.n_val)
-    limits = PassLimits.of(config, chat.device)
     kinds = [k for k in config.controls if k == "random" or candidates.shuffled is not None]
     # Controls of all candidates cost as much as their scores; controls of a few cost next to nothing.
     share = 1 / (1 + len(kinds)) if config.n_controls is None else 1.0
@@ -181,7 +180,7 @@ def sweep(
 
     def score_some(at: Int[Tensor, " some"], some: PromptSet, progress: Progress) -> Scores:
         layers = [places[i][1] for i in at.tolist()]
-        return score(chat, vectors[at], layers, some, refusal_ids, limits, progress=progress)
+        return score(chat, vectors[at], layers, some, refusal_ids, config, progress=progress)
 
     scored = score_by_halving(
         score_some,
@@ -200,7 +199,7 @@ def sweep(
     if table.kept.any() and held_out is not None and config.n_held_out:
         best = result.ranking.head(config.n_held_out)
         vectors = strength * torch.stack([result.vector(row) for _, row in best.iterrows()])
-        again = score(chat, vectors, best.layer.tolist(), held_out, refusal_ids, limits)
+        again = score(chat, vectors, best.layer.tolist(), held_out, refusal_ids, config)
         for name, values in again.items():
             table.loc[best.index, f"{name}_held_out"] = values.mean(1).numpy()
     return result
@@ -263,7 +262,7 @@ def _add_controls(
         [layer for _, layer in places],
         prompts,
         refusal_ids,
-        PassLimits.of(config, chat.device),
+        config,
         placebo=kind == "random",
         progress=progress,
     )

@@ -5,7 +5,7 @@ harmful requests refused, harmless twins refused, drift. The table is a curve fr
 model that is chosen is written by `exporting.export_strength`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from safesteer.report.dial_figure import DIAL_FILE
 from safesteer.report.page import write_report
 from safesteer.settings import EvaluateConfig
 
+Row = dict[str, float | int | str]
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 
 
@@ -67,17 +68,34 @@ def measure_strengths(
         >>> table[["strength", "kl", "n"]].values.tolist()
         [[0.0, 0.0, 2.0], [1.0, 0.0, 2.0]]
     """
-    base, student, rows = as_chat(base), as_chat(student), []
-    prompts, config = prompts or dial_prompts(), config or EvaluateConfig()
+    prompts, config, rows = prompts or dial_prompts(), config or EvaluateConfig(), []
+    for row in _rows(as_chat(base), as_chat(student), prompts, strengths, config, judge):
+        rows.append(row)
+        progress(len(rows) / len(strengths))
+    return pd.DataFrame(rows)
+
+
+def _rows(
+    base: ChatModel,
+    student: ChatModel,
+    prompts: PromptSet,
+    strengths: Sequence[float],
+    config: EvaluateConfig,
+    judge: Judge,
+    run: Path | None = None,
+) -> Iterator[Row]:
+    """Yield the row of each strength; the looks are in the ledger of the run, where there is one."""
+    if not strengths:
+        return
     with as_base(base, student):
         origin = measure(base, base, prompts, config, judge)
         along = drift_answers(base, prompts, config)
     for strength in strengths:
         with between(base, student, strength) as chat:
             measured = measure(chat, base, prompts, config, judge, along) if strength else origin
-        rows.append(_row(strength, measured))
-        progress(len(rows) / len(strengths))
-    return pd.DataFrame(rows)
+            if run is not None:
+                log_look(run, chat, prompts.name, len(prompts.harmful), f"dial: strength {strength:g}")
+        yield _row(strength, measured)
 
 
 def dial_prompts() -> PromptSet:
@@ -117,23 +135,17 @@ def dial_run(
     judged = f"{judge_identity(judge)}, {length}"
     stamp = {"weights": weights_hash(student.model), "prompts": prompts.hash, "judge": judged}
     with locked(run):
-        table, origin, along = _measured_before(run / DIAL_FILE, stamp), None, None
-        for strength in strengths:
-            if strength in table.strength.tolist():
-                continue
-            if origin is None:
-                origin = measure(base, base, prompts, config, judge)
-                along = drift_answers(base, prompts, config)
-            with between(base, student, strength) as chat:
-                seen = measure(chat, base, prompts, config, judge, along) if strength else origin
-                row = _row(strength, seen)
-                log_look(run, chat, prompts.name, len(prompts.harmful), f"dial: strength {strength:g}")
+        table = _measured_before(run / DIAL_FILE, stamp)
+        left = [strength for strength in strengths if strength not in table.strength.tolist()]
+        for row in _rows(base, student, prompts, left, config, judge, run):
             table = pd.DataFrame([*table.to_dict("records"), row | stamp]).sort_values("strength")
             write_text(run / DIAL_FILE, table.to_csv(index=False))
             rates = (
                 f"{row['counts']} {row['harmful']:.0%} of harmful and {row['over_refusal']:.0%} of harmless"
             )
-            console.print(f"strength {strength:g}: {rates} prompts, KL {row['kl']:.3f}", highlight=False)
+            console.print(
+                f"strength {row['strength']:g}: {rates} prompts, KL {row['kl']:.3f}", highlight=False
+            )
         write_report(run)
     return table
 
@@ -166,9 +178,9 @@ def _measured_before(path: Path, stamp: dict[str, str]) -> pd.DataFrame:
         raise SafeSteerError(f"{path} is not a table of the dial: delete it to measure again.") from error
 
 
-def _row(strength: float, measured: Measured) -> dict[str, float | int | str]:
+def _row(strength: float, measured: Measured) -> Row:
     """Return the row of one strength."""
-    row: dict[str, float | int | str] = {"strength": float(strength)}
+    row: Row = {"strength": float(strength)}
     shares = (("harmful", measured.harmful), ("over_refusal", measured.harmless))
     for name, refused in shares:
         low, high = wilson(sum(refused), len(refused))

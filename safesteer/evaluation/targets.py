@@ -47,7 +47,7 @@ def load_target(
 
     Args:
         target: The model, where there is no run.
-        run: A run folder, whose base and student are loaded.
+        run: A run folder, whose base is loaded, and its student where training has ended.
         dtype: Their precision; None: the run's own, in which they were measured.
 
     Raises:
@@ -66,10 +66,9 @@ def load_target(
                 f"'{manifest['model']}' has other weights than the base that {run} began with: nothing can be"
                 " measured against it. Put those weights back (for a model of the Hub --revision at align)."
             )
-        return {
-            "base": base,
-            "student": load_model(str(run / "model"), dtype=precision, **alike),
-        }
+        if not (run / "model" / "config.json").is_file():
+            return {"base": base}
+        return {"base": base, "student": load_model(str(run / "model"), dtype=precision, **alike)}
     return {"model": load_model(str(target)) if isinstance(target, str | Path) else as_chat(target)}
 
 

@@ -7,15 +7,14 @@ stages 1 and 2 with small settings, which take a minute or two on a small machin
 from pathlib import Path
 
 from safesteer._errors import SafeSteerError
-from safesteer._files import read_json
 from safesteer.attribution.result import Attribution
 from safesteer.directions.finding import find_direction
+from safesteer.evaluation.targets import load_target
 from safesteer.live.reading import Subject
-from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.chat_model import ModelLike, as_chat
 from safesteer.models.loading import best_device, load_model
 from safesteer.models.precision import settled_precision
 from safesteer.report.reader_figures import READER_FILE
-from safesteer.settings import ALIKE, MODEL_SOURCE
 from safesteer.steering.direction import Direction
 from safesteer.steering.reader import HarmfulnessReader
 from safesteer.tokens.selection import select_tokens
@@ -30,7 +29,8 @@ def open_subject(target: str | Path | ModelLike, *, dtype: str = "auto") -> Subj
         dtype: Precision of base and student, where they are loaded here; "auto": the fast one of the machine.
 
     Raises:
-        SafeSteerError: For a run folder whose direction or safety tokens are missing.
+        SafeSteerError: For a run folder whose direction or safety tokens are missing, or whose base has
+            other weights by now.
     """
     dtype = settled_precision(dtype, best_device())
     if isinstance(target, str | Path) and (Path(target) / "manifest.json").is_file():
@@ -47,14 +47,8 @@ def _of_run(run: Path, dtype: str) -> Subject:
             raise SafeSteerError(
                 f"{run} has no {name} yet: go on with safesteer {stage}, or safesteer align."
             )
-    manifest = read_json(run / "manifest.json")
-    settings = manifest.get("recipe", {})
-    source = {name: settings[name] for name in MODEL_SOURCE if name in settings}
-    base = load_model(manifest["model"], dtype=dtype, **source)
-    student: ChatModel | None = None
-    if (run / "model" / "config.json").is_file():
-        alike = {name: source[name] for name in ALIKE if name in source}
-        student = load_model(str(run / "model"), dtype=dtype, **alike)
+    models = load_target(run, run, dtype)
+    base = models["base"]
     reader = HarmfulnessReader.load(run / READER_FILE, base) if (run / READER_FILE).is_file() else None
     told, tokens = run / "attribution.json", TokenSet.load(run / "tokens.json")
     tokens.check(base)
@@ -62,7 +56,7 @@ def _of_run(run: Path, dtype: str) -> Subject:
         base,
         Direction.load(run / "direction.safetensors", base),
         tokens,
-        student,
+        models.get("student"),
         reader,
         Attribution.load(told).stories if told.is_file() else {},
     )
