@@ -11,11 +11,12 @@ openings that nothing trains on take away as many refusals as from the plain rec
 3. For choosing, students answer the val pairs plain, in the wrappers of "val" and opened by ten tokens of the
    openings that train; for measuring, the first test pairs in the wrappers of "test" and opened by others.
    Answers have 48 tokens; `declines` judges them, by the plain request. A row per prompt, without its text.
+   With --splits val nobody looks at the test pairs.
 Looks at the test pairs are in the ledger. A seed's arm that has its rows is not run again.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,14 @@ SHARES = {
     "opened": {"opened_share": 0.5},
     "wrapped": {"wrapped_share": 0.5},
     "both": {"opened_share": 0.35, "wrapped_share": 0.35},
+    # A refusal's later tokens weigh as much as its first, and there are more of them.
+    "opened longer": {"opened_share": 0.5, "decay": 1.0, "max_new_tokens": 12},
+    "opened longer, all tokens": {
+        "opened_share": 0.5,
+        "decay": 1.0,
+        "max_new_tokens": 12,
+        "support": "full",
+    },
 }
 OPENED = (2, 10)  # tokens of an opening
 N_TEST = 50  # test pairs
@@ -69,11 +78,11 @@ def verdicts(chat: ChatModel, texts: list[str], split: WrapperSplit) -> Iterator
         yield f"opened by {k}", [any(declines(t, a) for a in o) for t, o in zip(texts, opened, strict=True)]
 
 
-def look(name: str, chat: ChatModel, path: Path) -> None:
-    """Write the rows of one model, and log the look at the test pairs."""
-    rows = pd.DataFrame([row for split in SPLITS for row in answered(chat, split)])
-    log_look(LEDGER, chat, "own-harmful", N_TEST, f"study deeper: {name}")
-    log_look(LEDGER, chat, "own-harmless", N_TEST, f"study deeper: {name}")
+def look(name: str, chat: ChatModel, path: Path, splits: Sequence[WrapperSplit]) -> None:
+    """Write the rows of one model, and log a look at the test pairs."""
+    rows = pd.DataFrame([row for split in splits for row in answered(chat, split)])
+    for label in ("harmful", "harmless") if "test" in splits else ():
+        log_look(LEDGER, chat, f"own-{label}", N_TEST, f"study deeper: {name}")
     rows.to_csv(path, index=False)
     shown = rows[~rows.how.str.contains("opened by 2")].groupby(["split", "label", rows.how.ne("plain")])
     print(name, (100 * shown.refused.mean()).round(0).to_dict(), flush=True)
@@ -87,12 +96,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--arms", nargs="*", default=list(SHARES), choices=list(SHARES))
+    parser.add_argument("--splits", nargs="*", default=SPLITS, choices=SPLITS)
+    parser.add_argument("--keep", type=Path, help="a folder that receives the students, for opened.py")
     parser.add_argument("--out", type=Path, default=Path("analysis/results/deeper"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     base = ss.load_model(args.model, dtype="auto")
     if not (args.out / "base.csv").exists():
-        look("base", base, args.out / "base.csv")
+        look("base", base, args.out / "base.csv", SPLITS)
     for seed in args.seeds:
         recipe = recipe_of(seed, args)
         prompts, run = drawn_prompts(seed, recipe.prompts), args.runs / str(seed)
@@ -108,7 +119,9 @@ def main() -> None:
             config = replace(config, splits=tuple(s for s in config.splits if s != "val"))
             student = ss.distill(base, direction, tokens, prompts, config)
             with in_precision_of(base, student):
-                look(f"{arm}, seed {seed}", student, path)
+                look(f"{arm}, seed {seed}", student, path, args.splits)
+            if args.keep:
+                ss.export(student, args.keep / f"{arm}--{seed}")
 
 
 if __name__ == "__main__":
