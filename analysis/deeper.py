@@ -34,19 +34,16 @@ from safesteer.models.precision import in_precision_of
 from safesteer.prompts.wrappers import PLAIN, WrapperSplit, load_openings, load_wrappers
 from safesteer.run_folder import STAGES
 
+# A refusal's later tokens weigh as much as its first, and there are more of them.
+LONGER = {"decay": 1.0, "max_new_tokens": 12}
 SHARES = {
     "plain": {},
     "opened": {"opened_share": 0.5},
     "wrapped": {"wrapped_share": 0.5},
     "both": {"opened_share": 0.35, "wrapped_share": 0.35},
-    # A refusal's later tokens weigh as much as its first, and there are more of them.
-    "opened longer": {"opened_share": 0.5, "decay": 1.0, "max_new_tokens": 12},
-    "opened longer, all tokens": {
-        "opened_share": 0.5,
-        "decay": 1.0,
-        "max_new_tokens": 12,
-        "support": "full",
-    },
+    "opened longer": LONGER | {"opened_share": 0.5},
+    "opened longer, all tokens": LONGER | {"opened_share": 0.5, "support": "full"},
+    "both longer, all tokens": LONGER | {"opened_share": 0.35, "wrapped_share": 0.35, "support": "full"},
 }
 OPENED = (2, 10)  # tokens of an opening
 N_TEST = 50  # test pairs
