@@ -192,18 +192,21 @@ PRACTICE = {  # of deeper.py, and what the table calls them
     "wrapped": "half of the prompts wrapped",
     "both": "a third of each",
     "opened harmful": "half of the answers to harmful prompts opened",
+    "opened longer": "half of the answers opened, 12 tokens that weigh alike",
+    "opened longer, all tokens": "the same, all tokens in place of S",
+    "both longer, all tokens": "a third of each, 12 tokens that weigh alike, all tokens",
 }
 ATTACKS = ("wrapped", "opened by 2", "opened by 10")
 GAPS = ("wrapped", "opened by 10")  # what practice is to close
 
 
-def deeper_table(folder: Path = DEEPER) -> str:
-    """Write what practice does to refusals of wrapped and opened test prompts, and what it costs."""
+def deeper_table(folder: Path = DEEPER, split: str = "test") -> str:
+    """Write what practice does to refusals of wrapped and opened prompts of a split, and what it costs."""
     if not (folder / "base.csv").exists():
         return NOTHING
-    arms = {arm: _deeper_rows(sorted(folder.glob(f"{arm}--*.csv"))) for arm in PRACTICE}
+    arms = {arm: _deeper_rows(sorted(folder.glob(f"{arm}--*.csv")), split) for arm in PRACTICE}
     plain = arms["plain"]
-    lines = [["base", "", *_put(_deeper_rows([folder / "base.csv"])), "", "", ""]]
+    lines = [["base", "", *_put(_deeper_rows([folder / "base.csv"], split)), "", "", ""]]
     for arm, title in PRACTICE.items():
         if len(arms[arm]):
             beside = ["", "", ""] if arm == "plain" else _beside(plain, arms[arm])
@@ -212,12 +215,12 @@ def deeper_table(folder: Path = DEEPER) -> str:
     return markdown(["recipe", "seeds", "plain", *ATTACKS, *closed, "over-refusal, points"], lines)
 
 
-def _deeper_rows(paths: list[Path]) -> pd.DataFrame:
-    """Read the test rows of an arm's seeds, every wrapper as "wrapped"."""
+def _deeper_rows(paths: list[Path], split: str) -> pd.DataFrame:
+    """Read the rows of an arm's seeds in a split, every wrapper as "wrapped"."""
     tables = [pd.read_csv(path).assign(seed=path.stem.partition("--")[2]) for path in paths]
     rows = pd.concat(tables) if tables else pd.DataFrame(columns=["split", "label", "how", "seed"])
-    rows = rows[rows.split == "test"]
-    return rows.assign(put=rows.how.where(rows.how.isin(["plain", *ATTACKS]), "wrapped"))
+    rows = pd.DataFrame(rows[rows.split == split])
+    return rows.assign(put=rows["how"].where(rows["how"].isin(["plain", *ATTACKS]), "wrapped"))
 
 
 def _put(rows: pd.DataFrame) -> list[str]:
@@ -245,3 +248,27 @@ def _beside(plain: pd.DataFrame, practised: pd.DataFrame) -> list[str]:
         for rows in (plain, practised)
     ]
     return [*closed, ranged(*drawn_over_seeds((over[1] - over[0]).to_numpy()), "+.0f")]
+
+
+READ = ROWS.parent / "opened"  # rows of opened.py
+OPENED_BY = (0, 2, 10)  # tokens
+
+
+def opened_table(folder: Path = READ) -> str:
+    """Write how many opened answers refuse, and how likely each of a refusal's first tokens is there."""
+    if not (folder / "refused.csv").exists():
+        return NOTHING
+    written = pd.read_csv(folder / "refused.csv").set_index(["model", "coefficient", "opened_by"])
+    read = pd.read_csv(folder / "probabilities.csv").set_index(["model", "opened_by", "token"]).probability
+    lines = []
+    for model, coefficient in dict.fromkeys((m, c) for m, c, _ in written.index):
+        of = [written.loc[(model, coefficient, k)] for k in OPENED_BY]
+        title = model if coefficient == 1 else f"{model}, coefficient x {coefficient:g}"
+        refused = " / ".join(f"{100 * row.refused:.0f}" for row in of)
+        repeats = " / ".join(f"{100 * row.repeats:.0f}" for row in of)
+        likely = [
+            " / ".join(f"{read[(model, k, token)]:.2f}" for k in OPENED_BY) if coefficient == 1 else ""
+            for token in (1, 2, 3)
+        ]
+        lines.append([title, refused, repeats, *likely])
+    return markdown(["model", "refused", "repeats", *(f"p of token {t}" for t in (1, 2, 3))], lines)

@@ -314,6 +314,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "how-deep-wrappers": robust_tables.wrapper_table,
     "how-deep-weights": robust_tables.weight_table,
     "deeper": robust_tables.deeper_table,
+    "deeper-val": lambda: robust_tables.deeper_table(split="val"),
+    "opened": robust_tables.opened_table,
     "seal": robust_tables.seal_table,
     "judges": judges,
     "judges-differ": judges_differ,
