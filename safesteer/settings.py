@@ -347,4 +347,4 @@ class ExplainConfig:
     max_tokens: int = setting(32, "Tokens read per answer.", unit="tokens", ge=1)
     n_sets: int = setting(8, "Random and matched sets beside S.", ge=1)
     n_splits: int = setting(8, "Random halvings of prompts and of samples.", ge=1)
-    seed: int = setting(0, "Seed of samples, sets and halvings.")
+    seed: int = setting(0, "Seed of sets and halvings; samples have that of the tokens.")

@@ -260,6 +260,33 @@ def test_a_group_can_come_from_the_user(attribution):
         attribution.with_groups({"a": "nonsense"})
 
 
+def test_a_group_for_a_token_outside_s_is_refused(attribution):
+    with pytest.raises(SafeSteerError, match="'nonsense' is no token of S"):
+        attribution.with_groups({"nonsense": "hedges"})
+
+
+def test_a_trace_needs_an_answer_and_an_author_per_prompt(tiny_llama, direction, chosen):
+    for answers, authors in (([], None), ("I cannot", None), (["I"], ["base", "student"])):
+        with pytest.raises(SafeSteerError, match="one answer per prompt"):
+            trace(tiny_llama, direction, chosen, ["Hello"], answers, authors=authors)
+
+
+def test_tokens_of_s_keep_their_votes_below_the_threshold(tiny_llama, direction, chosen, few):
+    """On fewer answers than selection read, a token's mean probability may fall below the threshold."""
+    strict = {**chosen.settings, "min_steered_prob": 0.5}
+    told = explain(tiny_llama, direction, replace(chosen, settings=strict), prompts=few)
+    assert [story.votes for story in told.stories.values()].count(0) < len(chosen)
+
+
+def test_matched_sets_stay_near_where_neighbours_run_out():
+    p_base, everything = torch.linspace(0, 1, 500), torch.ones(500, dtype=torch.bool)
+    ranking = torch.arange(499, 449, -1)  # all of them map to the same neighbours
+    controls = Controls(everything, everything, n_sets=4)
+    for drawn in matched_sets(controls, p_base, ranking, len(ranking)):
+        assert len(set(drawn.tolist())) == len(ranking)
+        assert drawn.min() >= 400 - len(ranking)
+
+
 def test_a_token_without_a_rule_takes_the_group_of_its_cluster():
     sorry, hedge = torch.tensor([1.0, 0.0, 0.1]), torch.tensor([0.0, 1.0, -0.1])
     contexts = torch.stack([sorry, sorry, hedge, sorry, hedge])

@@ -140,3 +140,10 @@ def test_a_report_shows_it_or_says_what_is_missing(grid, chosen, tmp_path):
 def test_a_model_without_a_student_has_two_answers(tiny_llama, direction, chosen):
     made = answer_grid(tiny_llama, direction, chosen, prompts=PROMPTS[:1], max_new_tokens=2)
     assert pack_grid(made)["models"] == ["base", "steered"]
+
+
+def test_the_grid_needs_a_prompt_and_a_direction_that_is_added(tiny_llama, direction, chosen):
+    with pytest.raises(SafeSteerError, match="needs a prompt"):
+        answer_grid(tiny_llama, direction, chosen, prompts=[])
+    with pytest.raises(SafeSteerError, match="operation 'ablate'"):
+        answer_grid(tiny_llama, replace(direction, operation="ablate"), chosen, prompts=["Hello"])

@@ -218,7 +218,9 @@ def matched_sets(
         for place in places:
             low = max(0, min(place - NEAREST // 2, len(pool) - NEAREST))
             near = [i for i in range(low, min(len(pool), low + NEAREST)) if i not in used]
-            near = near or [i for i in range(len(pool)) if i not in used]
+            if not near:  # all used: the nearest that are left
+                left = (i for i in range(len(pool)) if i not in used)
+                near = sorted(left, key=lambda i: abs(i - place))[:NEAREST]
             if not near:
                 break
             pick = near[int(torch.randint(len(near), (1,), generator=generator))]

@@ -1,7 +1,8 @@
 """Compute everything the report says about tokens: traces, stories, coverage, stability.
 
-1. Sample the steered teacher on harmless prompts again, as selection did (fewer prompts), and on
-   harmful ones; read the base model's own answers to harmful prompts too.
+1. Sample the steered teacher on harmless prompts as selection did, with its seed: the same answers to the
+   first prompts. Sample it on harmful ones, which selection has not read; read the base model's own answers
+   to harmful prompts too.
 2. Stability from step 1's answers to harmless prompts; it also gives the ranking that goes on after S.
 3. The story of each token; coverage on the three kinds of text; shares of answers with a token of S.
 4. Traces of a few answers, written by the student, the teacher and the base model.
@@ -125,6 +126,7 @@ def explain(
         progress(0.2)
         stable = _stability(subject, sampled)
         allowed = allowed_ids(base, stable.means, subject.sampling)
+        allowed[tokens.ids] = True  # on fewer answers the mean of a rare one may fall below the threshold
         progress(0.4)
         stories = token_stories(base, direction, tokens, sampled, allowed, k_vote=k_vote)
     progress(0.5)

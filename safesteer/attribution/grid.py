@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from safesteer._errors import SafeSteerError
 from safesteer._files import read_value, write_json
 from safesteer.attribution.tracing import Trace, answer_logps, trace_tokens
 from safesteer.models.adapter import without_student
@@ -98,7 +99,7 @@ def answer_grid(
         progress: Receives the share of the work that is done.
 
     Raises:
-        SafeSteerError: For safety tokens of another model.
+        SafeSteerError: For safety tokens of another model, a direction that is not added, or no prompt.
 
     Example:
         >>> from safesteer.attribution.grid import answer_grid
@@ -110,7 +111,14 @@ def answer_grid(
     """
     chat, student = as_chat(chat), None if student is None else as_chat(student)
     tokens.check(chat)
+    if direction.operation != "add":
+        raise SafeSteerError(
+            f"The grid adds the direction at several strengths, and this one is of operation"
+            f" '{direction.operation}': give one of operation 'add'."
+        )
     prompts = as_prompts(prompts)
+    if not prompts:
+        raise SafeSteerError("The grid needs a prompt.")
     layers = layers_around(direction.layer, chat.n_layers)
     coeffs = tuple(direction.coeff * strength for strength in STRENGTHS)
     places = product(layers, coeffs)

@@ -32,11 +32,14 @@ class Attribution:
             groups: Token text (with or without its leading space) or id -> group.
 
         Raises:
-            SafeSteerError: For a group that does not exist.
+            SafeSteerError: For a group that does not exist, or a token that is not in S.
         """
         for token, group in groups.items():
             if group not in GROUPS:
                 raise SafeSteerError(f"'{group}' (for token {token!r}) is not one of {list(GROUPS)}.")
+        known = {key for s in self.stories.values() for key in (s.id, s.text, s.text.strip())}
+        if unknown := [token for token in groups if token not in known]:
+            raise SafeSteerError(f"{unknown[0]!r} is no token of S: give its text, or its id as a number.")
         stories = dict(self.stories)
         for story in self.stories.values():
             for key in (story.id, story.text, story.text.strip()):

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from safesteer._errors import SafeSteerError
 from safesteer._token_text import readable, token_text, visible
 from safesteer.models.adapter import without_student
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
@@ -167,7 +168,8 @@ def trace(
         log p_steered - log p_base, in nats.
 
     Raises:
-        SafeSteerError: For a direction or safety tokens of another model.
+        SafeSteerError: For a direction or safety tokens of another model, or another number of answers or
+            authors than of prompts.
 
     Example:
         >>> from safesteer.attribution.tracing import trace
@@ -181,6 +183,11 @@ def trace(
     tokens.check(chat)
     prompts = as_prompts(prompts)
     names = authors or [""] * len(prompts)
+    if isinstance(answers, str) or not len(prompts) == len(answers) == len(names):
+        raise SafeSteerError(
+            f"A trace needs one answer per prompt, and an author for each or none: {len(prompts)} prompts,"
+            f" {1 if isinstance(answers, str) else len(answers)} answers, {len(names)} authors."
+        )
     traces = []
     for prompt, answer, author in zip(prompts, answers, names, strict=True):
         ids = answer_ids(chat, answer, max_tokens)

@@ -68,6 +68,11 @@ def select_tokens(
     """
     chat, config = as_chat(chat), config or TokenConfig()
     expect(TokenConfig, config)
+    if sampled is not None and sampled.valid.shape[1] != config.horizon:
+        raise SafeSteerError(
+            f"The answers were sampled with a horizon of {sampled.valid.shape[1]}, and the settings have"
+            f" {config.horizon}: give both the same."
+        )
     if sampled is None:
         prompts = load_prompts().split("val").texts(config.prompts) if prompts is None else prompts
         sampled = sample_answers(chat, direction, prompts, config)
@@ -111,6 +116,11 @@ def _means(chat: ChatModel, sampled: AnswerStates) -> _Means:
         p_steered += logp_t.exp().sum(0, dtype=torch.float64)
         p_base += logp_0.exp().sum(0, dtype=torch.float64)
         delta += (logp_t - logp_0).sum(0, dtype=torch.float64)
+    if not bool((p_steered + p_base).isfinite().all()):
+        raise SafeSteerError(
+            f"The probabilities of '{chat.name}', steered or not, are not finite: lower the coefficient, or"
+            " load the model in float32."
+        )
     return _Means(p_steered / n, p_base / n, delta / n)
 
 

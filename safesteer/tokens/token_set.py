@@ -66,7 +66,7 @@ class TokenSet:
     @cached_property
     def ids(self) -> Int[Tensor, " n_set"]:
         """Ids of the tokens, in order of selection."""
-        return torch.tensor([t.id for t in self.tokens])
+        return torch.tensor([t.id for t in self.tokens], dtype=torch.long)
 
     def __len__(self) -> int:
         return len(self.tokens)
