@@ -282,7 +282,7 @@ def test_matched_sets_stay_near_where_neighbours_run_out():
     p_base, everything = torch.linspace(0, 1, 500), torch.ones(500, dtype=torch.bool)
     ranking = torch.arange(499, 449, -1)  # all of them map to the same neighbours
     controls = Controls(everything, everything, n_sets=4)
-    for drawn in matched_sets(controls, p_base, ranking, len(ranking)):
+    for drawn in matched_sets(ranking, len(ranking), p_base, controls):
         assert len(set(drawn.tolist())) == len(ranking)
         assert drawn.min() >= 400 - len(ranking)
 

@@ -377,3 +377,20 @@ def test_tables_are_escaped(selected):
     assert len(selected) == len(frame)
     token = SafetyToken(5, "<script>", 1, (1,), 0.0, 0.1, 0.2)
     assert "<script>" not in TokenSet((token,), {}, {}, 1)._repr_html_()
+
+
+def test_answers_of_another_horizon_are_refused(ender, direction, sampled):
+    width = sampled.valid.shape[1]
+    config = TokenConfig(k=5, horizon=width + 1, min_steered_prob=1e-6)
+    with pytest.raises(SafeSteerError, match=f"a horizon of {width}, and the settings have {width + 1}"):
+        select_tokens(ender, direction, config=config, sampled=sampled)
+
+
+def test_a_teacher_that_is_not_finite_selects_nothing(tiny_llama, direction):
+    config = TokenConfig(k=5, horizon=2, n_samples=1, rollouts="base", min_steered_prob=1e-6)
+    with pytest.raises(SafeSteerError, match="not finite: lower the coefficient"):
+        select_tokens(tiny_llama, direction.with_coeff(math.inf), PROMPTS[:2], config)
+
+
+def test_a_set_without_tokens_has_ids_of_whole_numbers():
+    assert TokenSet((), {}, {}, 0).ids.dtype == torch.long
