@@ -193,10 +193,11 @@ PRACTICE = {  # of deeper.py, and what the table calls them
     "both": "a third of each",
     "opened harmful": "half of the answers to harmful prompts opened",
     "opened longer": "half of the answers opened, 12 tokens that weigh alike",
-    "opened longer, all tokens": "the same, all tokens in place of S",
+    "opened longer, all tokens": "half of the answers opened, 12 tokens that weigh alike, all tokens",
     "both longer, all tokens": "a third of each, 12 tokens that weigh alike, all tokens",
 }
-ATTACKS = ("wrapped", "opened by 2", "opened by 10")
+READABLE = "wrapped, not encoded"
+ATTACKS = ("wrapped", READABLE, "opened by 2", "opened by 10")
 GAPS = ("wrapped", "opened by 10")  # what practice is to close
 
 
@@ -205,14 +206,17 @@ def deeper_table(folder: Path = DEEPER, split: str = "test") -> str:
     if not (folder / "base.csv").exists():
         return NOTHING
     arms = {arm: _deeper_rows(sorted(folder.glob(f"{arm}--*.csv")), split) for arm in PRACTICE}
-    plain = arms["plain"]
-    lines = [["base", "", *_put(_deeper_rows([folder / "base.csv"], split)), "", "", ""]]
+    plain, base = arms["plain"], _deeper_rows([folder / "base.csv"], split)
+    # The wrappers of "val" hold no encodings.
+    attacks = [attack for attack in ATTACKS if _encoded(base).any() or attack != READABLE]
+    last = [f"gap closed, {attack}" for attack in GAPS] + ["over-refusal, points"]
+    last += ["the same, not encoded"] if READABLE in attacks else []
+    lines = [["base", "", *_put(base, attacks), *[""] * len(last)]]
     for arm, title in PRACTICE.items():
         if len(arms[arm]):
-            beside = ["", "", ""] if arm == "plain" else _beside(plain, arms[arm])
-            lines.append([title, str(arms[arm].seed.nunique()), *_put(arms[arm]), *beside])
-    closed = [f"gap closed, {attack}" for attack in GAPS]
-    return markdown(["recipe", "seeds", "plain", *ATTACKS, *closed, "over-refusal, points"], lines)
+            beside = [""] * len(last) if arm == "plain" else _beside(plain, arms[arm])[: len(last)]
+            lines.append([title, str(arms[arm].seed.nunique()), *_put(arms[arm], attacks), *beside])
+    return markdown(["recipe", "seeds", "plain", *attacks, *last], lines)
 
 
 def _deeper_rows(paths: list[Path], split: str) -> pd.DataFrame:
@@ -223,31 +227,46 @@ def _deeper_rows(paths: list[Path], split: str) -> pd.DataFrame:
     return rows.assign(put=rows["how"].where(rows["how"].isin(["plain", *ATTACKS]), "wrapped"))
 
 
-def _put(rows: pd.DataFrame) -> list[str]:
+def _rates(rows: pd.DataFrame, by: list[str]) -> pd.Series:
+    """Return shares by how prompts were put and `by`; wrappers count once more without encodings."""
+    readable = rows[(rows.put == "wrapped") & ~_encoded(rows)].assign(put=READABLE)
+    return pd.concat([rows, readable]).groupby(["put", *by]).refused.mean()
+
+
+def _encoded(rows: pd.DataFrame) -> pd.Series:
+    """Say which prompts stood in an encoding, which a small model cannot read."""
+    return rows["how"].str.startswith("encoding")
+
+
+def _put(rows: pd.DataFrame, attacks: list[str]) -> list[str]:
     """Write refusals, harmful / harmless, plain and under each attack; over seeds with their range."""
-    means = rows.groupby(["put", "label", "seed"]).refused.mean()
+    means = _rates(rows, ["label", "seed"])
     return [
         " / ".join(over_seeds(means[put][label].tolist(), ".0f", 100) for label in ("harmful", "harmless"))
-        for put in ("plain", *ATTACKS)
+        for put in ("plain", *attacks)
     ]
 
 
 def _beside(plain: pd.DataFrame, practised: pd.DataFrame) -> list[str]:
     """Write which share of the gap of the same seeds closes, and how over-refusal changes, paired."""
     plain = plain[plain.seed.isin(practised.seed)]
-    before, after = (rows.groupby(["label", "put"]).refused.mean()["harmful"] for rows in (plain, practised))
+    before, after = (_rates(rows[rows.label == "harmful"], []) for rows in (plain, practised))
     gaps = {attack: before["plain"] - before[attack] for attack in GAPS}
     closed = [
         percent((after[attack] - before[attack]) / gap) if gap > 0 else "no gap"
         for attack, gap in gaps.items()
     ]
-    over = [
-        rows[(rows.label == "harmless") & ~rows.put.str.startswith("opened")].pivot_table(
-            index="seed", columns="row", values="refused"
-        )
-        for rows in (plain, practised)
+    harmless = [
+        rows[(rows.label == "harmless") & ~rows.put.str.startswith("opened")] for rows in (plain, practised)
     ]
-    return [*closed, ranged(*drawn_over_seeds((over[1] - over[0]).to_numpy()), "+.0f")]
+    readable = [rows[~_encoded(rows)] for rows in harmless]
+    return [*closed, _change(harmless), _change(readable)]
+
+
+def _change(both: list[pd.DataFrame]) -> str:
+    """Write the mean change from the first rows to the second, in points, over seeds and prompts."""
+    before, after = (rows.pivot_table(index="seed", columns="row", values="refused") for rows in both)
+    return ranged(*drawn_over_seeds((after - before).to_numpy()), "+.0f")
 
 
 READ = ROWS.parent / "opened"  # rows of opened.py
