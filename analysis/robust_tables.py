@@ -282,7 +282,7 @@ def opened_table(folder: Path = READ) -> str:
     lines = []
     for model, coefficient in dict.fromkeys((m, c) for m, c, _ in written.index):
         of = [written.loc[(model, coefficient, k)] for k in OPENED_BY]
-        title = model if coefficient == 1 else f"{model}, coefficient x {coefficient:g}"
+        title = PRACTICE.get(model, model) + ("" if coefficient == 1 else f", coefficient x {coefficient:g}")
         refused = " / ".join(f"{100 * row.refused:.0f}" for row in of)
         repeats = " / ".join(f"{100 * row.repeats:.0f}" for row in of)
         likely = [
@@ -290,4 +290,6 @@ def opened_table(folder: Path = READ) -> str:
             for token in (1, 2, 3)
         ]
         lines.append([title, refused, repeats, *likely])
-    return markdown(["model", "refused", "repeats", *(f"p of token {t}" for t in (1, 2, 3))], lines)
+    after = " / ".join(map(str, OPENED_BY))
+    titles = [f"refused after {after} tokens", "repeats", *(f"p of token {t}" for t in (1, 2, 3))]
+    return markdown(["model", *titles], lines)
