@@ -188,6 +188,12 @@ def test_contexts_are_the_places_of_strongest_lift(ender, direction, sampled, se
         assert first.answer_so_far == ender.tokenizer.decode(so_far)
 
 
+def test_no_context_stands_twice(selected):
+    for token in selected.tokens:
+        places = [(str(c.prompt), c.answer_so_far) for c in token.contexts]
+        assert len(set(places)) == len(places)
+
+
 def without_coverage(selected: TokenSet) -> list:
     return [(t.id, t.votes, t.votes_by_position) for t in selected.tokens]
 

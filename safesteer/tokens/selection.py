@@ -185,7 +185,7 @@ def _contexts_and_coverage(
 ) -> tuple[list[tuple[Context, ...]], dict[str, float]]:
     """Return the places of strongest lift of each selected token, and the coverage of their set."""
     places: list[list[_Place]] = [[] for _ in ids]
-    columns = torch.tensor(ids, device=chat.device)
+    columns, first = torch.tensor(ids, device=chat.device), _first_places(sampled).to(chat.device)
     kl_inside = kl = mass_t = mass_0 = 0.0
     for row, step, logp_t, logp_0 in logp_rows(chat, sampled):
         # Generalized terms are >= 0 for every token, so shares of a part lie in 0..1.
@@ -194,7 +194,8 @@ def _contexts_and_coverage(
         kl_inside += float(terms[:, columns].sum())
         pt, p0 = logp_t[:, columns].exp(), logp_0[:, columns].exp()
         mass_t, mass_0 = mass_t + float(pt.sum()), mass_0 + float(p0.sum())
-        top = (pt - p0).topk(min(n_contexts, len(row)), dim=0).indices
+        lift = (pt - p0).masked_fill(~first[row, step][:, None], -torch.inf)
+        top = lift.topk(min(n_contexts, int(first[row, step].sum())), dim=0).indices
         for column, best in enumerate(top.T.tolist()):
             for i in best:
                 a, b = pt[i, column], p0[i, column]
@@ -211,6 +212,17 @@ def _contexts_and_coverage(
         "kl_per_position": kl / n,
     }
     return contexts, coverage
+
+
+def _first_places(sampled: AnswerStates) -> Bool[Tensor, "rows horizon"]:
+    """Mark each place once: samples of one prompt that begin alike share their first places."""
+    seen: set[tuple] = set()
+    first = torch.zeros_like(sampled.valid)
+    for row, step in sampled.valid.nonzero().tolist():
+        place = (repr(sampled.prompts[row]), *sampled.completion_ids[row, :step].tolist())
+        first[row, step] = place not in seen
+        seen.add(place)
+    return first
 
 
 def _context(chat: ChatModel, sampled: AnswerStates, place: _Place) -> Context:
