@@ -68,14 +68,14 @@ def select_tokens(
     """
     chat, config = as_chat(chat), config or TokenConfig()
     expect(TokenConfig, config)
-    if sampled is not None and sampled.valid.shape[1] != config.horizon:
+    if sampled is None:
+        prompts = load_prompts().split("val").texts(config.prompts) if prompts is None else prompts
+        sampled = sample_answers(chat, direction, prompts, config)
+    elif sampled.valid.shape[1] != config.horizon:
         raise SafeSteerError(
             f"The answers were sampled with a horizon of {sampled.valid.shape[1]}, and the settings have"
             f" {config.horizon}: give both the same."
         )
-    if sampled is None:
-        prompts = load_prompts().split("val").texts(config.prompts) if prompts is None else prompts
-        sampled = sample_answers(chat, direction, prompts, config)
     means = _means(chat, sampled)
     allowed = _allowed(chat, means, config)
     votes = _votes(chat, sampled, allowed, config)
@@ -194,8 +194,9 @@ def _contexts_and_coverage(
         kl_inside += float(terms[:, columns].sum())
         pt, p0 = logp_t[:, columns].exp(), logp_0[:, columns].exp()
         mass_t, mass_0 = mass_t + float(pt.sum()), mass_0 + float(p0.sum())
-        lift = (pt - p0).masked_fill(~first[row, step][:, None], -torch.inf)
-        top = lift.topk(min(n_contexts, int(first[row, step].sum())), dim=0).indices
+        fresh = first[row, step]
+        lift = (pt - p0).masked_fill(~fresh[:, None], -torch.inf)
+        top = lift.topk(min(n_contexts, int(fresh.sum())), dim=0).indices
         for column, best in enumerate(top.T.tolist()):
             for i in best:
                 a, b = pt[i, column], p0[i, column]
