@@ -12,7 +12,7 @@ openings that nothing trains on take away as many refusals as from the plain rec
    openings that train; for measuring, the first test pairs in the wrappers of "test" and opened by others.
    Answers have 48 tokens; `declines` judges them, by the plain request. A row per prompt, without its text.
    With --splits val nobody looks at the test pairs.
-Looks at the test pairs are in the ledger. A seed's arm that has its rows is not run again.
+Looks at the test pairs are in the ledger. A split of which a seed has an arm's rows is not looked at again.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from ablation import LEDGER
 from held_out import drawn_prompts, recipe_of
 
 import safesteer as ss
-from safesteer.evaluation.depth import continue_answers
+from safesteer.evaluation.depth import Opened, continue_answers
 from safesteer.evaluation.ledger import log_look
 from safesteer.judges.languages import refuses_abroad
 from safesteer.judges.sentences import declines
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.precision import in_precision_of
-from safesteer.prompts.wrappers import PLAIN, WrapperSplit, load_openings, load_wrappers
+from safesteer.prompts.wrappers import PLAIN, OpeningSplit, WrapperSplit, load_openings, load_wrappers
 from safesteer.run_folder import STAGES
 
 # A refusal's later tokens weigh as much as its first, and there are more of them.
@@ -41,6 +41,7 @@ SHARES = {
     "opened": {"opened_share": 0.5},
     "wrapped": {"wrapped_share": 0.5},
     "both": {"opened_share": 0.35, "wrapped_share": 0.35},
+    "longer, all tokens": LONGER | {"support": "full"},  # no practice: what length and support do alone
     "opened longer": LONGER | {"opened_share": 0.5},
     "opened longer, all tokens": LONGER | {"opened_share": 0.5, "support": "full"},
     "both longer, all tokens": LONGER | {"opened_share": 0.35, "wrapped_share": 0.35, "support": "full"},
@@ -68,19 +69,34 @@ def verdicts(chat: ChatModel, texts: list[str], split: WrapperSplit) -> Iterator
         judges = (declines, refuses_abroad) if wrapper.family == "language" else (declines,)
         name = wrapper.name if wrapper is PLAIN else f"{wrapper.family}: {wrapper.name}"
         yield name, [any(j(t, a) for j in judges) for t, a in zip(texts, answers, strict=True)]
-    openings = [chat.encode(text) for text in load_openings("train" if split == "val" else "test")]
     for k in OPENED:
-        starts = [openings[i % len(openings)][:k] for i in range(len(texts))]
-        opened = continue_answers(chat, texts, starts, max_new_tokens=TOKENS)
-        yield f"opened by {k}", [any(declines(t, a) for a in o) for t, o in zip(texts, opened, strict=True)]
+        opened = opened_answers(chat, texts, "train" if split == "val" else "test", k)
+        yield f"opened by {k}", [refuses(t, a) for t, a in zip(texts, opened, strict=True)]
+
+
+def openings(chat: ChatModel, split: OpeningSplit, k: int, n: int) -> list[list[int]]:
+    """Return the first k tokens of the openings of a split, in turn."""
+    texts = load_openings(split)
+    return [chat.encode(texts[i % len(texts)])[:k] for i in range(n)]
+
+
+def opened_answers(chat: ChatModel, texts: Sequence[str], split: OpeningSplit, k: int) -> list[Opened]:
+    """Let a model write on from k tokens of the openings of a split."""
+    return continue_answers(chat, texts, openings(chat, split, k, len(texts)), max_new_tokens=TOKENS)
+
+
+def refuses(prompt: str, opened: Opened) -> bool:
+    """Say whether an answer that was opened refuses, as a whole or in what the model wrote."""
+    return any(declines(prompt, answer) for answer in opened)
 
 
 def look(name: str, chat: ChatModel, path: Path, splits: Sequence[WrapperSplit]) -> None:
-    """Write the rows of one model, and log a look at the test pairs."""
+    """Add the rows of one model in some splits to its file, and log a look at the test pairs."""
     rows = pd.DataFrame([row for split in splits for row in answered(chat, split)])
     for label in ("harmful", "harmless") if "test" in splits else ():
         log_look(LEDGER, chat, f"own-{label}", N_TEST, f"study deeper: {name}")
-    rows.to_csv(path, index=False)
+    both = [pd.read_csv(path), rows] if path.exists() else [rows]
+    pd.concat(both).to_csv(path, index=False)
     shown = rows[~rows.how.str.contains("opened by 2")].groupby(["split", "label", rows.how.ne("plain")])
     print(name, (100 * shown.refused.mean()).round(0).to_dict(), flush=True)
 
@@ -110,13 +126,15 @@ def main() -> None:
         tokens = ss.TokenSet.load(run / "tokens.json")
         for arm in args.arms:
             path = args.out / f"{arm}--{seed}.csv"
-            if path.exists():
+            seen = set(pd.read_csv(path).split) if path.exists() else set()
+            splits = [split for split in args.splits if split not in seen]
+            if not splits:
                 continue
             config = replace(recipe.distill, precision="auto", **SHARES[arm])
             config = replace(config, splits=tuple(s for s in config.splits if s != "val"))
             student = ss.distill(base, direction, tokens, prompts, config)
             with in_precision_of(base, student):
-                look(f"{arm}, seed {seed}", student, path, args.splits)
+                look(f"{arm}, seed {seed}", student, path, splits)
             if args.keep:
                 ss.export(student, args.keep / f"{arm}--{seed}")
 

@@ -23,29 +23,18 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from deeper import TOKENS, opened_answers, openings, refuses
 from jaxtyping import Float
+from methods import answer_logits, logp_of
 from torch import Tensor
 
 import safesteer as ss
-from safesteer.evaluation.depth import continue_answers
 from safesteer.evaluation.quality import repeats_itself
-from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel
-from safesteer.models.forward import final_hidden
-from safesteer.models.head import output_head
-from safesteer.models.logits import logits_of
-from safesteer.prompts.wrappers import load_openings
 
 OPENED = (0, 2, 10)  # tokens of an opening
 N_READ = 8  # tokens of a refusal
-TOKENS = 48
 TIMES = (1.0, 1.5, 2.0, 2.5)  # the coefficient
-
-
-def openings(chat: ChatModel, k: int, n: int) -> list[list[int]]:
-    """Return the first k tokens of the openings that train, in turn."""
-    texts = load_openings("train")
-    return [chat.encode(texts[i % len(texts)])[:k] for i in range(n)]
 
 
 @torch.no_grad()
@@ -54,16 +43,15 @@ def probabilities(
 ) -> Float[Tensor, " new_pos"]:
     """Return the mean probability of each token of the refusals, where `starts` stand before them."""
     tails = [[*start, *answer] for start, answer in zip(starts, ids, strict=True)]
-    batch = PromptBatch.of(chat.tokenizer, prompts, tails, device=chat.device)
-    states = final_hidden(chat.model, batch)[:, -N_READ - 1 : -1]
-    logps = logits_of(states, *output_head(chat.model)).float().log_softmax(-1)
-    return logps.gather(-1, torch.tensor(ids, device=chat.device)[:, :, None])[..., 0].exp().mean(0)
+    logits = answer_logits(chat, prompts, tails)
+    logps = [logp_of(z.float(), tail)[-N_READ:] for z, tail in zip(logits, tails, strict=True)]
+    return torch.stack(logps).exp().mean(0)
 
 
 def refused(chat: ChatModel, prompts: Sequence[str], k: int) -> dict[str, float]:
     """Let a model write on from k tokens of an opening."""
-    answers = continue_answers(chat, prompts, openings(chat, k, len(prompts)), max_new_tokens=TOKENS)
-    verdicts = [any(ss.declines(p, a) for a in opened) for p, opened in zip(prompts, answers, strict=True)]
+    answers = opened_answers(chat, prompts, "train", k)
+    verdicts = [refuses(prompt, opened) for prompt, opened in zip(prompts, answers, strict=True)]
     return {
         "refused": sum(verdicts) / len(verdicts),
         "repeats": sum(repeats_itself(opened.written) for opened in answers) / len(answers),
@@ -95,7 +83,7 @@ def main() -> None:
     for name, chat in models.items():
         for k in OPENED:
             with ss.steer(chat, direction) if name == "steered base" else nullcontext():
-                values = probabilities(chat, asked, openings(chat, k, len(asked)), ids).tolist()
+                values = probabilities(chat, asked, openings(chat, "train", k, len(asked)), ids).tolist()
             read += [
                 {"model": name, "opened_by": k, "token": i + 1, "probability": p, "n": len(ids)}
                 for i, p in enumerate(values)
