@@ -192,6 +192,7 @@ PRACTICE = {  # of deeper.py, and what the table calls them
     "wrapped": "half of the prompts wrapped",
     "both": "a third of each",
     "opened harmful": "half of the answers to harmful prompts opened",
+    "longer, all tokens": "no practice, 12 tokens that weigh alike, all tokens",
     "opened longer": "half of the answers opened, 12 tokens that weigh alike",
     "opened longer, all tokens": "half of the answers opened, 12 tokens that weigh alike, all tokens",
     "both longer, all tokens": "a third of each, 12 tokens that weigh alike, all tokens",

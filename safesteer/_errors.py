@@ -8,6 +8,7 @@ class SafeSteerError(Exception):
 WAYS_OUT = {  # how to get a value of a kind that is easily mistaken for another; for all others: write one
     "Direction": "load one with ss.Direction.load(path), or make one of a vector with"
     " safesteer.directions.extraction.from_vector(chat, vector) and .direction(chat, 'given', layer)",
+    "Tensor": "give a vector, such as direction.vector, or apply a direction with ss.steer(chat, direction)",
     "TokenSet": "select one with ss.select_tokens, or load one with ss.TokenSet.load(path)",
     "PromptSet": "make one with ss.PromptSet.from_texts(harmful, harmless) or .from_jsonl(path)",
 }

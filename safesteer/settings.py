@@ -105,7 +105,7 @@ class DirectionConfig:
     )
     n_compare_prompts: int = setting(16, "Harmful prompts whose answers are compared for that.", ge=1)
     batch_size: CountOrNone = setting_or_none(
-        None, "Prompts per forward pass; none: 8 on a CPU, 32 on a GPU.", unit="prompts"
+        None, "Prompts per pass that reads or scores candidates; none: 32, scored on a CPU 8.", unit="prompts"
     )
     tokens_per_pass: CountOrNone = setting_or_none(
         None,

@@ -69,6 +69,22 @@ def test_a_short_look_finds_the_layer_that_a_first_token_hides(tiny_llama, direc
     assert shares[-1] == 1.0
 
 
+def test_nothing_to_choose_by_is_a_sentence(tiny_llama, direction):
+    for directions, prompts, message in (
+        ([direction], [], "no prompts to choose by"),
+        ([], ["Hi"], "no directions to choose by"),
+    ):
+        for choose in (choose_coeff, choose_direction):
+            with pytest.raises(SafeSteerError, match=message):
+                choose(tiny_llama, directions, prompts, lambda prompt, answer: False)
+
+
+def test_rates_name_the_position(tiny_llama, direction):
+    two = [direction, replace(direction, position="-2")]
+    _, rates = choose_coeff(tiny_llama, two, ["Hi"], lambda prompt, answer: False, coeffs=(1.2,))
+    assert rates[["position", "layer"]].values.tolist() == [["-1", 1], ["-2", 1]]
+
+
 def test_drift_is_the_kl_of_the_steered_model(tiny_llama, direction):
     for coeff in (0.0, 1.0):
         kl = drift(tiny_llama, direction, PROMPTS, coeff, n_tokens=1, batch_size=3)

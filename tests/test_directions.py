@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import jaxtyping
+import numpy as np
 import pytest
 import torch
 
 from conftest import assert_near, batch_of, copy_of, naive_logits
 from safesteer._errors import SafeSteerError
 from safesteer._files import write_json, write_tensors
+from safesteer.directions.candidates import Candidates
 from safesteer.models.generation import generate
 from safesteer.steering.direction import Direction, steer
 from safesteer.steering.hooks import apply_hooks
@@ -21,6 +24,25 @@ def test_direction_is_the_chosen_candidate(tiny_llama, candidates, few):
     assert (direction.model, direction.prompts_hash) == ("tiny-llama", few.hash)
     assert float(direction.unit.norm()) == pytest.approx(1)
     direction.check(tiny_llama)
+
+
+def test_layers_and_coefficients_of_tables_can_be_saved(tiny_llama, candidates, tmp_path):
+    """numpy's numbers, as a sweep's table holds them."""
+    jaxtyping.config.update("jaxtyping_disable", True)  # it checks types in tests alone
+    try:
+        direction = candidates.direction(tiny_llama, "-2", np.int64(1), coeff=np.float32(2))
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    assert (type(direction.layer), type(direction.coeff)) == (int, float)
+    direction.save(tmp_path / "d.safetensors")
+    assert Direction.load(tmp_path / "d.safetensors").metadata == direction.metadata
+
+
+def test_a_layer_without_a_vector_is_refused(tiny_llama, direction):
+    only = Candidates.only(direction, 3)
+    assert torch.equal(only.direction(tiny_llama, "-1", 1).vector, direction.vector)
+    with pytest.raises(SafeSteerError, match="of layer 2: the positions are '-1' and the layers 1"):
+        only.direction(tiny_llama, "-1", 2)
 
 
 def test_steer_adds_coeff_times_vector(tiny_llama, direction):

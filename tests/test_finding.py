@@ -6,7 +6,7 @@ import pytest
 import torch
 from conformance.families import build
 
-from conftest import assert_near
+from conftest import assert_near, random_vector
 from safesteer._errors import SafeSteerError
 from safesteer.directions import finding
 from safesteer.directions.calibration import ANSWER_TOKENS
@@ -62,6 +62,12 @@ def test_contributions_are_read_from_every_form_of_a_model(model, tiny_llama, di
     want = component_contributions(tiny_llama, direction, few.first(2))
     assert table.component.tolist() == want.component.tolist()
     assert table.difference.tolist() == pytest.approx(want.difference.tolist(), abs=1e-4)
+
+
+def test_experts_that_return_their_scores_too_are_read(few):
+    chat = build("gpt-oss")
+    direction = Direction(random_vector(chat.d_model), 1, "-1", "given")
+    assert set(component_contributions(chat, direction, few.first(2)).kind) == {"embed", "head", "mlp"}
 
 
 def test_a_found_direction_carries_what_it_was_chosen_from(expected, tmp_path):
@@ -205,4 +211,8 @@ def test_a_file_that_cannot_make_a_teacher_is_refused(tiny_llama, tiny_qwen2, ow
     replace(own, operation="ablate").save(tmp_path / "ablate.safetensors")
     config = replace(CONFIG, file=str(tmp_path / "ablate.safetensors"))
     with pytest.raises(SafeSteerError, match="operation 'ablate'"):
+        find_direction(tiny_llama, config=config, judge=refuses_nothing)
+    replace(own, coeff=-1.5).save(tmp_path / "negative.safetensors")
+    config = replace(CONFIG, file=str(tmp_path / "negative.safetensors"))
+    with pytest.raises(SafeSteerError, match=r"holds the coefficient -1\.5"):
         find_direction(tiny_llama, config=config, judge=refuses_nothing)

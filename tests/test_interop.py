@@ -11,6 +11,7 @@ import torch
 
 from conftest import assert_near, batch_of, naive_logits, random_vector
 from safesteer._errors import SafeSteerError
+from safesteer.directions.extraction import from_vector
 from safesteer.directions.formats import (
     _card,
     from_block_outputs,
@@ -156,11 +157,20 @@ def test_foreign_vectors_act_where_they_were_made_for(tiny_llama, read):
 def test_foreign_vectors_that_do_not_fit_are_refused(tiny_llama):
     last = from_block_outputs(tiny_llama, {-2: torch.ones(32)})
     assert last.vectors[0, 2, 0] == 1.0  # of three blocks the last but one feeds block 2
+    with pytest.raises(SafeSteerError, match=r"no candidate at position 'given' of layer 1.* the layers 2\."):
+        last.direction(tiny_llama, "given", 1)
     for vectors, message in (({0: torch.ones(31)}, "width 31"), ({3: torch.ones(32)}, "name block 3")):
         with pytest.raises(SafeSteerError, match=message):
             from_block_outputs(tiny_llama, vectors)
     with pytest.raises(SafeSteerError, match="'mlp'"):
         from_steering_vectors(tiny_llama, SimpleNamespace(layer_activations={}, layer_type="mlp"))
+
+
+def test_weights_of_a_probe_are_taken_without_their_gradient(tiny_llama):
+    weight = torch.nn.Linear(32, 2).weight
+    for candidates in (from_vector(tiny_llama, weight[0]), from_block_outputs(tiny_llama, {0: weight[0]})):
+        assert not candidates.vectors.requires_grad
+        candidates.to_frame()
 
 
 def test_push_uploads_the_file_and_a_card(tiny_llama, direction, monkeypatch):

@@ -7,6 +7,7 @@ from conftest import PROMPTS, assert_near, batch_of, naive_logits, plainly_padde
 from safesteer._errors import SafeSteerError
 from safesteer.directions.refusal_tokens import (
     REFUSALS,
+    RefusalTokens,
     learn_refusal_tokens,
     refusal_scores,
     refusal_token_ids,
@@ -88,6 +89,14 @@ def test_learnt_tokens_save_and_show(tiny_llama, few, tmp_path):
     assert "<table" in learnt._repr_html_()
     with pytest.raises(SafeSteerError, match="needs harmful"):
         learn_refusal_tokens(tiny_llama, [], few.harmless, refuses)
+
+
+def test_a_token_with_a_carriage_return_is_read_back(tiny_llama, few, tmp_path):
+    learnt = learn_refusal_tokens(tiny_llama, few.harmful, few.harmless, refuses)
+    texts = ["\r", "\r\n", "a,\n'", "None", *learnt.table.text[4:]]
+    odd = RefusalTokens(learnt.table.assign(text=texts))
+    odd.save(tmp_path / "refusal_tokens.csv")
+    assert RefusalTokens.load(tmp_path / "refusal_tokens.csv").table.text.tolist() == texts
 
 
 @pytest.mark.model

@@ -1,7 +1,10 @@
 """Interventions: the same on a plain model and on a bridge, exact at the hook, gone afterwards."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
 from conftest import (
     PROMPTS,
@@ -14,6 +17,7 @@ from conftest import (
     random_vector,
 )
 from safesteer._errors import SafeSteerError
+from safesteer.directions.refusal_tokens import refusal_scores
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel
 from safesteer.models.forward import final_hidden, last_logits, prefill
@@ -26,6 +30,7 @@ from safesteer.models.writes import writes_of
 from safesteer.steering.direction import Direction, steer
 from safesteer.steering.hooks import apply_hooks, record_resid_pre, run_from_layer
 from safesteer.steering.interventions import ablate, ablate_placebo, add, clamp, gate
+from safesteer.steering.reader import HarmfulnessReader
 
 LAYER, COEFF = 1, 3.0
 
@@ -267,6 +272,30 @@ def test_the_placebo_moves_as_far_as_ablation_along_another_axis(tiny_llama):
     axis = placebo[0] / placebo[0].norm(dim=-1, keepdim=True)
     assert_near(axis, axis[:1].expand_as(axis))
     assert float((axis[0] @ vector / vector.norm()).abs()) < 0.7
+
+
+def test_placebos_of_rows_stay_with_their_prompts(tiny_llama):
+    """Longer prompts are read first elsewhere, and rows must not change places here."""
+    vectors, ids = torch.stack([random_vector(32, 1), random_vector(32, 2)]), torch.tensor([7, 40])
+    prompts = ["Name a river in the north, and another in the south.", "Hi"]
+    for texts, rows in ((prompts, vectors), (prompts[::-1], vectors.flip(0))):
+        with ablate_placebo(tiny_llama, rows):
+            together = refusal_scores(tiny_llama, texts, ids)
+        for text, vector, score in zip(texts, rows, together, strict=True):
+            with ablate_placebo(tiny_llama, vector):
+                assert_near(score, refusal_scores(tiny_llama, [text], ids)[0])
+
+
+def test_a_vector_of_another_width_is_refused(tiny_llama):
+    for vector in (torch.ones(1), torch.ones(33)):
+        for context in (
+            add(tiny_llama, vector, LAYER),
+            clamp(tiny_llama, vector, LAYER, 1.0),
+            ablate(tiny_llama, vector),
+            gate(tiny_llama, vector, LAYER, 0.0),
+        ):
+            with pytest.raises(SafeSteerError, match="does not fit a residual stream of width 32"), context:
+                pass
 
 
 # --- where in the text ---
@@ -516,3 +545,37 @@ def test_a_write_that_is_left_out_is_seen_beside_huge_elements(tiny_llama):
     )
     with pytest.raises(SafeSteerError, match="not a sum of its parts"):
         writes_of(chat.model)
+
+
+@pytest.mark.parametrize("emptied", ["reset", "crop"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_cache_that_is_used_again_is_counted_anew(tiny_llama, direction, emptied, gated):
+    """Two prompts through one cache, inside one block, are steered as with a cache of their own."""
+    generator = torch.Generator().manual_seed(1)
+    first, second = torch.randint(5, 390, (2, 1, 14), generator=generator)
+    second[:, :4] = first[:, :4]
+    projected = [PromptBatch.from_ids(ids.tolist(), [[]]) for ids in (first, second)]
+    reader = HarmfulnessReader(random_vector(32, 5), 0.0, 1, "prompt")
+    scores = [float(reader.scores_of(tiny_llama.model, batch)[0]) for batch in projected]
+    reader = replace(reader, threshold=sum(scores) / 2)  # tells one from the other
+    how = {"gate": reader} if gated else {"scope": "answer"}
+
+    @torch.no_grad()
+    def answer(ids, cache):
+        tiny_llama.model(ids, past_key_values=cache, use_cache=True)
+        return tiny_llama.model(torch.tensor([[7]]), past_key_values=cache, use_cache=True).logits[0, -1]
+
+    def new():
+        if emptied == "reset":
+            return StaticCache(config=tiny_llama.config, max_cache_len=32)
+        return DynamicCache(config=tiny_llama.config)
+
+    want = []
+    for ids in (first, second):
+        with steer(tiny_llama, direction, prompt_width=14, **how):
+            want.append(answer(ids, new()))
+    cache = new()
+    with steer(tiny_llama, direction, prompt_width=14, **how):
+        for ids, expected in zip((first, second), want, strict=True):
+            assert_near(answer(ids, cache), expected)
+            cache.reset() if emptied == "reset" else cache.crop(-15)

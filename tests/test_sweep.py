@@ -197,6 +197,11 @@ def test_pruned_layers_are_not_run(tiny_llama, candidates, few, monkeypatch):
     assert pruned.reason.str.contains("not run").all()
 
 
+def test_nothing_below_the_last_layer_allowed_is_a_sentence(tiny_llama, candidates, few):
+    with pytest.raises(SafeSteerError, match=r"below 0 of the depth: raise direction\.max_layer_share"):
+        sweep(tiny_llama, candidates, few, REFUSAL_IDS, DirectionConfig(max_layer_share=0.0))
+
+
 def test_progress_rises_to_one(tiny_llama, candidates, few):
     seen, config = [], DirectionConfig(batch_size=1, n_val=2)
     sweep(tiny_llama, candidates, few, REFUSAL_IDS, config, progress=seen.append)

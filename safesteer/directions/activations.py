@@ -19,6 +19,7 @@ from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.forward import earned, final_hidden, prefill
 from safesteer.models.processes import in_turns
 from safesteer.models.templates import suffix_length
+from safesteer.prompts.conversation import PromptLike
 from safesteer.steering.hooks import record_resid_pre
 
 
@@ -26,7 +27,7 @@ from safesteer.steering.hooks import record_resid_pre
 class Arm:
     """One side of a contrast: texts, with what the model reads around them."""
 
-    texts: Sequence[str]
+    texts: Sequence[PromptLike]
     continuations: Sequence[str] | None = None  # one per text; the mean over its positions is read
     system: str | None = None
 
@@ -67,6 +68,17 @@ def read_activations(
 
 
 @torch.no_grad()
+def last_resid_pre(
+    chat: ChatModel, texts: Sequence[PromptLike], batch_size: int = 32
+) -> Float[Tensor, "n n_layers d_model"]:
+    """Read resid_pre of every layer at the last prompt position, in float64 on the CPU."""
+    resid_pre = torch.zeros((len(texts), chat.n_layers, chat.d_model), dtype=torch.float64)
+    for rows, h in read_activations(chat, Arm(texts), batch_size):
+        resid_pre[rows] = h[:, -1].double().cpu()
+    return resid_pre
+
+
+@torch.no_grad()
 def prefill_shared(chat: ChatModel, batch: PromptBatch) -> Cache | None:
     """Read the columns that all prompts share before hooks are set, so that hooks see every row."""
     n_shared = earned(chat.model, batch).n_shared
@@ -74,7 +86,7 @@ def prefill_shared(chat: ChatModel, batch: PromptBatch) -> Cache | None:
 
 
 def check_finite(
-    chat: ChatModel, resid_pre: Float[Tensor, "batch n_pos n_layers d_model"], texts: Sequence[str]
+    chat: ChatModel, resid_pre: Float[Tensor, "batch n_pos n_layers d_model"], texts: Sequence[PromptLike]
 ) -> None:
     """Check that what was read of all layers is finite.
 

@@ -28,7 +28,7 @@ from safesteer.models.logits import kl_divergence, mean_over
 from safesteer.models.processes import in_turns
 from safesteer.models.text_loss import general_text, perplexity
 from safesteer.progress import Progress, no_progress
-from safesteer.prompts.conversation import PromptLike
+from safesteer.prompts.conversation import PromptLike, as_prompts
 from safesteer.prompts.prompt_set import LABELS, PromptSet
 from safesteer.steering.direction import Direction, steer
 
@@ -74,7 +74,7 @@ def choose_coeff(
         max_new_tokens: Length of an answer, in tokens.
 
     Returns:
-        The direction at its coefficient, and the table of rates (layer, coeff, refusal_rate).
+        The direction at its coefficient, and the table of rates (position, layer, coeff, refusal_rate).
 
     Raises:
         SafeSteerError: Where there are no directions or no prompts.
@@ -85,19 +85,27 @@ def choose_coeff(
         >>> best.coeff, len(rates)
         (1.2, 4)
     """
-    if not directions or not prompts:
-        raise SafeSteerError(f"There are no {'prompts' if directions else 'directions'} to choose by.")
+    prompts = _to_choose_by(directions, prompts)
     chat, rows, best = as_chat(chat), [], (-1.0, directions[0])
     for coeff in coeffs:
         for direction in directions:
             with steer(chat, direction, coeff):
                 rate = refusal_rate(chat, prompts, judge, max_new_tokens)
-            rows.append({"layer": direction.layer, "coeff": coeff, "refusal_rate": rate})
+            place = {"position": direction.position, "layer": direction.layer}
+            rows.append({**place, "coeff": coeff, "refusal_rate": rate})
             if rate > best[0]:
                 best = (rate, direction.with_coeff(coeff))
         if best[0] >= target:
             break
     return best[1], pd.DataFrame(rows)
+
+
+def _to_choose_by(directions: Sequence[Direction], prompts: Sequence[PromptLike]) -> list[str]:
+    """Return the prompts, where there is something to choose, and to choose by."""
+    prompts = as_prompts(prompts)
+    if not directions or not prompts:
+        raise SafeSteerError(f"There are no {'prompts' if directions else 'directions'} to choose by.")
+    return prompts
 
 
 def choose_direction(
@@ -123,10 +131,13 @@ def choose_direction(
         progress: Called with the share done.
 
     Returns:
-        The direction at its coefficient, and the table of rates (layer, coeff, refusal_rate).
+        The direction at its coefficient, and the table of rates, as `choose_coeff`.
+
+    Raises:
+        SafeSteerError: Where there are no directions or no prompts.
     """
-    chat, first_prompts = as_chat(chat), prompts[: max(1, len(prompts) // 2)]
-    rates = []
+    chat, prompts = as_chat(chat), _to_choose_by(directions, prompts)
+    first_prompts, rates = prompts[: max(1, len(prompts) // 2)], []
     for i, direction in enumerate(directions):
         with steer(chat, direction, FIRST_COEFF):
             rates.append(refusal_rate(chat, first_prompts, judge, FIRST_TOKENS))
@@ -295,12 +306,17 @@ def strength_table(
         Columns: layer, position, coeff, kl_harmless (nats per token), refusal_score (mean on harmful
         prompts, nats), perplexity, and with a judge refusal_rate_harmful and refusal_rate_harmless of
         greedy answers.
+
+    Raises:
+        SafeSteerError: Where prompts of a kind are missing.
     """
+    prompts.require_kinds()
     chat, text, rows = as_chat(chat), general_text() if text is None else text, []
+    base = _read_base(chat, prompts.harmless, 3, batch_size=32)
     strengths = [(direction, coeff) for direction in directions for coeff in coeffs]
     for direction, coeff in strengths:
         row = {"layer": direction.layer, "position": direction.position, "coeff": coeff}
-        row["kl_harmless"] = float(drift(chat, direction, prompts.harmless, coeff).mean())
+        row["kl_harmless"] = float(_drift(chat, direction, coeff, base).mean())
         with steer(chat, direction, coeff):
             row["refusal_score"] = float(refusal_scores(chat, prompts.harmful, refusal_ids).mean())
             row["perplexity"] = perplexity(chat, text, max_tokens=PERPLEXITY_TOKENS)

@@ -46,12 +46,13 @@ class Candidates:
             SafeSteerError: For a position or a layer that was not read.
         """
         n_layers = self.vectors.shape[1]
-        if position not in self.positions or not 0 <= layer < n_layers:
+        if position not in self.positions or not 0 <= layer < n_layers or not self.has(layer):
+            layers = f"0 to {n_layers - 1}" if self.layers is None else ", ".join(map(str, self.layers))
             raise SafeSteerError(
                 f"There is no candidate at position {position!r} of layer {layer}: the positions are"
-                f" {', '.join(map(repr, self.positions))} and the layers 0 to {n_layers - 1}."
+                f" {', '.join(map(repr, self.positions))} and the layers {layers}."
             )
-        return self.positions.index(position), layer
+        return self.positions.index(position), int(layer)
 
     def direction(
         self,
@@ -74,13 +75,13 @@ class Candidates:
         Raises:
             SafeSteerError: For a position or a layer that was not read.
         """
-        chat = as_chat(chat)
+        chat, at = as_chat(chat), self.index(position, layer)
         return Direction(
-            vector=self.vectors[self.index(position, layer)].cpu(),
-            layer=layer,
+            vector=self.vectors[at].cpu(),
+            layer=at[1],
             position=position,
             extraction=self.extraction,
-            coeff=coeff,
+            coeff=float(coeff),
             **stamp_of(chat),
             prompts_hash=prompts.hash if prompts else "",
         )

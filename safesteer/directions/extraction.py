@@ -25,7 +25,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from safesteer._errors import SafeSteerError
+from safesteer._errors import SafeSteerError, expect
 from safesteer.directions.activations import Arm, read_activations
 from safesteer.directions.candidates import Candidates
 from safesteer.directions.refusal_tokens import COMPLIANCES, COMPLYING_SYSTEM, REFUSALS, REFUSING_SYSTEM
@@ -96,6 +96,7 @@ def mean_difference(
         True
     """
     chat = as_chat(chat)
+    expect(PromptSet, prompts)
     arms = Arm(prompts.harmful), Arm(prompts.harmless)
     vectors, shuffled = _mean_contrast(chat, *arms, batch_size, seed)
     return Candidates(vectors, _positions(chat), "instruction", shuffled)
@@ -131,6 +132,7 @@ def prefill_contrast(
         >>> prefill_contrast(chat, ss.load_prompts().split("train").first(2)).positions
         ('mean',)
     """
+    expect(PromptSet, prompts)
     chat, texts = as_chat(chat), prompts.harmful
     arms = [Arm(texts, [c[i % len(c)] for i in range(len(texts))]) for c in (refusals, compliances)]
     vectors, shuffled = _mean_contrast(chat, *arms, batch_size, seed)
@@ -225,6 +227,7 @@ def _axis_contrast(
     chat: ChatModel, prompts: PromptSet, axis_of: AxisOf, name: str, batch_size: int, seed: int
 ) -> Candidates:
     """Compute one axis per position and layer, and the same with shuffled labels."""
+    expect(PromptSet, prompts)
     if not prompts.harmful or not prompts.harmless:
         raise SafeSteerError("There are no prompts to read a direction from.")
     a, b = (_stacked(chat, Arm(texts), batch_size) for texts in (prompts.harmful, prompts.harmless))
@@ -286,7 +289,7 @@ def from_vector(
         >>> from_vector(chat, torch.ones(chat.d_model)).direction(chat, "given", 1).layer
         1
     """
-    chat, vector = as_chat(chat), torch.as_tensor(vector).float().cpu()
+    chat, vector = as_chat(chat), torch.as_tensor(vector).detach().float().cpu()
     places = (chat.n_layers, chat.d_model)
     if not (vector.shape == places[1:] or vector.shape == places or vector.shape[1:] == places):
         raise SafeSteerError(

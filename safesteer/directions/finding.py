@@ -28,7 +28,7 @@ from safesteer.directions.refusal_tokens import (
     filter_by_refusal,
     learn_refusal_tokens,
 )
-from safesteer.directions.sweeping import Sweep, sweep
+from safesteer.directions.sweeping import Sweep, ranked_by, sweep
 from safesteer.judges.judge import Judge
 from safesteer.judges.wording import refuses
 from safesteer.models.bridge import to_bridge
@@ -153,9 +153,8 @@ def find_direction(
         config = _settled_for(provided, config)
     # 3. Scores
     scored = reading.suited.first(config.n_val)
-    by_answers = config.coeff is None and config.rank_by != "ablation"
-    prefilled = reading.candidates.extraction == "prefill"
-    share = 0.5 if by_answers and prefilled else 1.0  # comparing answers costs about as much
+    by_answers = config.coeff is None and ranked_by(reading.candidates, config) == "steering"
+    share = 0.5 if by_answers else 1.0  # comparing answers costs about as much
     result = sweep(
         chat,
         reading.candidates,
@@ -193,7 +192,7 @@ def read_candidates(
         config: Settings of stage 1; those of scores and coefficients are not read.
         judge: Says which answers refuse.
     """
-    provided = None if config.file is None else _own_direction(chat, config.file)
+    provided = None if config.file is None else _own_direction(chat, config)
     train, val = prompts.split("train").across(config.n_train), prompts.split("val").across(None)
     refusal = learn_refusal_tokens(chat, val.harmful, val.harmless, judge)
     native = refusal_rate(chat, val.harmful, judge, ANSWER_TOKENS)
@@ -201,21 +200,27 @@ def read_candidates(
         only = Candidates.only(provided, chat.n_layers)
         return CandidateReading(refusal, native, only, train, val, provided)
     extraction, read, suited = _readable(chat, train, val, refusal, native, config)
-    candidates = EXTRACTIONS[extraction](_bridged(chat), read, seed=config.seed)
+    batch_size = config.batch_size or 32
+    candidates = EXTRACTIONS[extraction](_bridged(chat), read, batch_size=batch_size, seed=config.seed)
     return CandidateReading(refusal, native, candidates, read, suited)
 
 
-def _own_direction(chat: ChatModel, file: str) -> Direction:
+def _own_direction(chat: ChatModel, config: DirectionConfig) -> Direction:
     """Load the direction that stands in place of candidates.
 
     Raises:
         SafeSteerError: For a file that holds none of this model, or one that is not added.
     """
-    provided = Direction.load(file, chat)
+    provided = Direction.load(str(config.file), chat)
     if provided.operation != "add":
         raise SafeSteerError(
-            f"{file} holds a direction of operation '{provided.operation}', and a teacher adds its direction:"
-            " save one of operation 'add'."
+            f"{config.file} holds a direction of operation '{provided.operation}', and a teacher adds its"
+            " direction: save one of operation 'add'."
+        )
+    if config.coeff is None and not provided.coeff > 0:
+        raise SafeSteerError(
+            f"{config.file} holds the coefficient {provided.coeff:g}, and a teacher adds its direction: save"
+            " it with one above 0, and the vector negated where it points away from refusing."
         )
     return provided
 

@@ -154,11 +154,11 @@ def from_block_outputs(chat: ModelLike, vectors: Mapping[int, Any], source: str 
     Raises:
         SafeSteerError: For vectors of another width, or of a block that the model does not have.
     """
-    chat = as_chat(chat)
+    chat, layers = as_chat(chat), []
     by_layer = torch.zeros((1, chat.n_layers, chat.d_model))
     for block, value in vectors.items():
         layer = (block + chat.n_layers if block < 0 else block) + 1
-        vector = torch.as_tensor(value).float().flatten()
+        vector = torch.as_tensor(value).detach().float().flatten()
         if len(vector) != chat.d_model:
             raise SafeSteerError(
                 f"The {source} vector of block {block} has width {len(vector)}; '{chat.name}' has"
@@ -169,8 +169,8 @@ def from_block_outputs(chat: ModelLike, vectors: Mapping[int, Any], source: str 
                 f"The {source} vectors name block {block}; '{chat.name}' has {chat.n_layers}."
             )
         if layer < chat.n_layers:  # the last block's output feeds no block: it can't be steered here
-            by_layer[0, layer] = vector
-    return Candidates(by_layer, ("given",), source)
+            by_layer[0, layer], layers = vector, [*layers, layer]
+    return Candidates(by_layer, ("given",), source, layers=tuple(sorted(layers)))
 
 
 def from_repeng(chat: ModelLike, control_vector: Any) -> Candidates:

@@ -16,7 +16,7 @@ All return plain tables; `report.direction_figures` draws them.
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import pandas as pd
 import torch
@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from safesteer._errors import SafeSteerError
-from safesteer.directions.activations import Arm, prefill_shared, read_activations
+from safesteer.directions.activations import last_resid_pre, prefill_shared
 from safesteer.directions.candidates import Candidates
 from safesteer.models.batch import PromptBatch
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
@@ -117,6 +117,7 @@ def component_contributions(
         ('embed', True)
     """
     chat = as_chat(chat)
+    prompts.require_kinds()
     if is_quantized(chat.model):
         raise SafeSteerError(
             "Heads are split by the weights of their projection, which are quantized here: load the model"
@@ -163,9 +164,10 @@ def _written(chat: ChatModel, batch: PromptBatch, unit: Float[Tensor, " d_model"
 
         return project
 
-    def read_mlp(layer: int) -> Callable[[nn.Module, tuple, Tensor], None]:
-        def project(module: nn.Module, args: tuple, output: Tensor) -> None:
-            written["mlp", layer, -1] = along(output)
+    def read_mlp(layer: int) -> Callable[[nn.Module, tuple, Any], None]:
+        def project(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+            # Experts may return their router's scores too.
+            written["mlp", layer, -1] = along(output if isinstance(output, Tensor) else output[0])
 
         return project
 
@@ -217,17 +219,6 @@ def _check_sum(
             )
 
 
-def _last_resid_pre(
-    chat: ChatModel, prompts: PromptSet, batch_size: int
-) -> Float[Tensor, "n n_layers d_model"]:
-    """Read resid_pre at the last position of harmful, then harmless prompts, in float64 on the CPU."""
-    texts = [*prompts.harmful, *prompts.harmless]
-    resid_pre = torch.zeros((len(texts), chat.n_layers, chat.d_model), dtype=torch.float64)
-    for rows, h in read_activations(chat, Arm(texts), batch_size):
-        resid_pre[rows] = h[:, -1].double().cpu()
-    return resid_pre
-
-
 def residual_pca(
     chat: ModelLike,
     prompts: PromptSet,
@@ -253,7 +244,7 @@ def residual_pca(
     chat = as_chat(chat)
     texts, n_harmful = [*prompts.harmful, *prompts.harmless], len(prompts.harmful)
     labels = ["harmful"] * n_harmful + ["harmless"] * (len(texts) - n_harmful)
-    resid_pre, rows = _last_resid_pre(chat, prompts, batch_size), []
+    resid_pre, rows = last_resid_pre(chat, [*prompts.harmful, *prompts.harmless], batch_size), []
     for layer in range(chat.n_layers) if layers is None else layers:
         x = resid_pre[:, layer]
         centred = x - x.mean(0)
@@ -302,7 +293,7 @@ def probe_accuracy(
     labels = torch.tensor([1] * n_harmful + [0] * n_harmless)
     names = [p.pair or f"#{i}" for label in LABELS for i, p in enumerate(prompts.prompts) if p.label == label]
     groups = torch.tensor(pd.factorize(pd.Series(names))[0])
-    resid_pre, rows = _last_resid_pre(chat, prompts, batch_size), []
+    resid_pre, rows = last_resid_pre(chat, [*prompts.harmful, *prompts.harmless], batch_size), []
     ks = [k for k in ks if k <= chat.d_model]
     for layer in range(chat.n_layers) if layers is None else layers:
         probes = sweep_sparse_probe(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from safesteer._errors import SafeSteerError
+from safesteer._errors import SafeSteerError, expect
 from safesteer.directions.activations import check_finite
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
 from safesteer.models.templates import n_after_instruction
@@ -82,7 +82,7 @@ def fit_reader(
     return HarmfulnessReader(
         weight=torch.from_numpy(weight),
         bias=bias,
-        layer=best,
+        layer=int(best),
         pooling=pooling,
         threshold=threshold,
         clear_below=clear_below,
@@ -106,6 +106,7 @@ def _layers(chat: ChatModel, layer: int | None) -> list[int]:
 
 
 def _check(prompts: PromptSet, pooling: str, shares: tuple[float, float], n_folds: int) -> None:
+    expect(PromptSet, prompts)
     if pooling not in ("prompt", "instruction"):
         raise SafeSteerError(f"pooling must be prompt or instruction, not '{pooling}'.")
     for name, share in zip(("false_alarms", "misses"), shares, strict=True):
@@ -138,12 +139,12 @@ def _folds(prompts: PromptSet, n_folds: int, seed: int) -> Int[np.ndarray, " n"]
 
 
 def _pooled(
-    chat: ChatModel, prompts: tuple[Prompt, ...], pooling: Pooling, n_after: int, batch_size: int = 32
+    chat: ChatModel, prompts: tuple[Prompt, ...], pooling: Pooling, n_after: int
 ) -> Float[np.ndarray, "n n_layers d_model"]:
     """Read every prompt at every layer, in one pass each."""
     texts, layers = [p.text for p in prompts], range(chat.n_layers)
     pooled = np.zeros((len(texts), chat.n_layers, chat.d_model))
-    for rows, batch in chat.batched(texts, batch_size):
+    for rows, batch in chat.batched(texts, 32):
         read = pooled_resid_pre(chat.model, batch, layers, pooling, n_after)
         check_finite(chat, read[:, None], [texts[i] for i in rows])
         pooled[rows] = read.numpy()

@@ -82,7 +82,7 @@ class RefusalTokens:
     def load(cls, path: str | Path) -> "RefusalTokens":
         """Read what `save` wrote."""
         numbers = {name: [""] for name in ("log_odds", "low")}  # a token may be "None" or "nan"
-        table = pd.read_csv(path, keep_default_na=False, na_values=numbers)
+        table = pd.read_csv(path, keep_default_na=False, na_values=numbers, lineterminator="\n")
         learnt = bool(table.pop("learnt").all()) if "learnt" in table else True
         return cls(table, learnt)
 
@@ -114,7 +114,7 @@ def refusal_scores(
         log P - log(1 - P) per prompt, in nats; P is the probability that the answer starts with a
         refusal token.
     """
-    chat = as_chat(chat)
+    chat, texts = as_chat(chat), as_prompts(texts)
     scores = torch.zeros(len(texts), dtype=torch.float64)
 
     def score(part: tuple[list[int], PromptBatch]) -> Tensor:

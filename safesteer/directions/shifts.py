@@ -12,17 +12,15 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from safesteer._errors import SafeSteerError
+from safesteer.directions.activations import last_resid_pre
 from safesteer.models.adapter import without_student
-from safesteer.models.chat_model import ChatModel, ModelLike, as_chat
+from safesteer.models.chat_model import ModelLike, as_chat
 from safesteer.models.forward import final_hidden
 from safesteer.prompts.conversation import PromptLike, as_prompts
 from safesteer.prompts.prompt_set import LABELS, PromptSet
 from safesteer.steering.direction import Direction, steer
-from safesteer.steering.hooks import record_resid_pre
 
 SHIFT_FILE = "shift.csv"  # of a run folder: `shift_along` of its student
 
@@ -90,6 +88,9 @@ def shift_along(
         direction) and norm (the length of the shift), both in units of the residual stream, and cosine
         (their ratio; 0 where nothing moved).
 
+    Raises:
+        SafeSteerError: Where prompts of a kind are missing, or activations are not finite.
+
     Example:
         >>> from safesteer.directions.shifts import shift_along
         >>> table = shift_along(chat, direction, ss.load_prompts().split("val").first(2))
@@ -97,16 +98,17 @@ def shift_along(
         >>> round(float(above.cosine.iloc[0]), 3)
         1.0
     """
+    prompts.require_kinds()
     base, student, tables = as_chat(base), None if student is None else as_chat(student), []
     unit = direction.unit.double().cpu()
     for label in LABELS:
         texts = prompts.texts(label)
         with without_student(base, student):
-            before = _resid_pre(base, texts, batch_size)
+            before = last_resid_pre(base, texts, batch_size).mean(0)
             with steer(base, direction):
-                moved = {"teacher": _resid_pre(base, texts, batch_size)}
+                moved = {"teacher": last_resid_pre(base, texts, batch_size).mean(0)}
         if student is not None:
-            moved["student"] = _resid_pre(student, texts, batch_size)
+            moved["student"] = last_resid_pre(student, texts, batch_size).mean(0)
         for model, states in moved.items():
             shift = states - before
             along, norm = shift @ unit, shift.norm(dim=-1)
@@ -119,16 +121,3 @@ def shift_along(
             }
             tables.append(pd.DataFrame({**columns, "cosine": along / norm.clamp(min=1e-30)}))
     return pd.concat(tables, ignore_index=True)
-
-
-@torch.no_grad()
-def _resid_pre(
-    chat: ChatModel, texts: Sequence[PromptLike], batch_size: int
-) -> Float[Tensor, "layer d_model"]:
-    """Read the mean resid_pre of every layer at the last prompt position."""
-    total = torch.zeros(chat.n_layers, chat.d_model, dtype=torch.float64)
-    for _, batch in chat.batched(texts, batch_size):
-        with record_resid_pre(chat, range(chat.n_layers), lambda h: h[:, -1].double().sum(0).cpu()) as seen:
-            final_hidden(chat.model, batch)
-        total += torch.stack([seen[layer] for layer in range(chat.n_layers)])
-    return total / len(texts)

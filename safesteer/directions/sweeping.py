@@ -153,6 +153,10 @@ def sweep(
         held_out: Prompts on which the best few are scored again: numbers that selection did not choose.
         progress: Called with the share done.
 
+    Raises:
+        SafeSteerError: Where no candidate lies below `config.max_layer_share`, or prompts of a kind are
+            missing.
+
     Example:
         >>> from safesteer.directions.extraction import prefill_contrast
         >>> from safesteer.directions.refusal_tokens import refusal_token_ids
@@ -163,6 +167,7 @@ def sweep(
         True
     """
     chat, config = as_chat(chat), config or DirectionConfig()
+    prompts.require_kinds()
     prompts = prompts.first(config.n_val)
     kinds = [k for k in config.controls if k == "random" or candidates.shuffled is not None]
     # Controls of all candidates cost as much as their scores; controls of a few cost next to nothing.
@@ -171,10 +176,12 @@ def sweep(
     def part(n: int, done: float) -> None:
         progress(share * (n + done))
 
-    rank_by = config.rank_by
-    if rank_by == "auto":
-        rank_by = "ablation" if candidates.extraction in RANKED_BY_ABLATION else "steering"
-    places = runnable(candidates, config.max_layer_share)
+    rank_by, places = ranked_by(candidates, config), runnable(candidates, config.max_layer_share)
+    if not places:
+        raise SafeSteerError(
+            f"No candidate lies below {config.max_layer_share:g} of the depth: raise"
+            " direction.max_layer_share."
+        )
     strength = _strength(config)
     vectors = strength * torch.stack([candidates.vectors[at] for at in places])
 
@@ -203,6 +210,13 @@ def sweep(
         for name, values in again.items():
             table.loc[best.index, f"{name}_held_out"] = values.mean(1).numpy()
     return result
+
+
+def ranked_by(candidates: Candidates, config: DirectionConfig) -> Literal["ablation", "steering"]:
+    """Return what ranks candidates: `rank_by`, and for "auto" what suits their extraction."""
+    if config.rank_by != "auto":
+        return config.rank_by
+    return "ablation" if candidates.extraction in RANKED_BY_ABLATION else "steering"
 
 
 def _strength(config: DirectionConfig) -> float:

@@ -23,14 +23,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from safesteer._errors import SafeSteerError
+from safesteer._errors import SafeSteerError, expect
 from safesteer.models.chat_model import ModelLike, module_of
+from safesteer.models.parts import text_config
 from safesteer.models.passes import rows_in_order
 from safesteer.models.writes import writes_of
 from safesteer.steering.hooks import Edits, Point, apply_hooks
 from safesteer.steering.scopes import Columns, Moves, Scope, apply_in_scope, columns_of
 
 Vector = Float[Tensor, " d_model"] | Float[Tensor, "batch d_model"]
+
+
+def _checked(model: nn.Module, vector: Tensor) -> Tensor:
+    """Refuse what is no vector of the residual stream; torch broadcasts one of length 1 without a word."""
+    expect(Tensor, vector)
+    if vector.shape[-1] != (d_model := text_config(model).hidden_size):
+        raise SafeSteerError(
+            f"A vector of width {vector.shape[-1]} does not fit a residual stream of width {d_model}."
+        )
+    return vector
 
 
 def _per_row(vector: Tensor) -> Tensor:
@@ -105,7 +116,8 @@ def add(
         prompt_width: Prompt columns, where SafeSteer does not run the passes itself.
 
     Raises:
-        SafeSteerError: For an unknown scope, or where the end of the prompt is not known.
+        SafeSteerError: For a vector of another width, an unknown scope, or where the end of the prompt is not
+            known.
 
     Example:
         >>> with ss.add(chat, direction.vector, layer=1, coeff=5.0):
@@ -113,7 +125,9 @@ def add(
         >>> steered == ss.generate(chat, ["Hello"], max_new_tokens=4)
         False
     """
-    with _apply(module_of(chat), vector, adding(vector, layer, coeff), scope, n_last, prompt_width):
+    model = module_of(chat)
+    edits = adding(_checked(model, vector), layer, coeff)
+    with _apply(model, vector, edits, scope, n_last, prompt_width):
         yield
 
 
@@ -141,7 +155,8 @@ def clamp(
         prompt_width: Prompt columns, where SafeSteer does not run the passes itself.
 
     Raises:
-        SafeSteerError: For an unknown scope, or where the end of the prompt is not known.
+        SafeSteerError: For a vector of another width, an unknown scope, or where the end of the prompt is not
+            known.
 
     Example:
         >>> with ss.clamp(chat, direction.vector, layer=1, value=20.0):
@@ -149,7 +164,9 @@ def clamp(
         >>> steered == ss.generate(chat, ["Hello"], max_new_tokens=4)
         False
     """
-    with _apply(module_of(chat), vector, clamping(vector, layer, value), scope, n_last, prompt_width):
+    model = module_of(chat)
+    edits = clamping(_checked(model, vector), layer, value)
+    with _apply(model, vector, edits, scope, n_last, prompt_width):
         yield
 
 
@@ -220,7 +237,8 @@ def gate(
         prompt_width: Prompt columns, where SafeSteer does not run the passes itself.
 
     Raises:
-        SafeSteerError: For a `gate_layer` above `layer`, or where the prompt was read outside the block.
+        SafeSteerError: For a vector of another width, a `gate_layer` above `layer`, or where the prompt was
+            read outside the block.
 
     Example:
         >>> from safesteer.steering.interventions import gate
@@ -234,7 +252,7 @@ def gate(
         raise SafeSteerError(f"gate_layer {gate_layer} lies above layer {layer}: decide before steering.")
     model = module_of(chat)
     with columns_of(model, prompt_width) as at:
-        state = _Gate(vector, threshold, coeff, at)
+        state = _Gate(_checked(model, vector), threshold, coeff, at)
         edits: Edits = {("resid_pre", layer): state.decide_and_write}
         if gate_layer < layer:
             edits = {("resid_pre", gate_layer): state.decide, ("resid_pre", layer): state.write}
@@ -276,7 +294,8 @@ def ablate(
         prompt_width: Prompt columns, where SafeSteer does not run the passes itself.
 
     Raises:
-        SafeSteerError: For an unknown scope, or where the end of the prompt is not known.
+        SafeSteerError: For a vector of another width, an unknown scope, or where the end of the prompt is not
+            known.
 
     Example:
         >>> from safesteer.steering.hooks import record_resid_pre
@@ -286,7 +305,8 @@ def ablate(
         True
     """
     model = module_of(chat)
-    with _apply(model, vector, ablating(model, vector), scope, n_last, prompt_width):
+    edits = ablating(model, _checked(model, vector))
+    with _apply(model, vector, edits, scope, n_last, prompt_width):
         yield
 
 
@@ -307,5 +327,5 @@ def ablate_placebo(chat: ModelLike, vector: Vector, seed: int = 0) -> Iterator[N
     # TransformerLens calls the reference, whatever its class.
     placebo = NormMatchedPlacebo(cast(Any, lambda base, source: _project_out(base, unit)), basis)
     edits = dict.fromkeys(_writes(model), lambda x: placebo(x, x + basis[:, 0].to(x)))
-    with apply_hooks(model, edits):
+    with _apply(model, vector, edits, "all", 1, None):
         yield

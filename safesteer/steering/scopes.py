@@ -46,10 +46,12 @@ class Columns:
         cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         if cache is None:
             self.past = 0
+        elif isinstance(cache, Cache) and attends(cache):  # also after reset() or crop()
+            self.past = int(cache.get_seq_length())
         elif cache is self.cache or not isinstance(cache, Cache):
             self.past = self.read
         else:
-            self.past = cache.get_seq_length() if attends(cache) else 0
+            self.past = 0
         ids = args[0] if args else kwargs.get("input_ids")
         self.read = self.past + (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
         self.cache = cache
