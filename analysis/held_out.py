@@ -27,7 +27,7 @@ from ablation import LEDGER
 
 import safesteer as ss
 from safesteer.directions.refusal_tokens import RefusalTokens
-from safesteer.distillation.loop import CHECKPOINT
+from safesteer.distillation.checkpoints import CHECKPOINT
 from safesteer.evaluation.capability import measure_capability
 from safesteer.evaluation.curves import refusal_margins
 from safesteer.evaluation.ledger import log_look

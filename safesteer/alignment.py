@@ -35,6 +35,7 @@ from safesteer.directions.finding import find_direction
 from safesteer.directions.reader_fitting import fit_reader
 from safesteer.directions.shifts import SHIFT_FILE, shift_along
 from safesteer.distillation.loop import Student, Training, restore_student, train_student
+from safesteer.distillation.rollouts import trained_prompts
 from safesteer.evaluation.dial import keep_rows_of
 from safesteer.evaluation.ledger import log_look
 from safesteer.evaluation.robust import measured
@@ -55,7 +56,7 @@ from safesteer.prompts.prompt_set import LABELS, PromptSet, load_prompts
 from safesteer.report.page import write_report
 from safesteer.report.reader_figures import READER_FILE, READER_SCORES_FILE
 from safesteer.report.set_table import SET_ANSWERS_FILE, SETS_FILE, set_lines
-from safesteer.run_folder import STAGES, Run, check_base, finished, model_source, open_run, record_stage
+from safesteer.run_folder import STAGES, Run, check_base, is_due, model_source, open_run, record_stage
 from safesteer.tokens.selection import select_tokens
 
 SHARED = ("direction", "tokens", "distill", "evaluate")  # stages in which every process takes part
@@ -108,7 +109,7 @@ def align(
             )
     for name in ("train", "val", "test"):  # what is missing is reported before any work
         prompts.split(name).require_kinds()
-    prompts.split("distill")
+    trained_prompts(prompts, recipe.distill)
     check_sets(recipe.evaluate.sets, rows_folder(recipe.evaluate))
     judges, source = (judge or refuses, judge or declines), model_source(model, recipe)
     run = Run(Path(out), source, recipe, prompts, *judges, console or Console(), track)
@@ -124,9 +125,9 @@ def align(
             _say_precision(run)
         for stage in (s for s in STAGES if s in stages):
             processes.wait_for_everyone()  # all see the same manifest
-            done = finished(run, stage)
+            due = is_due(run, stage)
             processes.wait_for_everyone()
-            if done or not (first or stage in SHARED):
+            if not due or not (first or stage in SHARED):
                 continue
             run.console.print(f"[bold]{stage}[/bold]", highlight=False)
             started = time.perf_counter()
@@ -237,12 +238,10 @@ def _train(run: Run, base: ChatModel, device: str) -> list[str]:
 
 def _export(run: Run, base: ChatModel) -> list[str]:
     """Stage 4: a plain Hugging Face folder that is proven to reload."""
-    if not finished(run, "distill"):
-        raise SafeSteerError(f"{run.path} holds no trained student to export: run the stage distill first.")
     config, trust = run.settled.distill, run.recipe.trust_remote_code
     weights, dtype = _weights_to_export(run)
     student = restore_student(weights, run.load_teacher(base), run.prompts, config, run.path)
-    export(student, run.path / "model", dtype=dtype)
+    export(student, run.path / "model", dtype=dtype, replace=True)
     if note := rounding_note(base, student, dtype):
         run.say(note)
     device_map = "disk" if is_offloaded(student.model) else None

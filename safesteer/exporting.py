@@ -8,13 +8,16 @@ take every file of weights in a folder for a part of the model.
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from safesteer._clock import timed
-from safesteer._errors import SafeSteerError
+from safesteer._errors import SafeSteerError, first_line
 from safesteer._files import locked, read_json, whole_folder, write_json, write_text
 from safesteer.evaluation.targets import PROBE, load_target, require_run
 from safesteer.model_card import CARD, card_at
@@ -34,17 +37,27 @@ TOLERANCE = 1e-4  # of a logit, in float32
 MOST = 0.95  # of the change of the weights: an export that keeps less says so
 
 
-def export(student: ModelLike, folder: str | Path, *, dtype: torch.dtype | str | None = None) -> None:
+def export(
+    student: ModelLike,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    card: str | None = None,
+    replace: bool = False,
+) -> None:
     """Save model and tokenizer (chat template included) as one folder, complete or not at all.
 
     Args:
         student: The trained model: a ChatModel, (model, tokenizer), or a bridge, whose plain model is saved.
         folder: The folder to write; an empty one and an earlier export are replaced.
         dtype: Precision of the saved weights, as a torch dtype or its name; None: the student's own.
+        card: Text of a model card (README.md); None: no card.
+        replace: Replace the folder whatever it holds.
 
     Raises:
         SafeSteerError: If the model still carries an adapter, its weights are quantized, its logits are not
-            finite, or the folder holds something else or cannot be written.
+            finite, its generation_config is not valid, or the folder holds something else or cannot be
+            written.
 
     Example:
         >>> ss.export(chat, folder / "my-model")
@@ -62,10 +75,13 @@ def export(student: ModelLike, folder: str | Path, *, dtype: torch.dtype | str |
             " merge its adapter into that (`align` does)."
         )
     precision = None if dtype is None else as_dtype(dtype)
-    _require_free(folder)
+    if not replace:
+        _require_free(folder)
     try:
         with whole_folder(folder) as work, in_precision(student.model, precision):
             _write(student, work)
+            if card is not None:
+                write_text(work / CARD, card)
     except OSError as error:
         raise SafeSteerError(f"{folder} cannot be written: {error.strerror or error}.") from error
 
@@ -90,7 +106,8 @@ def rounding_note(base: ChatModel, student: ChatModel, dtype: torch.dtype | str)
             changed += float((change * change).sum(dtype=torch.float64))
     if left >= MOST * changed:
         return ""
-    return f"{left / changed:.0%} of what training changed is left in {dtype}: export.dtype=float32 keeps all"
+    name = str(kind).removeprefix("torch.")
+    return f"{left / changed:.0%} of what training changed is left in {name}: export.dtype=float32 keeps all"
 
 
 def _require_free(folder: Path) -> None:
@@ -108,11 +125,16 @@ def _write(student: ChatModel, work: Path) -> None:
     with quiet_transformers():
         # Of offloaded weights one file at a time is in memory.
         size = {"max_shard_size": "5GB"} if is_offloaded(student.model) else {}
-        cast(Any, hf_model(student.model)).save_pretrained(work, **size)
+        try:
+            cast(Any, hf_model(student.model)).save_pretrained(work, **size)
+        except ValueError as error:  # one that was changed after loading is checked strictly
+            raise SafeSteerError(
+                f"The model cannot be written ({first_line(error)}): put its generation_config right."
+            ) from error
         student.tokenizer.save_pretrained(work)
     _write_ends(work / "generation_config.json", student.eos_ids)
     name = str(weight_dtype(student.model)).removeprefix("torch.")
-    probe = {"prompts": PROBE, "dtype": name, "logits": logits[:, 0].tolist()}
+    probe = {"prompts": PROBE, "dtype": name, "logits": logits.tolist()}
     write_text(work / PROBE_FILE, json.dumps(probe, allow_nan=False))
 
 
@@ -127,18 +149,18 @@ def _write_ends(path: Path, eos_ids: list[int]) -> None:
         write_json(path, config | {"eos_token_id": eos_ids})
 
 
-def _probe_logits(chat: ChatModel) -> torch.Tensor:
+def _probe_logits(chat: ChatModel, prompts: Sequence[str] = PROBE) -> Float[Tensor, "n d_vocab"]:
     """Compute first-token logits on a few prompts."""
-    batches = [PromptBatch.of(chat.tokenizer, [prompt], device=chat.device) for prompt in PROBE]
+    batches = [PromptBatch.of(chat.tokenizer, [prompt], device=chat.device) for prompt in prompts]
     with bare():  # of steering that is on nothing is exported
-        return torch.cat([last_logits(chat, batch) for batch in batches]).float().cpu()
+        return torch.cat([last_logits(chat, batch)[:, 0] for batch in batches]).float().cpu()
 
 
 def reload_difference(folder: Path, **options: Any) -> float:
     """Return the largest absolute logit difference between the exported folder and the student."""
     probe = _read_probe(folder)
     loaded = load_model(str(folder), dtype=probe["dtype"], device="cpu", **options)
-    return float((_probe_logits(loaded)[:, 0] - torch.tensor(probe["logits"])).abs().max())
+    return float((_probe_logits(loaded, probe["prompts"]) - torch.tensor(probe["logits"])).abs().max())
 
 
 def _read_probe(folder: Path) -> dict[str, Any]:
@@ -229,8 +251,8 @@ def export_strength(run: str | Path, strength: float, folder: str | Path | None 
     stored = _read_probe(run / "model")["dtype"]
     models = load_target(run, run, dtype=stored)  # the run's passes may take less
     with locked(run):  # which clears away what a killed process left: never what another one is writing
+        text = card_at(card.read_text(encoding="utf-8"), run, strength)
         with between(models["base"], models["student"], strength) as student:
-            export(student, folder, dtype=stored)
-        write_text(folder / CARD, card_at(card.read_text(encoding="utf-8"), run, strength))
+            export(student, folder, dtype=stored, card=text)
     check_reload(folder, trust_remote_code=trust)
     return folder

@@ -2,7 +2,8 @@
 
 `manifest.json` holds what identifies a run (model, recipe, prompts, template), its versions, and for every
 finished stage its seconds, peak memory and the hash of each file it wrote. A stage counts as finished only
-while its files still have those hashes, so a torn file is made again.
+while its files still have those hashes, so a torn file is made again; where it is the training's own, a
+sentence says what to delete for that.
 """
 
 import json
@@ -43,6 +44,7 @@ from safesteer.steering.direction import Direction
 from safesteer.tokens.token_set import TokenSet
 
 STAGES = ("direction", "tokens", "distill", "export", "evaluate", "explain", "report")
+NEEDS = {"export": "distill", "evaluate": "export", "explain": "export"}  # whose weights a stage reads
 MANIFEST, RECIPE, SEARCH_FILE = "manifest.json", "recipe.toml", "search.json"
 
 
@@ -217,6 +219,23 @@ def open_run(run: Run, base: ChatModel) -> None:
             "stages": {},
         },
     )
+
+
+def is_due(run: Run, stage: str) -> bool:
+    """Say whether a stage is still to be done.
+
+    Raises:
+        SafeSteerError: Where the weights that it reads are not those that the run has made.
+    """
+    earlier = NEEDS.get(stage)
+    if finished(run, stage):
+        return False
+    if earlier is not None and not finished(run, earlier):
+        raise SafeSteerError(
+            f"{run.path} does not hold what its stage {earlier} has written, and the stage {stage} reads it:"
+            f" run the stage {earlier} first."
+        )
+    return True
 
 
 def finished(run: Run, stage: str) -> bool:

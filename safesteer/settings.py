@@ -248,7 +248,7 @@ class DistillConfig:
     lora_alpha: int = setting(
         32, "As in peft: the adapter's output is multiplied by lora_alpha / lora_rank.", ge=1
     )
-    keep_adapter: bool = setting(False, "Write the adapter beside the merged model too.")
+    keep_adapter: bool = setting(False, "With align: write the adapter beside the merged model too.")
     precision: Literal["auto", "float32", "bfloat16"] = setting(
         "float32",
         "Precision of forward passes; the weights that train stay in float32. 'auto' is bfloat16 where the"

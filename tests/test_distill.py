@@ -892,6 +892,15 @@ def test_what_early_stopping_measures_is_not_trained_on(
         assert set(drawn) >= {p.text for p in pairs.split("distill").prompts}
     with pytest.raises(SafeSteerError, match="nothing is left to train on"):
         distill(tiny_llama, direction, tokens, few, one_call(check_every=2))
+    with pytest.raises(SafeSteerError, match="names no split to train on"):
+        distill(tiny_llama, direction, tokens, few, one_call(splits=()))
+    harmful = PromptSet(tuple(p for p in pairs.prompts if (p.split, p.label) != ("val", "harmless")))
+    with pytest.raises(SafeSteerError, match="0 harmless prompts; at least one of each"):
+        distill(tiny_llama, direction, tokens, harmful, one_call(check_every=2, splits=("distill",)))
+    state = prepare_student(copy_of(tiny_llama), direction, DistillConfig(**SMALL))
+    one_kind = PromptSet(tuple(p for p in few.prompts if p.label == "harmful"))
+    with pytest.raises(SafeSteerError, match="hold no harmless ones"):
+        next(training_steps(state, Teacher(tiny_llama, direction, tokens), one_kind))
 
 
 def test_a_student_prints_renders_and_is_a_model(tiny_llama, direction, tokens, few, tmp_path):

@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from test_pipeline import SMALL
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import safesteer as ss
 from conftest import batch_of, copy_of, naive_logits
+from safesteer import exporting
 from safesteer._errors import SafeSteerError
 from safesteer.alignment import align
 from safesteer.distillation.loop import Training, distill, restore_student
@@ -170,6 +172,25 @@ def test_a_changed_half_precision_export_is_noticed(tiny_qwen2, tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SafeSteerError, match="differs from the trained student"):
         check_reload(folder)
+
+
+def test_a_generation_config_that_cannot_be_written_is_one_sentence(tiny_llama, tmp_path):
+    model = copy_of(tiny_llama)
+    model.model.generation_config.update(do_sample=False, temperature=0.6)
+    with pytest.raises(SafeSteerError, match="put its generation_config right"):
+        ss.export(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_reload_reads_the_prompts_that_were_written(tiny_llama, tmp_path, monkeypatch):
+    export(tiny_llama, tmp_path / "model")
+    monkeypatch.setattr(exporting, "PROBE", ["Other words."])
+    assert exporting.reload_difference(tmp_path / "model") < 1e-4
+
+
+def test_a_card_comes_with_the_weights(tiny_llama, tmp_path):
+    export(tiny_llama, tmp_path / "model", card="# A card")
+    assert (tmp_path / "model" / "README.md").read_text() == "# A card"
 
 
 def test_a_model_without_finite_logits_is_not_exported(tiny_llama, tmp_path):

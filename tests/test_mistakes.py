@@ -442,7 +442,7 @@ def test_a_run_is_measured_against_the_base_it_began_with_only(tiny_llama, tmp_p
 
 
 def test_nothing_is_exported_before_it_was_trained(tiny_llama, tmp_path):
-    with pytest.raises(SafeSteerError, match="no trained student to export: run the stage distill"):
+    with pytest.raises(SafeSteerError, match="run the stage distill first"):
         ss.align(tiny_llama, tmp_path / "run", stages=("export",), console=Console(quiet=True))
     assert not (tmp_path / "run" / "model").exists()
 

@@ -135,6 +135,19 @@ def test_off_set_leaves_the_set_out():
     assert kl_outside_set(h, t, head, base_head, S) == pytest.approx(want)
 
 
+def test_a_token_that_is_never_said_adds_the_teachers_probability():
+    """0 log 0 is 0: of p log(p / q) - p + q the last is left."""
+    h, t, never = normal(N, D), normal(N, D, seed=5), torch.zeros(V, dtype=torch.float64)
+    never[3] = -torch.inf
+    weight = normal(V, D, seed=1)
+    heads_of_both = Head(weight, never), Head(weight, None)
+    got = kl_outside_set(h, t, *heads_of_both, S)
+    p, q = (logits_of(x, *head).log_softmax(-1) for x, head in zip((h, t), heads_of_both, strict=True))
+    terms = (p.exp() * (p - q)).nan_to_num(0.0) - p.exp() + q.exp()
+    assert 3 not in S.tolist()
+    assert got == pytest.approx(float(terms[:, [v for v in range(V) if v not in S.tolist()]].sum(-1).mean()))
+
+
 # --- half precision ---
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import assert_near
@@ -20,7 +21,7 @@ from safesteer.evaluation.scores import Evaluation
 from safesteer.evaluation.targets import load_target
 from safesteer.judges.wording import refuses
 from safesteer.models.templates import render
-from safesteer.prompts.prompt_set import load_prompts
+from safesteer.prompts.prompt_set import PromptSet, load_prompts
 from safesteer.recipes import Recipe, recipe
 from safesteer.run_folder import STAGES, Run, finished
 from safesteer.steering.direction import Direction
@@ -208,6 +209,51 @@ def test_a_torn_file_is_made_again(run, model_folder, tmp_path):
     align(str(model_folder), copy, recipe(**SMALL), console=QUIET)
     assert (copy / "tokens.json").read_bytes() == whole
     assert len(TokenSet.load(copy / "tokens.json")) == 8
+
+
+@pytest.mark.parametrize("damage", ["short", "torn", "missing", "checkpoint"])
+def test_what_training_wrote_is_whole_or_said_to_be_damaged(run, model_folder, tmp_path, damage):
+    """A history that lacks steps is never recorded as a finished stage."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    history = copy / "history.jsonl"
+    text, manifest = history.read_text(), (copy / "manifest.json").read_text()
+    history.write_text(text[: len(text) // 2] if damage == "torn" else "".join(text.splitlines(True)[:2]))
+    if damage == "missing":
+        history.unlink()
+    if damage == "checkpoint":
+        history.write_text(text)
+        weights = (copy / "checkpoint.safetensors").read_bytes()
+        (copy / "checkpoint.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(SafeSteerError, match=r"[Dd]elete (both|it) to train again"):
+        align(str(model_folder), copy, recipe(**SMALL), stages=("distill",), console=QUIET)
+    assert (copy / "manifest.json").read_text() == manifest
+
+
+def test_only_the_export_of_the_run_is_measured(run, model_folder, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    card = (copy / "model" / "README.md").read_bytes()
+    (copy / "evaluation.json").unlink()
+    weights = load_file(copy / "model" / "model.safetensors")
+    save_file({k: 1.5 * v for k, v in weights.items()}, copy / "model" / "model.safetensors")
+    for stage in ("evaluate", "explain"):
+        (copy / "attribution.json").unlink(missing_ok=True)
+        with pytest.raises(SafeSteerError, match="does not hold what its stage export has written"):
+            align(str(model_folder), copy, recipe(**SMALL), stages=(stage,), console=QUIET)
+    assert (copy / "model" / "README.md").read_bytes() == card
+    (copy / "model" / "probe.json").unlink()  # what the run has written is the run's to replace
+    align(str(model_folder), copy, recipe(**SMALL), console=QUIET)
+    for name in ("model/model.safetensors", "model/probe.json", "evaluation.json"):
+        assert (copy / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_prompts_that_training_lacks_are_missed_before_any_work(model_folder, pairs, tmp_path):
+    one = PromptSet(tuple(p for p in pairs.prompts if (p.split, p.label) != ("distill", "harmless")))
+    settings = recipe(**{**SMALL, "distill.splits": "distill"})
+    with pytest.raises(SafeSteerError, match="hold no harmless ones"):
+        align(str(model_folder), tmp_path / "run", settings, prompts=one, console=QUIET)
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_config_in_the_folder_is_refused(run, model_folder):

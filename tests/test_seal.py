@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jaxtyping
 import pytest
 import torch
 from accelerate import Accelerator
@@ -331,6 +332,19 @@ def test_every_module_has_its_mode_again(tiny_llama, four):
 def test_what_a_seal_cannot_be_is_one_sentence(changes, sentence, tiny_llama, four):
     with pytest.raises(SafeSteerError, match=sentence):
         ss.SafetySeal(tiny_llama, **{"tokens": TOKENS, "prompts": four, **changes})
+
+
+def test_arguments_of_another_kind_are_one_sentence(tiny_llama, four):
+    jaxtyping.config.update("jaxtyping_disable", True)  # it checks types in tests alone
+    try:
+        for changes, sentence in (
+            ({"tokens": "run/tokens.json"}, "A TokenSet belongs here, and a str"),
+            ({"prompts": ["Hi"]}, "A PromptSet belongs here, and a list"),
+        ):
+            with pytest.raises(SafeSteerError, match=sentence):
+                ss.SafetySeal(tiny_llama, **{"tokens": TOKENS, "prompts": four, **changes})
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_what_it_needs_is_one_sentence(tiny_llama, four, pairs):

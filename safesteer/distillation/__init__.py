@@ -2,5 +2,6 @@
 
 `loop.distill` is the whole step as one call, `loop.training_steps` the same step by step. A step (`step`)
 samples answers (`rollouts`), compares student and teacher on them (`loss`, `divergence`) and updates what
-`state` says trains. `seal` holds what S had while another trainer trains something else.
+`state` says trains. A folder keeps `checkpoints`, so that a training continues. `seal` holds what S had while
+another trainer trains something else.
 """

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from safesteer.directions.calibration import refusal_rate
+from safesteer.distillation.watching import N_TOKENS
 from safesteer.judges.judge import Judge
 from safesteer.judges.wording import refuses
 from safesteer.models.adapter import as_base
@@ -28,13 +29,11 @@ class Look:
         return self.refused >= config.stop_refusal and self.kl <= config.stop_kl
 
 
-def look_at(
-    student: ChatModel, base: ChatModel, prompts: PromptSet, judge: Judge = refuses, *, n_tokens: int = 16
-) -> Look:
+def look_at(student: ChatModel, base: ChatModel, prompts: PromptSet, judge: Judge = refuses) -> Look:
     """Measure the student on held-out prompts, in the base's precision. The base may carry its adapter."""
     with in_precision_of(base, student):
-        share = refusal_rate(student, prompts.harmful, judge, n_tokens)
+        share = refusal_rate(student, prompts.harmful, judge, N_TOKENS)
         with as_base(base, student):
-            base_answers = greedy_ids(base, prompts.harmless, n_tokens)
-        kls = kl_on_answers(base, student, prompts.harmless, base_answers, n_tokens=n_tokens)
+            base_answers = greedy_ids(base, prompts.harmless, N_TOKENS)
+        kls = kl_on_answers(base, student, prompts.harmless, base_answers, n_tokens=N_TOKENS)
     return Look(share, float(np.mean(kls)))

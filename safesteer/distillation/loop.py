@@ -9,9 +9,7 @@ The paper has no anchor and uses divergence "reverse", normalizer "partial", rol
 A model that does not refuse has p ~ 0 on S, where that loss has no gradient; the defaults work on both.
 """
 
-import hashlib
 import html
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,10 +20,10 @@ from accelerate import PartialState
 from torch import nn
 
 from safesteer._errors import SafeSteerError, expect
-from safesteer._files import json_lines, write_text
+from safesteer.distillation.checkpoints import resume, save
 from safesteer.distillation.early_stopping import look_at
 from safesteer.distillation.holding import base_texts
-from safesteer.distillation.rollouts import Sampler, StepPrompts, Teacher, trained_prompts
+from safesteer.distillation.rollouts import Sampler, StepPrompts, Teacher, require_kinds_of, trained_prompts
 from safesteer.distillation.state import DistillState, prepare_student
 from safesteer.distillation.step import StepRecord, take_step
 from safesteer.distillation.tracking import open_tracker
@@ -51,8 +49,6 @@ from safesteer.settings import DistillConfig
 from safesteer.steering.direction import Direction
 from safesteer.tokens.token_set import TokenSet
 
-CHECKPOINT, HISTORY = "checkpoint.safetensors", "history.jsonl"
-
 
 def training_steps(
     state: DistillState,
@@ -75,7 +71,8 @@ def training_steps(
         Loss, masses on S, drift and seconds of each step.
 
     Raises:
-        SafeSteerError: If a loss or gradient is not finite; names the step, and the prompt or parameter.
+        SafeSteerError: If a loss or gradient is not finite (names the step, and the prompt or parameter), or
+            prompts of a kind that steps take are missing.
 
     Example:
         >>> from safesteer.distillation.loop import training_steps
@@ -88,6 +85,7 @@ def training_steps(
         [1, 2]
     """
     config, student = state.config, state.student
+    require_kinds_of(prompts, config)
     if config.lora_rank and not shares_weights(teacher.base, student):
         raise SafeSteerError(
             "With lora_rank the base must be the model that `prepare_student` put the adapter on."
@@ -247,8 +245,9 @@ def follow_steps(
         The records of the whole history: those of a checkpoint in the folder, then each new one.
     """
     training, config = training or Training(), state.config
+    expect(Training, training)
     folder = None if training.folder is None else Path(training.folder)
-    history, stamp = _resume(state, teacher, prompts, folder)
+    history, stamp = resume(state, teacher, prompts, folder)
     yield from tuple(history)
     sampler = None if training.sampler is None else training.sampler(state.student)
     steps = training_steps(state, teacher, trained_prompts(prompts, config), sampler=sampler)
@@ -277,7 +276,7 @@ def follow_steps(
             stopped = may_stop()
             last = stopped or record.step == config.n_steps
             if folder is not None and (last or record.step % config.checkpoint_every == 0):
-                _save(folder, state, stamp, history)
+                save(folder, state, stamp, history)
             yield record
             if stopped:
                 break
@@ -297,7 +296,7 @@ def restore_student(
     An adapter is merged; with `keep_adapter` it is written to `folder`/adapter too.
     """
     state = prepare_student(student, teacher.direction, replace(config, sharded=False))
-    history, _ = _resume(state, teacher, prompts, folder)
+    history, _ = resume(state, teacher, prompts, folder)
     trained = state.student
     if config.lora_rank:
         if config.keep_adapter:
@@ -305,29 +304,6 @@ def restore_student(
         trained = merged(trained)
     model = trained.model.requires_grad_(False)
     return Student(model, student.tokenizer, student.name, history=tuple(history))
-
-
-def _resume(
-    state: DistillState, teacher: Teacher, prompts: PromptSet, folder: Path | None
-) -> tuple[list[StepRecord], dict[str, str]]:
-    """Load what `folder` holds of this training; return its history and the stamp of its checkpoints."""
-    settings = json.dumps(asdict(replace(state.config, sharded=False)), sort_keys=True)
-    origin = (settings, json.dumps(asdict(teacher.tokens), sort_keys=True), prompts.hash)
-    vector = teacher.direction.vector.detach().float().cpu().contiguous().numpy().tobytes()
-    digest = hashlib.sha256(repr((origin, teacher.direction.metadata)).encode() + vector)
-    stamp = {"training": digest.hexdigest()[:32]}
-    if folder is None or not (folder / CHECKPOINT).exists():
-        return [], stamp
-    state.load(folder / CHECKPOINT, stamp)
-    return [StepRecord(**row) for row in json_lines(folder / HISTORY)[: state.step]], stamp
-
-
-def _save(folder: Path, state: DistillState, stamp: dict[str, str], history: list[StepRecord]) -> None:
-    """Write history and checkpoint. History first: it may run ahead of the checkpoint, never behind it."""
-    writes = PartialState().is_main_process
-    if writes:
-        write_text(folder / HISTORY, "".join(json.dumps(asdict(record)) + "\n" for record in history))
-    state.save(folder / CHECKPOINT, stamp, writes=writes)
 
 
 def _float32_copy(chat: ChatModel) -> ChatModel:

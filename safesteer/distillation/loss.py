@@ -163,6 +163,7 @@ def kl_outside_set(hidden: Tensor, h_teacher: Tensor, head: Head, teacher_head: 
     at = torch.linspace(0, len(hidden) - 1, min(OFF_SET_POSITIONS, len(hidden))).long()
     p = logits_of(hidden[at], *head).log_softmax(-1)
     q = logits_of(h_teacher[at], *teacher_head).log_softmax(-1)
-    terms = generalized_kl_terms(p, q)
+    # A token that the student never says: 0 log 0 is 0.
+    terms = torch.where(p == -torch.inf, q.exp(), generalized_kl_terms(p, q))
     terms[:, ids] = 0
     return float(terms.sum(-1).mean())

@@ -67,22 +67,32 @@ def trained_prompts(prompts: PromptSet, config: DistillConfig) -> PromptSet:
     """Take the splits that `config` names, but for the one that early stopping measures.
 
     Raises:
-        SafeSteerError: Where nothing is left to train on, or nothing of a kind that steps take.
+        SafeSteerError: Where nothing is left to train on, nothing of a kind that steps take, or early
+            stopping has prompts of one kind alone to measure.
     """
+    if not config.splits:
+        raise SafeSteerError("distill.splits names no split to train on.")
     names = [name for name in config.splits if not (config.check_every and name == "val")]
     if not names:
         raise SafeSteerError(
             "Early stopping (distill.check_every) measures val, so nothing is left to train on: add a split"
             " to distill.splits."
         )
+    if config.check_every:
+        prompts.split("val").require_kinds()
     chosen = prompts.split(*names)
+    require_kinds_of(chosen, config)
+    return chosen
+
+
+def require_kinds_of(prompts: PromptSet, config: DistillConfig) -> None:
+    """Raise SafeSteerError where prompts of a kind that steps take are missing."""
     for label in LABELS:
-        if getattr(config, f"{label}_per_step") and not chosen.texts(label):
+        if getattr(config, f"{label}_per_step") and not prompts.texts(label):
             raise SafeSteerError(
-                f"The prompts to train on ({', '.join(names)}) hold no {label} ones: add some, or set"
+                f"The prompts to train on ('{prompts.name}') hold no {label} ones: add some, or set"
                 f" distill.{label}_per_step=0."
             )
-    return chosen
 
 
 @dataclass(frozen=True)

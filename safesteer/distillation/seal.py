@@ -35,7 +35,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from safesteer._errors import SafeSteerError
+from safesteer._errors import SafeSteerError, expect
 from safesteer.directions.calibration import refusal_rate
 from safesteer.distillation.divergence import localized_divergence
 from safesteer.distillation.rollouts import predicting_states, prompt_indices
@@ -191,6 +191,7 @@ class SafetySeal(TrainerCallback):
         look_every: int = 50,
         judge: Judge = refuses,
     ) -> None:
+        expect(TokenSet, tokens)
         if not (0 <= weight < math.inf and every >= 1 and look_every >= 0 and len(tokens)):
             raise SafeSteerError(
                 f"SafetySeal needs a weight of 0 or more (not {weight}), every of 1 or more (not {every}),"
@@ -198,6 +199,7 @@ class SafetySeal(TrainerCallback):
             )
         chat = as_chat(model if tokenizer is None else (module_of(model), tokenizer))
         prompts = prompts or load_prompts()
+        expect(PromptSet, prompts)
         val = prompts.split("val").across(N_WATCHED) if look_every else PromptSet(())
         self.watched = {"seal_val_refused": val.harmful, "seal_val_over_refused": val.harmless}
         self.held = hold(chat, prompts.split("train").across(N_PAIRS), tokens)

@@ -63,7 +63,10 @@ class DistillState:
         Raises:
             SafeSteerError: If the file is damaged, or is the checkpoint of a run with other settings.
         """
-        tensors, metadata = read_tensors(path)
+        try:
+            tensors, metadata = read_tensors(path)
+        except SafeSteerError as error:
+            raise SafeSteerError(f"{error} Delete it to train again.") from error
         if metadata.get("stamp") != stamp:
             raise SafeSteerError(
                 f"{path} is the checkpoint of a run with other settings (here passes have"

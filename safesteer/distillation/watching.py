@@ -73,6 +73,6 @@ def watched_share(
             " occur: use normalizer 'generalized', or a smaller tokens.min_steered_prob."
         )
     if config.on_fall == "stop":
-        raise SafeSteerError(f"{sentence} The last checkpoint is kept; distill.on_fall=warn goes on.")
+        raise SafeSteerError(f"{sentence} In a new folder, distill.on_fall=warn trains on all the same.")
     warnings.warn(sentence, stacklevel=2)
     return share
