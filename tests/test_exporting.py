@@ -123,7 +123,7 @@ def test_an_export_says_how_much_of_training_rounding_leaves(tiny_llama):
         kept += float((change * (weight.bfloat16().double() - before[name].double())).sum())
         changed += float((change**2).sum())
     assert kept / changed < 0.9
-    assert note == f"{kept / changed:.0%} of what training changed is left in {BFLOAT16}: " + (
+    assert note == f"{kept / changed:.0%} of what training changed is left in bfloat16: " + (
         "export.dtype=float32 keeps all"
     )
     assert rounding_note(base, near, "float32") == rounding_note(base, far, BFLOAT16) == ""
