@@ -6,7 +6,7 @@ import torch
 
 from conftest import assert_near, batch_of, random_vector
 from safesteer._errors import SafeSteerError
-from safesteer.directions import inspection
+from safesteer.directions import activations
 from safesteer.directions.candidates import Candidates
 from safesteer.directions.extraction import mean_difference
 from safesteer.directions.inspection import (
@@ -107,7 +107,7 @@ def test_residual_pca_keeps_distances_of_the_plane(tiny_llama, few):
 def test_probes_find_a_planted_difference_and_shuffles_do_not(tiny_llama, pairs):
     prompts = pairs.split("val")
     harmful = set(prompts.harmful)
-    vector, real = 20 * random_vector(32), inspection.read_activations
+    vector, real = 20 * random_vector(32), activations.read_activations
 
     def marked(chat, arm, batch_size=32):
         for rows, h in real(chat, arm, batch_size):
@@ -115,7 +115,7 @@ def test_probes_find_a_planted_difference_and_shuffles_do_not(tiny_llama, pairs)
             yield rows, h + flag[:, None, None, None] * vector
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspection, "read_activations", marked)
+        patch.setattr(activations, "read_activations", marked)
         planted = probe_accuracy(tiny_llama, prompts, layers=[1], ks=(1, 8))
     assert planted.accuracy.min() == 1.0
     assert planted.shuffled.max() < 0.8
