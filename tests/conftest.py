@@ -5,11 +5,13 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -67,6 +69,16 @@ SIZES = {
     "max_position_embeddings": 256,
     "initializer_range": 0.15,  # large enough for answers that differ from prompt to prompt
 }
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Let arguments of any type in, as outside of tests: jaxtyping checks them here alone."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def _bpe(special: list[str]) -> Tokenizer:

@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
 
-from conftest import assert_near, batch_of, copy_of, naive_logits
+from conftest import assert_near, batch_of, copy_of, naive_logits, unchecked
 from safesteer._errors import SafeSteerError
 from safesteer._files import write_json, write_tensors
 from safesteer.directions.candidates import Candidates
@@ -28,11 +27,8 @@ def test_direction_is_the_chosen_candidate(tiny_llama, candidates, few):
 
 def test_layers_and_coefficients_of_tables_can_be_saved(tiny_llama, candidates, tmp_path):
     """numpy's numbers, as a sweep's table holds them."""
-    jaxtyping.config.update("jaxtyping_disable", True)  # it checks types in tests alone
-    try:
+    with unchecked():
         direction = candidates.direction(tiny_llama, "-2", np.int64(1), coeff=np.float32(2))
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
     assert (type(direction.layer), type(direction.coeff)) == (int, float)
     direction.save(tmp_path / "d.safetensors")
     assert Direction.load(tmp_path / "d.safetensors").metadata == direction.metadata

@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 from functools import partial
 
-import jaxtyping
 import pandas as pd
 import pytest
 import torch
@@ -34,7 +33,7 @@ from transformers import (
 )
 
 import safesteer as ss
-from conftest import SIZES, assert_near, batch_of, copy_of, n_hooks, random_vector, set_of
+from conftest import SIZES, assert_near, batch_of, copy_of, n_hooks, random_vector, set_of, unchecked
 from safesteer._errors import SafeSteerError
 from safesteer.attribution.coverage import StepSums, _step_shares
 from safesteer.attribution.grid import answer_grid
@@ -951,13 +950,9 @@ def test_an_argument_of_another_kind_is_one_sentence(tiny_llama, few):
         (lambda: ss.find_direction(tiny_llama, few, {"n_train": 4}), r"write ss.DirectionConfig\(...\)"),
         (lambda: ss.load_prompts("mine.jsonl"), "yours come with ss.PromptSet.from_jsonl"),
     ]
-    jaxtyping.config.update("jaxtyping_disable", True)  # it checks types in tests alone
-    try:
-        for call, sentence in wrong:
-            with pytest.raises(SafeSteerError, match=sentence):
-                call()
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    for call, sentence in wrong:
+        with unchecked(), pytest.raises(SafeSteerError, match=sentence):
+            call()
 
 
 # --- what a review of numbers met ---

@@ -8,7 +8,6 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
-import jaxtyping
 import pytest
 import torch
 from accelerate import Accelerator
@@ -18,7 +17,7 @@ from test_processes import launch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 import safesteer as ss
-from conftest import copy_of
+from conftest import copy_of, unchecked
 from safesteer._errors import SafeSteerError
 from safesteer.distillation import seal as seal_module
 from safesteer.distillation.seal import N_TOKENS, divergence_from, hold
@@ -335,16 +334,12 @@ def test_what_a_seal_cannot_be_is_one_sentence(changes, sentence, tiny_llama, fo
 
 
 def test_arguments_of_another_kind_are_one_sentence(tiny_llama, four):
-    jaxtyping.config.update("jaxtyping_disable", True)  # it checks types in tests alone
-    try:
-        for changes, sentence in (
-            ({"tokens": "run/tokens.json"}, "A TokenSet belongs here, and a str"),
-            ({"prompts": ["Hi"]}, "A PromptSet belongs here, and a list"),
-        ):
-            with pytest.raises(SafeSteerError, match=sentence):
-                ss.SafetySeal(tiny_llama, **{"tokens": TOKENS, "prompts": four, **changes})
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    for changes, sentence in (
+        ({"tokens": "run/tokens.json"}, "A TokenSet belongs here, and a str"),
+        ({"prompts": ["Hi"]}, "A PromptSet belongs here, and a list"),
+    ):
+        with unchecked(), pytest.raises(SafeSteerError, match=sentence):
+            ss.SafetySeal(tiny_llama, **{"tokens": TOKENS, "prompts": four, **changes})
 
 
 def test_what_it_needs_is_one_sentence(tiny_llama, four, pairs):

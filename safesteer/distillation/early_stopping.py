@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from safesteer.directions.calibration import refusal_rate
-from safesteer.distillation.watching import N_TOKENS
+from safesteer.distillation.watching import LOOK_TOKENS
 from safesteer.judges.judge import Judge
 from safesteer.judges.wording import refuses
 from safesteer.models.adapter import as_base
@@ -32,8 +32,8 @@ class Look:
 def look_at(student: ChatModel, base: ChatModel, prompts: PromptSet, judge: Judge = refuses) -> Look:
     """Measure the student on held-out prompts, in the base's precision. The base may carry its adapter."""
     with in_precision_of(base, student):
-        share = refusal_rate(student, prompts.harmful, judge, N_TOKENS)
+        share = refusal_rate(student, prompts.harmful, judge, LOOK_TOKENS)
         with as_base(base, student):
-            base_answers = greedy_ids(base, prompts.harmless, N_TOKENS)
-        kls = kl_on_answers(base, student, prompts.harmless, base_answers, n_tokens=N_TOKENS)
+            base_answers = greedy_ids(base, prompts.harmless, LOOK_TOKENS)
+        kls = kl_on_answers(base, student, prompts.harmless, base_answers, n_tokens=LOOK_TOKENS)
     return Look(share, float(np.mean(kls)))

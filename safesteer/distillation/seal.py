@@ -39,6 +39,7 @@ from safesteer._errors import SafeSteerError, expect
 from safesteer.directions.calibration import refusal_rate
 from safesteer.distillation.divergence import localized_divergence
 from safesteer.distillation.rollouts import predicting_states, prompt_indices
+from safesteer.distillation.watching import LOOK_TOKENS
 from safesteer.judges.judge import Judge
 from safesteer.judges.wording import refuses
 from safesteer.models.chat_model import ChatModel, ModelLike, as_chat, module_of
@@ -56,7 +57,6 @@ PAIRS_PER_STEP = 4
 BATCH_SIZE = 32  # prompts per pass when probabilities are stored
 N_TOKENS = 4  # of an answer: whether it refuses is decided in its first words
 N_WATCHED = 32  # pairs of val that a look answers
-LOOK_TOKENS = 16  # of an answer: enough to see how it opens
 SPREAD = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
 

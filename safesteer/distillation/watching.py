@@ -20,7 +20,7 @@ from safesteer.prompts.conversation import PromptLike
 from safesteer.settings import DistillConfig
 
 P_FALL = 0.05
-N_TOKENS = 16  # of an answer: enough to see how it opens
+LOOK_TOKENS = 16  # of an answer: enough to see how it opens
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def start_watch(
     if not prompts:
         return None
     with as_base(base, student):
-        return Watch(tuple(prompts), tuple(refused(base, prompts, judge, N_TOKENS)))
+        return Watch(tuple(prompts), tuple(refused(base, prompts, judge, LOOK_TOKENS)))
 
 
 def watched_share(
@@ -57,7 +57,7 @@ def watched_share(
     from scipy.stats import binomtest  # slow to import
 
     with in_precision_of(base, student):
-        now = refused(student, watch.prompts, judge, N_TOKENS)
+        now = refused(student, watch.prompts, judge, LOOK_TOKENS)
     share = sum(now) / len(now)
     lost = sum(before and not after for before, after in zip(watch.base_refused, now, strict=True))
     won = sum(after and not before for before, after in zip(watch.base_refused, now, strict=True))
